@@ -1,0 +1,254 @@
+"""SDN-VAE and IAF-VAE+ (paper, section 4) as a plain module: assembly, training pass, sampling, decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..probability import POSTERIORS, PRIORS, make_observation
+from ..utils import initialize_convolutions
+from .ladder import HALF_SCALE, SAME_SCALE, LadderLayer, SDNBlock, make_block
+
+SMALLEST_SDN = 50  # features; the schedule of sdn_nfeat_diff stops here
+
+
+@dataclass
+class Output:
+    """What one pass through the model gives. Layers are in top-down order: index 0 is the topmost.
+
+    distortion: `-log p(x|z)` in nats, [B].
+    rates: KL divergence of each layer in nats, [B, depth].
+    latents: one [B, z_size, H_i, W_i] for each layer.
+    params: the observation model's parameters, [B, param_channels, H, W].
+    """
+
+    distortion: Tensor
+    rates: Tensor
+    latents: list[Tensor]
+    params: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        """Evidence lower bound `log p(x|z) - sum(rates)` in nats, [B]."""
+        return -self.distortion - self.rates.sum(1)
+
+
+class DensityVAE(nn.Module):
+    """Hierarchical VAE with a bottom-up and a top-down path (paper, section 4; SPEC section 2).
+
+    With `sdn_max_scale=0` no layer uses SDN: that is the paper's convolutional baseline, IAF-VAE+.
+
+    Arguments (names of the authors' release):
+        image_size: (height, width) of the images, or one number for both.
+        h_size: Deterministic channels.
+        z_size: Latent channels of each layer.
+        depth: Number of ladder layers; layer 0 is at the image's scale.
+        ds_list: Layers that halve the scale (those reached at scale 1 do not).
+        downsample_first: Whether the first convolution halves the scale already.
+        post_model, prior_model: "IAF" or "IsoGaussian"; "IsoGaussian".
+        obs_model, nbits, mix_components: Observation model "DML" or "DL", bits per colour, components of DML.
+        sdn_min_scale, sdn_max_scale: A layer whose lower side has a scale in this range uses ResSDN layers.
+        sdn_nfeat_0, sdn_nfeat_diff: Features of the SDN layers: at first, and how many fewer after each downsampling
+            layer with SDN (not below 50).
+        sdn_num_dirs: Directions of each SDN layer, 1 to 4, dealt out in turn.
+        border, backend: See `lib.nn.SDNLayer`.
+        analytic_kl: Closed-form KL where the posterior is Gaussian.
+
+    Raises:
+        ValueError: on arguments that cannot work; the message says what is allowed.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        *,
+        h_size: int,
+        z_size: int,
+        depth: int,
+        ds_list: Sequence[int] = (),
+        downsample_first: bool = False,
+        post_model: str = "IAF",
+        prior_model: str = "IsoGaussian",
+        obs_model: str = "DML",
+        nbits: int = 8,
+        mix_components: int = 5,
+        sdn_min_scale: int = 0,
+        sdn_max_scale: int = 0,
+        sdn_nfeat_0: int = 0,
+        sdn_nfeat_diff: int = 0,
+        sdn_num_dirs: int = 0,
+        border: str = "zeros",
+        backend: str = "auto",
+        analytic_kl: bool = False,
+    ):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_shape = (3, height, width)
+        _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl)
+        self.observation = make_observation(obs_model, nbits, mix_components)
+
+        first_direction = 0
+
+        def next_sdn(num_features: int, num_dirs: int) -> SDNBlock:
+            nonlocal first_direction
+            if num_features < 1 or num_dirs not in range(1, 5):
+                raise ValueError(
+                    f"with SDN on (sdn_max_scale {sdn_max_scale}) sdn_nfeat_0 must be at least 1 and sdn_num_dirs "
+                    f"1 to 4, got {num_features} and {num_dirs}; sdn_max_scale 0 turns SDN off"
+                )
+            dirs = tuple((first_direction + i) % 4 for i in range(num_dirs))
+            first_direction += num_dirs
+            return SDNBlock(num_features, dirs, border, backend)
+
+        scale = _halved((height, width), "the first layer") if downsample_first else (height, width)
+        num_features = sdn_nfeat_0
+        layers, shapes = [], []
+        for i in range(depth):
+            use_sdn = sdn_max_scale > 0 and sdn_min_scale <= max(scale) <= sdn_max_scale
+            downsample = i in ds_list and min(scale) > 1
+            layers.append(
+                LadderLayer(
+                    h_size,
+                    z_size,
+                    downsample=downsample,
+                    post_model=post_model,
+                    prior_model=prior_model,
+                    sdn_a=next_sdn(num_features, sdn_num_dirs) if use_sdn else None,
+                    sdn_b=next_sdn(num_features, sdn_num_dirs) if use_sdn else None,
+                    analytic_kl=analytic_kl,
+                )
+            )
+            if downsample:
+                scale = _halved(scale, f"layer {i}")
+                if use_sdn:
+                    num_features = max(num_features - sdn_nfeat_diff, min(num_features, SMALLEST_SDN))
+            shapes.append((z_size, *scale))
+
+        kernel = HALF_SCALE if downsample_first else SAME_SCALE
+        last_sdn = next_sdn(sdn_nfeat_0, 4) if sdn_max_scale >= max(height, width) else None
+        self.first_layer = make_block(3, h_size, kernel, upsample=False, sdn=None)
+        self.ladder_layers = nn.ModuleList(layers)
+        self.h = nn.Parameter(torch.zeros(h_size))
+        self.last_layer = nn.Sequential(
+            nn.ELU(),
+            make_block(h_size, self.observation.param_channels, kernel, upsample=downsample_first, sdn=last_sdn),
+        )
+        self.latent_shapes = shapes[::-1]  # top-down order, without the batch dimension
+        initialize_convolutions(self)
+        # The top-down pass starts from `h`, not from the bottom-up pass's output, so these never get a gradient: kept
+        # because the authors' checkpoints hold them, frozen because data-parallel training would wait for them.
+        self.ladder_layers[-1].up_b.requires_grad_(False)
+
+    def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Output:
+        """Encodes and decodes a batch.
+
+        Arguments:
+            x: Data as the observation model encodes them (`self.observation.encode(uint8_images)`), [B, 3, H, W].
+            noise: Standard normal noise of each layer, top-down order, [B, z_size, H_i, W_i]; drawn if not given.
+        """
+        posterior, _ = self.bottom_up(x)
+        latents, rates, params = self.top_down(x.shape[0], posterior=posterior, noise=noise)
+        return Output(-self.observation.log_prob(params, x), rates, latents, params)
+
+    def bottom_up(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Posterior parameters of each layer, top-down order, and the output of the pass, [B, h_size, H_0, W_0]."""
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
+            raise ValueError(f"images must be [batch, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
+        hidden = self.first_layer(x)
+        posterior = []
+        for layer in self.ladder_layers:
+            hidden, q_params = layer.bottom_up(hidden)
+            posterior.append(q_params)
+        return posterior[::-1], hidden
+
+    def top_down(
+        self,
+        batch: int,
+        *,
+        posterior: Sequence[Tensor] | None = None,
+        latents: Sequence[Tensor | None] | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        one_sample_kl: bool = False,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The generative path. All sequences are in top-down order.
+
+        Arguments:
+            batch: Batch size B.
+            posterior: Parameters from `bottom_up`; without them latents come from the prior.
+            latents: Given latents; an entry None is drawn. None stands for all None.
+            noise: Standard normal noise of the layers that are drawn; drawn with `generator` where None.
+            temperature: Multiplies the prior's standard deviations.
+            generator: On the model's device; torch's global one if not given.
+            one_sample_kl: Whether rates are `log q(z) - log p(z)` even in a model with `analytic_kl`, as importance
+                weights need them.
+
+        Returns:
+            Latents, rates in nats [B, depth] (zeros where nothing was drawn from the posterior), and the observation
+            model's parameters [B, param_channels, H, W].
+        """
+        latents = self._one_per_layer("latents", latents, batch)
+        noise = self._one_per_layer("noise", noise, batch)
+        hidden = self.h.view(1, -1, 1, 1).expand(batch, -1, *self.latent_shapes[0][1:])
+        drawn, rates = [], []
+        for step, layer in enumerate(reversed(self.ladder_layers)):
+            z, eps = latents[step], noise[step]
+            if z is None and eps is None:
+                shape = (batch, *self.latent_shapes[step])
+                eps = torch.randn(shape, generator=generator, device=self.h.device, dtype=self.h.dtype)
+            q_params = None if posterior is None else posterior[step]
+            hidden, z, kl = layer.top_down(
+                hidden, noise=eps, z=z, q_params=q_params, temperature=temperature, one_sample_kl=one_sample_kl
+            )
+            drawn.append(z)
+            rates.append(z.new_zeros(batch) if kl is None else kl)
+        return drawn, torch.stack(rates, dim=1), self.last_layer(hidden)
+
+    def sample(
+        self, batch: int, temperature: float = 1.0, generator: torch.Generator | None = None, **given
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Observation parameters [B, param_channels, H, W] and latents drawn from the prior.
+
+        `given` may hold `latents` and `noise`, see `top_down`: fixed layers stay, the others are drawn.
+        """
+        latents, _, params = self.top_down(batch, temperature=temperature, generator=generator, **given)
+        return params, latents
+
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Observation parameters [B, param_channels, H, W] for latents given at every layer, top-down order."""
+        return self.top_down(latents[0].shape[0], latents=latents)[2]
+
+    def _one_per_layer(self, name: str, tensors: Sequence | None, batch: int) -> Sequence:
+        if tensors is None:
+            return [None] * len(self.latent_shapes)
+        if len(tensors) != len(self.latent_shapes):
+            raise ValueError(f"{name} must have one entry for each of the {len(self.latent_shapes)} layers, top first")
+        for step, (tensor, shape) in enumerate(zip(tensors, self.latent_shapes, strict=True)):
+            if tensor is not None and tuple(tensor.shape) != (batch, *shape):
+                raise ValueError(f"{name}[{step}] must be {[batch, *shape]}, got {list(tensor.shape)}")
+        return tensors
+
+
+def _halved(scale: tuple[int, int], where: str) -> tuple[int, int]:
+    if scale[0] % 2 or scale[1] % 2:
+        raise ValueError(f"{where} cannot halve a map of {scale[0]}x{scale[1]}: choose fewer entries of ds_list")
+    return scale[0] // 2, scale[1] // 2
+
+
+def _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl) -> None:
+    for name, value in dict(h_size=h_size, z_size=z_size, depth=depth).items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    wrong = [i for i in ds_list if i not in range(depth)]
+    if wrong:
+        raise ValueError(f"ds_list entries must lie in 0 ... {depth - 1} (depth {depth}), got {wrong}")
+    if post_model not in POSTERIORS:
+        raise ValueError(f"post_model must be one of {', '.join(POSTERIORS)}, got {post_model!r}")
+    if prior_model not in PRIORS:
+        raise ValueError(f"prior_model must be one of {', '.join(PRIORS)}, got {prior_model!r}")
+    if analytic_kl and post_model != "IsoGaussian":
+        raise ValueError(f"analytic_kl needs post_model IsoGaussian, got {post_model}")

@@ -1,0 +1,1 @@
+"""Spatial Dependency Networks: layers (`lib.nn`), likelihoods (`lib.probability`) and the models built on them."""

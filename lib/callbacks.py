@@ -1,0 +1,209 @@
+"""What happens beside a training step: metrics files, image grids, and a last validation when a run ends."""
+
+from __future__ import annotations
+
+import csv
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from .DensityVAE.training import DensityTraining
+from .evaluation.figures import save_grid, side_by_side
+from .evaluation.synthesis import reconstruct, sample_images
+
+ROWS_BEFORE_WRITING = 50
+
+
+class CsvFile:
+    """A CSV file that a resumed run continues: rows past the step that it resumes from are dropped first."""
+
+    def __init__(self, path: Path, columns: list[str], resume_step: int):
+        self.path, self.columns = path, columns
+        rows = []
+        if resume_step and path.is_file():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resume_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, path)
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerows(rows)
+
+
+class MetricsLog(pl.Callback):
+    """Writes steps.csv (one row per optimizer step) and epochs.csv (one row per validation), and feeds the dashboard.
+
+    Bits per dimension throughout; layers are numbered from the topmost. steps.csv holds rank 0's own batches,
+    epochs.csv the validation over all ranks, computed with the averaged weights. Values stay on the device until
+    `ROWS_BEFORE_WRITING` rows have come together, so that training is not synchronized at every step.
+
+    Arguments:
+        folder: Where the two files are.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
+        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self._batches: list[dict[str, Tensor]] = []
+        self._grad_norm = torch.tensor(float("nan"))
+        self._images = 0
+        self._last_step = trainer.global_step
+        self._step_start = self._epoch_start = time.perf_counter()
+        self._epoch_images = 0
+        self._epoch_neg_elbo: list[float] = []
+        if not trainer.is_global_zero:
+            return
+        kl = [f"kl_{layer}" for layer in range(pl_module.config.depth)]
+        parts = ["neg_elbo", "distortion", "rate", *kl]
+        step = ["step", "epoch", *parts, "grad_norm", "lr", "loss_scale", "images_per_second"]
+        epoch = ["step", "epoch", *(f"val_{name}" for name in parts), "train_neg_elbo", "lr"]
+        epoch += ["images_per_second", "seconds", "peak_memory_mib"]
+        self._steps = CsvFile(self.folder / "steps.csv", step, trainer.global_step)
+        self._epochs = CsvFile(self.folder / "epochs.csv", epoch, trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: DensityTraining, optimizer) -> None:
+        grads = [p.grad for p in pl_module.model.parameters() if p.grad is not None]
+        self._grad_norm = torch.nn.utils.get_total_norm(grads)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DensityTraining, outputs, batch, batch_idx) -> None:
+        self._batches.append(outputs)
+        self._images += len(batch[0]) * trainer.world_size
+        if trainer.global_step == self._last_step:
+            return  # gradients are still being accumulated
+        self._last_step = trainer.global_step
+        mean = {
+            name: torch.stack([b[name] for b in self._batches]).mean(0) for name in ("neg_elbo", "distortion", "rates")
+        }
+        now = time.perf_counter()
+        row = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": round(self._images / (now - self._step_start), 2),
+        }
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            row["loss_scale"] = scaler.get_scale()
+        self._pending.append((row, mean | {"grad_norm": self._grad_norm}))
+        self._epoch_images += self._images
+        self._batches, self._images, self._step_start = [], 0, now
+        if len(self._pending) >= ROWS_BEFORE_WRITING:
+            self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        rows = []
+        for row, tensors in self._pending:
+            rates = tensors.pop("rates").tolist()
+            row |= {name: value.item() for name, value in tensors.items()}
+            row |= {"rate": sum(rates)} | {f"kl_{layer}": rate for layer, rate in enumerate(rates)}
+            rows.append(row)
+        self._pending = []
+        self._epoch_neg_elbo += [row["neg_elbo"] for row in rows]
+        if rows and trainer.is_global_zero:
+            self._steps.append(rows)
+            if trainer.logger:
+                for row in rows:
+                    trainer.logger.log_metrics({f"train/{k}": v for k, v in row.items()}, step=row["step"])
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
+        if trainer.sanity_checking:
+            return
+        self._write(trainer)
+        seconds = time.perf_counter() - self._epoch_start
+        metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        row = {"step": trainer.global_step, "epoch": trainer.current_epoch, "val_neg_elbo": metrics.pop("val/bpd")}
+        row |= {name.replace("/", "_"): value for name, value in metrics.items()}
+        if self._epoch_neg_elbo:
+            row["train_neg_elbo"] = sum(self._epoch_neg_elbo) / len(self._epoch_neg_elbo)
+        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row |= {"images_per_second": round(self._epoch_images / seconds, 2), "seconds": round(seconds, 2)}
+        row["peak_memory_mib"] = round(peak_memory(pl_module.device) / 2**20)
+        if trainer.is_global_zero:
+            self._epochs.append([row])
+            print(
+                f"\nstep {row['step']}: validation -ELBO {row['val_neg_elbo']:.3f} bits/dim "
+                f"(distortion {row['val_distortion']:.3f}, rate {row['val_rate']:.3f})",
+                flush=True,
+            )
+            if trainer.logger:
+                values = {k.replace("val_", "val/", 1): v for k, v in row.items()}
+                trainer.logger.log_metrics(values, step=trainer.global_step)
+        self._epoch_neg_elbo, self._epoch_images = [], 0
+        self._epoch_start = self._step_start = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
+        self._write(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: DensityTraining, exception: BaseException) -> None:
+        if hasattr(self, "_pending"):
+            self._write(trainer)
+
+
+class ImageGrids(pl.Callback):
+    """At each validation, with the averaged weights: a grid of samples and one of images beside their reconstructions.
+
+    Arguments:
+        folder: Where samples_STEP.png and reconstructions_STEP.png go.
+        columns: The grids have `columns` x `columns` images.
+        temperature: Of the samples.
+        batch: Images computed at a time.
+        seed: The noise is the same at every validation, so that grids can be compared.
+    """
+
+    def __init__(self, folder: str | Path, *, columns: int, temperature: float, batch: int, seed: int):
+        self.folder = Path(folder)
+        self.columns, self.temperature, self.batch, self.seed = columns, temperature, batch, seed
+        self._images: list[Tensor] = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if sum(map(len, self._images)) < max(1, self.columns**2 // 2):
+            images, indices = batch
+            self._images.append(images[indices >= 0].cpu())
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
+        images, self._images = self._images, []
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        model, step = pl_module.averaged_model, trainer.global_step
+        samples = sample_images(model, self.columns**2, self.temperature, seed=self.seed, batch=self.batch)
+        originals = torch.cat(images)[: max(1, self.columns**2 // 2)]
+        parts = [reconstruct(model, part, seed=self.seed) for part in originals.split(self.batch)]
+        grids = {"samples": samples, "reconstructions": side_by_side(originals, torch.cat(parts))}
+        for name, grid in grids.items():
+            path = save_grid(grid, self.folder / f"{name}_{step:07d}.png", self.columns)
+            if isinstance(trainer.logger, pl.loggers.WandbLogger):
+                trainer.logger.log_image(key=f"val/{name}", images=[str(path)], step=step)
+
+
+class ValidateAtEnd(pl.Callback):
+    """Has a run that reaches its step or epoch limit between two validations validate once more before it ends."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.check_val_every_n_epoch = 1
+            trainer.should_stop = True
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process has held, on the GPU if it uses one, else in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,82 @@
+"""Reading the project's own checkpoints without executing anything that is stored in them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import ConfigError, TrainConfig
+from .DensityVAE import DensityVAE
+
+AVERAGE_PREFIX = "average.module."
+REQUIRED = {"state_dict", "hyper_parameters", "global_step"}
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message is one line that names the file."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint's dictionary, loaded to the CPU with `weights_only=True`.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is damaged, unsafe, or no checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        stored = re.search(r"GLOBAL (\S+)", str(error))
+        if stored:
+            raise CheckpointError(f"{path} holds a {stored[1]}; only tensors and plain values are loaded") from None
+        raise CheckpointError(f"{path} is not a checkpoint, or is cut off") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint, or is cut off ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= REQUIRED:
+        raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(REQUIRED))}")
+    return checkpoint
+
+
+def stored_config(checkpoint: dict[str, Any], path: str | Path) -> TrainConfig:
+    """The configuration of the run that wrote the checkpoint."""
+    try:
+        config = TrainConfig.from_dict(checkpoint["hyper_parameters"])
+        config.validate()
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path} was not written by this version of train.py: {error}") from None
+    return config
+
+
+def load_model(
+    path: str | Path, image_sizes: dict[str, tuple[int, int]], backend: str = "auto"
+) -> tuple[DensityVAE, TrainConfig, int]:
+    """A run's model with its averaged weights, in evaluation mode on the CPU; its configuration; its optimizer steps.
+
+    Arguments:
+        path: Checkpoint written by `train.py`.
+        image_sizes: (height, width) of the images of each data set by its name.
+        backend: Of the sweeps, see `lib.nn.SDNLayer`.
+
+    Raises:
+        CheckpointError: if the file cannot be read or its tensors do not fit its configuration.
+    """
+    checkpoint = read_checkpoint(path)
+    config = stored_config(checkpoint, path)
+    if config.dataset not in image_sizes:
+        raise CheckpointError(f"{path} is of the data set {config.dataset}; known are {', '.join(image_sizes)}")
+    image_size = image_sizes[config.dataset]
+    model = DensityVAE(image_size, **config.architecture(), backend=backend, analytic_kl=config.analytic_kl)
+    state = checkpoint["state_dict"]
+    average = {k.removeprefix(AVERAGE_PREFIX): v for k, v in state.items() if k.startswith(AVERAGE_PREFIX)}
+    try:
+        model.load_state_dict(average)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not fit its own configuration: {reason[:300]}") from None
+    return model.eval(), config, checkpoint["global_step"]

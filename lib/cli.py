@@ -1,0 +1,29 @@
+"""How the entry scripts report bad input: one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that reports a wrong flag as one line, without the usage, and takes no abbreviations."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+@contextmanager
+def one_line_errors(program: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns exceptions of these kinds, whose messages are meant for the user, into one line and status 2."""
+    try:
+        yield
+    except kinds as error:
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,162 @@
+"""The typed configuration of a training run. `train.py` makes one flag of each field."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from .nn import BACKENDS, BORDERS
+from .probability import OBSERVATIONS, POSTERIORS, PRIORS
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+ARCHITECTURE = "Architecture"
+
+
+class ConfigError(ValueError):
+    """A flag that is unknown, out of range or contradicts another; the message is one line."""
+
+
+def _flag(default: Any, group: str, meaning: str, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = dict(group=group, meaning=meaning, choices=choices)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """All settings of `train.py`; names are the authors' release's, defaults the CIFAR10 recipe on one device.
+
+    Raises:
+        ConfigError: from `validate`, before anything is touched.
+    """
+
+    task: str = _flag("density_estimation", "Run", "what to train", ("density_estimation",))
+    exp_name: str = _flag("sdn", "Run", "name of the experiment: its folder under checkpoints/ and figs/")
+    random_seed: int = _flag(1234, "Run", "seed of weights, data order, augmentation and noise")
+    iters: int = _flag(1_000_000, "Run", "stop after this many optimizer steps")
+    max_epochs: int = _flag(-1, "Run", "stop after this many epochs, if that comes first; -1: no limit")
+    output_dir: str = _flag(".", "Run", "where checkpoints/ and figs/ are")
+    make_checkpoint: bool = _flag(False, "Run", "keep checkpoints: the best and the last")
+    use_checkpoint: bool = _flag(False, "Run", "go on from the experiment's last checkpoint")
+
+    dataset: str = _flag("CIFAR10", "Data", "CIFAR10, ImageNet32, CelebAHQ256 or Photos32")
+    root: str = _flag("data", "Data", "folder that holds the data sets")
+    num_workers: int = _flag(2, "Data", "loader processes of each training process")
+    batch: int = _flag(32, "Data", "batch size of each device")
+    batch_val: int = _flag(0, "Data", "batch size of validation on each device; 0 or less: the same as batch")
+
+    depth: int = _flag(15, ARCHITECTURE, "number of ladder layers; layer 0 is at the image's scale")
+    ds_list: list[int] = _flag([5, 10], ARCHITECTURE, "layers that halve the scale, each in 0 ... depth-1")
+    downsample_first: bool = _flag(False, ARCHITECTURE, "halve the scale in the first convolution already")
+    h_size: int = _flag(200, ARCHITECTURE, "deterministic channels")
+    z_size: int = _flag(4, ARCHITECTURE, "latent channels of each layer")
+    post_model: str = _flag("IAF", ARCHITECTURE, "posterior", tuple(POSTERIORS))
+    prior_model: str = _flag("IsoGaussian", ARCHITECTURE, "prior", tuple(PRIORS))
+    obs_model: str = _flag("DML", ARCHITECTURE, "observation model", OBSERVATIONS)
+    mix_components: int = _flag(5, ARCHITECTURE, "mixture components of DML")
+    nbits: int = _flag(8, ARCHITECTURE, "bits per colour, 1 to 8")
+    sdn_max_scale: int = _flag(32, ARCHITECTURE, "largest scale with SDN layers; 0: none, the IAF-VAE+ baseline")
+    sdn_min_scale: int = _flag(0, ARCHITECTURE, "smallest scale with SDN layers")
+    sdn_nfeat_0: int = _flag(360, ARCHITECTURE, "features of the first SDN layers")
+    sdn_nfeat_diff: int = _flag(128, ARCHITECTURE, "fewer features after each downsampling SDN layer, not below 50")
+    sdn_num_dirs: int = _flag(2, ARCHITECTURE, "directions of each SDN layer, 1 to 4")
+    border: str = _flag("zeros", ARCHITECTURE, "first line of a sweep: corrected (paper) or kept (release)", BORDERS)
+
+    lrate: float = _flag(0.002, "Optimization", "learning rate of Adamax")
+    lrate_decay: float = _flag(0.999, "Optimization", "multiplies the learning rate after each epoch; 1: constant")
+    free_bits: float = _flag(0.01, "Optimization", "nats of KL that each layer has for free")
+    ema_coef: float = _flag(0.999, "Optimization", "decay per step of the weight average used to evaluate and sample")
+    analytic_kl: bool = _flag(False, "Optimization", "closed-form KL; needs --post_model IsoGaussian")
+    accumulate_grad_batches: int = _flag(1, "Optimization", "batches per optimizer step")
+
+    gpus: int | None = _flag(None, "Hardware", "GPUs of each node; default: 1 if there is one, else 0, the CPU")
+    num_processes: int = _flag(1, "Hardware", "processes of each node when --gpus is 0")
+    num_nodes: int = _flag(1, "Hardware", "machines")
+    distributed_backend: str = _flag("ddp", "Hardware", "how several processes work together", ("ddp", "ddp_spawn"))
+    amp: bool = _flag(
+        False, "Hardware", "float16 with loss scaling, as the authors; on a CPU bfloat16; not with --precision"
+    )
+    precision: str | None = _flag(None, "Hardware", "numbers' precision; default 32-true", PRECISIONS)
+    backend: str = _flag("auto", "Hardware", "implementation of the sweeps", BACKENDS)
+    profiler_mode: bool = _flag(False, "Hardware", "print where a run's time goes")
+
+    logger: str = _flag(
+        "auto", "Logging", "dashboard beside the CSV files; auto: wandb if installed", ("auto", "wandb", "none")
+    )
+    check_val_every_n_epoch: int = _flag(1, "Logging", "epochs between validations")
+    figsize: int = _flag(8, "Logging", "sample and reconstruction grids have figsize x figsize images")
+    sampling_temperature: float = _flag(0.85, "Logging", "temperature of the sample grids")
+
+    def validate(self) -> None:
+        """Checks every field and how they go together; raises ConfigError."""
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata["choices"], getattr(self, field.name)
+            if choices and value is not None and value not in choices:
+                raise ConfigError(f"--{field.name} must be one of {', '.join(choices)}; got {value}")
+        for name in ("iters", "batch", "depth", "h_size", "z_size", "mix_components", "accumulate_grad_batches"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("num_processes", "num_nodes", "check_val_every_n_epoch", "figsize"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("num_workers", "free_bits", "sampling_temperature", "sdn_max_scale", "sdn_min_scale"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("sdn_nfeat_0", "sdn_nfeat_diff", "random_seed"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("gpus", self.gpus is None or self.gpus >= 0, "0 (the CPU) or more")
+        self._require("max_epochs", self.max_epochs == -1 or self.max_epochs >= 1, "-1 (no limit) or at least 1")
+        self._require("lrate", self.lrate > 0, "above 0")
+        self._require("lrate_decay", 0 < self.lrate_decay <= 1, "above 0 and at most 1")
+        self._require("ema_coef", 0 <= self.ema_coef < 1, "at least 0 and below 1")
+        self._require("nbits", 1 <= self.nbits <= 8, "1 to 8")
+        name_ok = self.exp_name not in ("", ".", "..") and not set(self.exp_name) & set("/\\\0")
+        self._require("exp_name", name_ok, "a plain folder name")
+        wrong = [i for i in self.ds_list if i not in range(self.depth)]
+        if wrong:
+            raise ConfigError(
+                f"--ds_list entries must lie in 0 ... {self.depth - 1} (--depth {self.depth}); got {wrong}"
+            )
+        if self.sdn_num_dirs > 4:
+            raise ConfigError(f"--sdn_num_dirs must be at most 4; got {self.sdn_num_dirs}")
+        if self.sdn_max_scale > 0 and (self.sdn_num_dirs < 1 or self.sdn_nfeat_0 < 1):
+            raise ConfigError("--sdn_num_dirs and --sdn_nfeat_0 must be at least 1, or --sdn_max_scale 0 (no SDN)")
+        if self.sdn_max_scale > 0 and self.sdn_min_scale > self.sdn_max_scale:
+            raise ConfigError(f"--sdn_min_scale {self.sdn_min_scale} is above --sdn_max_scale {self.sdn_max_scale}")
+        if self.amp and self.precision is not None:
+            raise ConfigError("--amp and --precision exclude each other; --amp is --precision 16-mixed")
+        if self.analytic_kl and self.post_model != "IsoGaussian":
+            raise ConfigError(f"--analytic_kl needs --post_model IsoGaussian; got {self.post_model}")
+        if self.gpus and self.num_processes > 1:
+            raise ConfigError("--num_processes is for the CPU; with --gpus N there are N processes")
+
+    def _require(self, name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise ConfigError(f"--{name} must be {allowed}; got {getattr(self, name)}")
+
+    def architecture(self) -> dict[str, Any]:
+        """The arguments of `DensityVAE` that the state dict depends on."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["group"] == ARCHITECTURE}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, as a checkpoint stores them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; fields that a later version added get their default."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(stored) - known)
+        if unknown:
+            raise ConfigError(f"the stored configuration has unknown fields: {', '.join(unknown)}")
+        return cls(**stored)
+
+
+def flag_type(name: str) -> tuple[type, bool]:
+    """The element type of a flag and whether it takes a list."""
+    hint = get_type_hints(TrainConfig)[name]
+    if hint == list[int]:
+        return int, True
+    for plain in (bool, int, float, str):
+        if hint in (plain, plain | None):
+            return plain, False
+    raise TypeError(f"{name}: {hint}")

@@ -1,0 +1,1 @@
+"""Evaluation of a trained density VAE: likelihoods, samples, pictures."""

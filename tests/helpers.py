@@ -1,0 +1,64 @@
+"""What several tests need: golden vectors, relative errors, small models, running the entry scripts."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib.DensityVAE import DensityVAE
+
+REPOSITORY = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+SMALL = dict(h_size=8, z_size=2, depth=3, ds_list=[0, 2], nbits=8, mix_components=2)
+SMALL_SDN = SMALL | dict(sdn_max_scale=8, sdn_nfeat_0=6, sdn_nfeat_diff=2, sdn_num_dirs=2)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected; the plain norm if that is zero."""
+    difference = (actual.detach().double() - expected.double()).norm()
+    scale = expected.double().norm()
+    return (difference / scale if scale > 0 else difference).item()
+
+
+def released_tiny_model(name: str, **options) -> DensityVAE:
+    """A golden checkpoint's averaged weights in our model."""
+    checkpoint = torch.load(GOLDEN / f"{name}.ckpt", map_location="cpu", weights_only=True)
+    arguments = "h_size z_size depth ds_list downsample_first post_model prior_model obs_model nbits mix_components"
+    arguments += " sdn_min_scale sdn_max_scale sdn_nfeat_0 sdn_nfeat_diff sdn_num_dirs"
+    stored = checkpoint["hyper_parameters"]
+    model = DensityVAE(32, **{name: stored[name] for name in arguments.split()}, border="keep", **options)
+    prefix = "ema.shadow_params."
+    state = {}
+    for key, tensor in checkpoint["state_dict"].items():
+        if key.startswith(prefix):
+            key = key.removeprefix(prefix).replace("^", ".")
+            key = re.sub(r"^first_layer\.0", "first_layer", re.sub(r"^last_layer\.2", "last_layer.1", key))
+            key = re.sub(r"weight_([gv])$", lambda m: f"parametrizations.weight.original{'gv'.index(m[1])}", key)
+            state[key] = tensor
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def run(script: str, *arguments: object, cwd: Path = REPOSITORY, timeout: int = 600, **environment: str):
+    """Runs an entry script as a user would; the finished process with its text output."""
+    command = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
+    quiet = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | quiet | environment
+    )
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str, status: int = 2) -> None:
+    """The process failed with `status`, and its last line on stderr, which has no traceback, holds all `parts`."""
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    for part in parts:
+        assert part in last, last

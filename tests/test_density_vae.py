@@ -1,0 +1,280 @@
+"""The density VAE: golden numbers, assembly, generation, and the importance-weighted bound."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import GOLDEN, SMALL, SMALL_SDN, relative_error, released_tiny_model
+
+from lib.DensityVAE import DensityVAE
+from lib.DensityVAE.training import free_bits_objective
+from lib.evaluation.likelihood import importance_weighted, negative_elbo, negative_log_likelihood
+from lib.evaluation.synthesis import reconstruct, sample_images
+from lib.nn import ResSDNLayer
+from lib.utils import keyed_noise, nats_to_bits_per_dim
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["tiny_8bit", "tiny_5bit"])
+@torch.no_grad()
+def test_golden_model(name, backend):
+    model = released_tiny_model(name, backend=backend)
+    expected = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{name}_expected.npz").items()}
+    depth = len(model.ladder_layers)
+    output = model(expected["x"], [expected[f"noise/{i}"] for i in range(depth)])
+    actual = {f"z/{i}": z for i, z in enumerate(output.latents)}
+    actual["top_of_bottom_up"] = model.bottom_up(expected["x"])[1]
+    actual |= {"kl": output.rates.sum(1), "logpxz": -output.distortion, "params": output.params}
+    actual["elbo_bpd"] = nats_to_bits_per_dim(-output.elbo, model.image_shape)
+    actual["decode_z"] = model.decode([expected[f"z/{i}"] for i in range(depth)])
+    params, _ = model.sample(1, temperature=0.0)
+    actual["sample_temperature0"] = model.observation.most_probable(params)
+    assert expected.keys() - actual.keys() == {"x", *(f"noise/{i}" for i in range(depth))}
+    for key, tensor in actual.items():
+        assert relative_error(tensor, expected[key]) < 1e-4, key
+
+
+def small_model(seed: int = 0, image_size=8, **changes) -> DensityVAE:
+    torch.manual_seed(seed)
+    return DensityVAE(image_size, **(SMALL_SDN | changes))
+
+
+def random_images(model: DensityVAE, batch: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, *model.image_shape), dtype=torch.uint8, generator=generator)
+
+
+VARIANTS = {
+    "sdn": {},
+    "cnn": dict(sdn_max_scale=0, sdn_nfeat_0=0, sdn_num_dirs=0),
+    "gaussian": dict(post_model="IsoGaussian"),
+    "analytic": dict(post_model="IsoGaussian", analytic_kl=True),
+    "dl": dict(obs_model="DL"),
+    "downsample first": dict(downsample_first=True),
+    "wide": dict(image_size=(8, 12)),
+    "five bits": dict(nbits=5),
+    "one layer": dict(depth=1, ds_list=[]),
+    "to scale 1": dict(image_size=4, depth=5, ds_list=[0, 1, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_learns_and_shapes_fit(variant):
+    model = small_model(**VARIANTS[variant])
+    torch.nn.init.normal_(model.h)  # it starts at zero, and so would the gradients of what follows it
+    x = model.observation.encode(random_images(model, 2))
+    output = model(x)
+    depth = len(model.ladder_layers)
+    assert output.distortion.shape == (2,) and output.rates.shape == (2, depth)
+    assert [tuple(z.shape) for z in output.latents] == [(2, *shape) for shape in model.latent_shapes]
+    assert output.params.shape == (2, model.observation.param_channels, *model.image_shape[1:])
+    torch.testing.assert_close(output.elbo, -output.distortion - output.rates.sum(1))
+    free_bits_objective(output, 0.0).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and variant == "to scale 1" and name.startswith("ladder_layers.") and name[14] in "1234":
+            assert parameter.grad is not None, name  # one position has no neighbours, so some weights are idle
+        elif parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        else:
+            assert name.startswith(f"ladder_layers.{depth - 1}.up_b"), name
+
+
+@pytest.mark.parametrize("variant", ["sdn", "downsample first", "wide"])
+def test_noise_makes_a_pass_reproducible_and_decode_inverts_it(variant):
+    model = small_model(**VARIANTS[variant])
+    x = model.observation.encode(random_images(model, 2))
+    noise = keyed_noise(model.latent_shapes, 0, range(2))
+    first, second = model(x, noise), model(x, noise)
+    assert torch.equal(first.params, second.params) and torch.equal(first.rates, second.rates)
+    torch.testing.assert_close(model.decode(first.latents), first.params)
+
+
+@torch.no_grad()
+def test_fixed_layers_stay_and_the_others_are_drawn():
+    model = small_model()
+    _, latents = model.sample(3, generator=torch.Generator().manual_seed(0))
+    given = [latents[0], None, latents[2]]
+    _, mixed = model.sample(3, generator=torch.Generator().manual_seed(1), latents=given)
+    assert torch.equal(mixed[0], latents[0]) and torch.equal(mixed[2], latents[2])
+    assert not torch.equal(mixed[1], latents[1])
+    again = [model.sample(3, temperature=0.0, latents=given)[0] for _ in range(2)]
+    assert torch.equal(*again), "at temperature 0 nothing is random"
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_are_independent():
+    model = small_model().double()
+    x = model.observation.encode(random_images(model, 3)).double()
+    noise = [eps.double() for eps in keyed_noise(model.latent_shapes, 0, range(3))]
+    whole = model(x, noise)
+    alone = model(x[1:2], [eps[1:2] for eps in noise])
+    torch.testing.assert_close(alone.params, whole.params[1:2])
+    torch.testing.assert_close(alone.rates, whole.rates[1:2])
+
+
+def test_sdn_is_placed_featured_and_directed_as_specified():
+    model = DensityVAE(
+        16, h_size=8, z_size=2, depth=4, ds_list=[1, 2], mix_components=1, sdn_min_scale=8, sdn_max_scale=16,
+        sdn_nfeat_0=80, sdn_nfeat_diff=20, sdn_num_dirs=3,
+    )  # fmt: skip
+    blocks = [block for layer in model.ladder_layers for block in (layer.down_a, layer.down_b)]
+    assert [isinstance(block, ResSDNLayer) for block in blocks] == [True] * 6 + [False] * 2
+    sdn = [block.sdn for block in [*blocks[:6], model.last_layer[1]]]
+    features = [layer.project_in_stage.out_channels for layer in sdn]
+    assert features == [80, 80, 80, 80, 60, 60, 80], "drops after the downsampling layer 1; the last layer starts anew"
+    directions = [layer.dirs for layer in sdn]
+    assert directions == [(0, 1, 2), (3, 0, 1), (2, 3, 0), (1, 2, 3), (0, 1, 2), (3, 0, 1), (2, 3, 0, 1)]
+
+
+def test_sdn_features_never_fall_below_fifty_nor_rise():
+    for first, expected in ((70, [70, 50]), (30, [30, 30])):
+        model = DensityVAE(
+            8, h_size=8, z_size=2, depth=2, ds_list=[0], mix_components=1, sdn_max_scale=8, sdn_nfeat_0=first,
+            sdn_nfeat_diff=128, sdn_num_dirs=1,
+        )  # fmt: skip
+        assert [layer.down_a.sdn.project_in_stage.out_channels for layer in model.ladder_layers] == expected
+
+
+def test_free_bits_follow_the_paper():
+    class Fixed:
+        distortion = torch.tensor([10.0, 20.0])
+        rates = torch.tensor([[0.0, 3.0], [0.5, 5.0]])  # means 0.25 and 4
+
+    assert free_bits_objective(Fixed, 1.0) == 15 + 1 + 4
+    assert free_bits_objective(Fixed, 0.0) == 15 + 0.25 + 4
+
+
+@torch.no_grad()
+def test_importance_weighted_bound():
+    """Equals the ELBO at one sample, does not depend on chunks, and in expectation never falls with more samples."""
+    model = small_model().double()
+    images = random_images(model, 4)
+    x = model.observation.encode(images).double()
+    indices = list(range(4))
+    noise = [eps.double() for eps in keyed_noise(model.latent_shapes, 0, indices)]
+    one = importance_weighted(model, x, indices, samples=1, chunk=4, seed=0)
+    torch.testing.assert_close(one, model(x, noise).elbo)
+
+    results = [importance_weighted(model, x, indices, samples=10, chunk=chunk, seed=0) for chunk in (1, 7, 40)]
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+    # 64 samples, averaged in groups of K: the mean over groups of log-mean-exp grows with K for every single set of
+    # weights, by Jensen's inequality, so this cannot fail by chance.
+    weights = torch.stack(
+        [importance_weighted_single(model, x, indices, sample) for sample in range(64)], dim=1
+    )  # [4, 64] log-weights
+    bounds = []
+    for group in (1, 4, 16, 64):
+        grouped = weights.view(4, -1, group)
+        bounds.append((torch.logsumexp(grouped, dim=2) - math.log(group)).mean(1))
+    for smaller, larger in zip(bounds, bounds[1:], strict=False):
+        assert (larger >= smaller).all()
+    assert (bounds[-1] > bounds[0]).all()
+    torch.testing.assert_close(
+        bounds[-1], importance_weighted(model, x, indices, samples=64, chunk=50, seed=0)
+    )
+
+
+def importance_weighted_single(model, x, indices, sample):
+    noise = keyed_noise(model.latent_shapes, 0, indices, [sample] * len(indices))
+    return model(x, [eps.double() for eps in noise]).elbo
+
+
+@torch.no_grad()
+def test_importance_weights_are_one_sample_in_a_model_with_analytic_kl():
+    analytic = small_model(post_model="IsoGaussian", analytic_kl=True)
+    sampled = small_model(post_model="IsoGaussian")
+    x = analytic.observation.encode(random_images(analytic, 2))
+    pair = [importance_weighted(m, x, [0, 1], samples=3, chunk=8, seed=0) for m in (analytic, sampled)]
+    torch.testing.assert_close(*pair)
+    assert not torch.allclose(analytic(x).rates, sampled(x).rates)
+
+
+def test_analytic_kl_is_the_expectation_of_the_estimate():
+    analytic = small_model(post_model="IsoGaussian", analytic_kl=True, depth=1, ds_list=[])
+    sampled = small_model(post_model="IsoGaussian", depth=1, ds_list=[])
+    x = analytic.observation.encode(random_images(analytic, 1)).expand(4000, -1, -1, -1)
+    with torch.no_grad():
+        estimates, exact = sampled(x).rates[:, 0], analytic(x).rates[:, 0]
+    assert abs(estimates.mean() - exact[0]) < 4 * estimates.std() / math.sqrt(4000)
+
+
+def test_evaluation_counts_real_images_once_whatever_the_batch():
+    model = small_model()
+    images, indices = random_images(model, 5), torch.arange(5)
+    whole = [(images, indices)]
+    padded = [
+        (images[:3], indices[:3]),
+        (torch.cat([images[3:], images[:1]]), torch.tensor([3, 4, -1])),
+        (images[:1], torch.tensor([-1])),
+    ]
+    for function, options in ((negative_elbo, {}), (negative_log_likelihood, dict(samples=3, chunk=4))):
+        a, b = (function(model, batches, seed=0, **options) for batches in (whole, padded))
+        assert a["images"] == b["images"] == 5
+        assert a["bits_per_dim"] == pytest.approx(b["bits_per_dim"], rel=1e-5)
+        assert a["standard_error"] == pytest.approx(b["standard_error"], rel=1e-4)
+    result = negative_elbo(model, whole, seed=0)
+    assert result["bits_per_dim"] == pytest.approx(result["distortion"] + sum(result["rate_per_layer"]), rel=1e-5)
+
+
+def test_samples_do_not_depend_on_the_batch_size():
+    model = small_model()
+    a, b = (sample_images(model, 5, 0.8, seed=3, batch=batch) for batch in (5, 2))
+    assert a.shape == (5, 3, 8, 8) and a.dtype == torch.uint8
+    assert (a.int() - b.int()).abs().max() <= 1
+    assert not torch.equal(a, sample_images(model, 5, 0.8, seed=4, batch=5))
+    draws = sample_images(model, 5, 0.8, seed=3, batch=5, output="sample")
+    assert not torch.equal(draws, a)
+    assert reconstruct(model, a, seed=0).shape == a.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_close_to_float32_with_likelihoods_in_float32(dtype):
+    model = small_model()
+    x = model.observation.encode(random_images(model, 2))
+    noise = keyed_noise(model.latent_shapes, 0, range(2))
+    exact = model(x, noise)
+    with torch.autocast("cpu", dtype=dtype):
+        output = model(x, noise)
+    assert output.distortion.dtype == output.rates.dtype == torch.float32
+    torch.testing.assert_close(output.elbo, exact.elbo, rtol=0.02, atol=0)
+    free_bits_objective(output, 0.0).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(h_size=0), "h_size must be at least 1, got 0"),
+        (dict(ds_list=[3]), r"ds_list entries must lie in 0 ... 2 \(depth 3\), got \[3\]"),
+        (dict(post_model="Flow"), "post_model must be one of IAF, IsoGaussian, got 'Flow'"),
+        (dict(prior_model="IAF"), "prior_model must be one of IsoGaussian, got 'IAF'"),
+        (dict(obs_model="MSE"), "obs_model must be one of DML, DL"),
+        (dict(sdn_num_dirs=5), "sdn_num_dirs 1 to 4"),
+        (dict(sdn_nfeat_0=0), "sdn_nfeat_0 must be at least 1"),
+        (dict(analytic_kl=True), "analytic_kl needs post_model IsoGaussian"),
+        (dict(image_size=7), "layer 0 cannot halve a map of 7x7"),
+        (dict(backend="cuda"), "backend must be one of"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_model(**changes)
+
+
+def test_wrong_inputs_say_what_is_allowed():
+    model = small_model()
+    with pytest.raises(ValueError, match=r"images must be \[batch, 3, 8, 8\], got \[1, 3, 9, 9\]"):
+        model(torch.zeros(1, 3, 9, 9))
+    with pytest.raises(ValueError, match="latents must have one entry for each of the 3 layers"):
+        model.sample(1, latents=[None])
+    with pytest.raises(ValueError, match=r"noise\[0\] must be \[1, 2, 2, 2\]"):
+        model.sample(1, noise=[torch.zeros(1, 2, 3, 3), None, None])
+
+
+def test_cnn_baseline_needs_no_sdn_arguments():
+    assert not any(isinstance(m, ResSDNLayer) for m in DensityVAE(8, **SMALL).modules())

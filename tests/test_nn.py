@@ -1,0 +1,271 @@
+"""SDNLayer and ResSDNLayer: the authors' numbers, what the equations imply, arguments, life as a module."""
+
+import copy
+import doctest
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lib import nn as sdn
+from lib.nn import ResSDNLayer, SDNLayer, Sweep, make_convolution
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "layers.json").read_text())
+BACKENDS = ["reference", "torch"]
+ONE_BY_ONE = dict(kernel_size=1, stride=1, padding=0)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN / "layers.npz") as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_authors_numbers(golden, case, backend):
+    layer = getattr(sdn, case["cls"])(**case["kwargs"], backend=backend)
+    layer.load_state_dict({name: golden[f"{case['name']}/param/{name}"] for name in layer.state_dict()})
+    x = golden[f"{case['name']}/input"].clone().requires_grad_()
+    output = layer(x)
+    (output * golden[f"{case['name']}/output_weight"]).sum().backward()
+
+    computed = {"output": output, "grad/input": x.grad}
+    computed |= {f"grad/{name}": parameter.grad for name, parameter in layer.named_parameters()}
+    for name, value in computed.items():
+        expected = golden[f"{case['name']}/{name}"]
+        assert value.shape == expected.shape, name
+        assert (value - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def cone(direction: int, height: int, width: int) -> torch.Tensor:
+    """Whether an output position [height * width] of one sweep may depend on an input position [height * width]."""
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    down = (row.flatten()[:, None] - row.flatten()).mul(-1 if direction == 3 else 1)
+    right = (column.flatten()[:, None] - column.flatten()).mul(-1 if direction == 1 else 1)
+    along, across = (right, down) if direction in (0, 1) else (down, right)
+    return (along >= 0) & (across.abs() <= along)
+
+
+def dependence(layer: torch.nn.Module, channels: int, height: int, width: int) -> torch.Tensor:
+    """Norm of the Jacobian's block for each pair of an output and an input position."""
+    x = torch.randn(1, channels, height, width, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(layer, x)[0, :, :, :, 0]  # [C, H, W, C, H, W]
+    positions = height * width
+    return jacobian.reshape(-1, positions, channels, positions).pow(2).sum(dim=(0, 2)).sqrt()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("border", sdn.BORDERS)
+@pytest.mark.parametrize("direction", sdn.DIRECTIONS)
+def test_one_sweep_depends_on_its_cone_only(direction, border, backend):
+    torch.manual_seed(0)
+    sweep = Sweep(3, direction, border=border, backend=backend).double()
+    blocks = dependence(sweep, 3, 5, 6)
+    inside = cone(direction, 5, 6)
+    assert (blocks[~inside] == 0).all()
+    assert (blocks[inside] > 0).all()
+
+
+@pytest.mark.parametrize("dirs", [[0, 2], [0, 1], [3, 1], [0, 1, 2, 3], [3, 1, 0, 2]], ids=str)
+def test_several_sweeps_depend_on_the_product_of_their_cones(dirs):
+    """Four directions, in any order, reach everything; two do not: with [0, 2] the top left sees itself only."""
+    torch.manual_seed(0)
+    height, width = 5, 4
+    layer = SDNLayer(2, 2, 3, dirs).double()
+    blocks = dependence(layer, 2, height, width)
+    reached = torch.eye(height * width)
+    for direction in dirs:
+        reached = (cone(direction, height, width).float() @ reached > 0).float()
+    assert torch.equal(blocks != 0, reached.bool())
+    assert bool(reached.all()) == (len(set(dirs)) == 4)
+    if dirs == [0, 2]:
+        assert blocks[0].nonzero().flatten().tolist() == [0]
+
+
+@pytest.mark.parametrize("direction", sdn.DIRECTIONS)
+def test_translation_equivariance(direction):
+    """With zero biases in all three stages an object on a zero background may be moved; it must stay away from the
+    edges along a line, where neighbours are missing. With several directions the effect of the edges comes back."""
+    torch.manual_seed(0)
+    layer = SDNLayer(2, 3, 4, [direction]).double()
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "bias" in name:
+                parameter.zero_()
+    lines, positions = 12, 28
+    image = torch.zeros(1, 2, lines, positions, dtype=torch.float64)
+    image[:, :, 4:6, 13:15] = torch.randn(1, 2, 2, 2, dtype=torch.float64)
+    moved = image.roll((1, 2), dims=(2, 3))
+    if direction in (0, 1):
+        outputs = [layer(x.transpose(2, 3)).transpose(2, 3) for x in (image, moved)]
+    else:
+        outputs = [layer(x) for x in (image, moved)]
+    before, after = outputs[0][:, :, :-1, :-2], outputs[1][:, :, 1:, 2:]
+    assert before.abs().max() > 0.01
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+def test_residual_layer_equals_its_formula(upsample):
+    torch.manual_seed(0)
+    layer = ResSDNLayer(3, 5, 4, [0, 3], 4, 2, 1, upsample).double()
+    x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
+    sdn_out, gate = layer.sdn(x)[:, :5], layer.sdn(x)[:, 5:]
+    expected = torch.sigmoid(gate) * layer.cnn(x) + (1 - torch.sigmoid(gate)) * sdn_out
+    torch.testing.assert_close(layer(x), expected)
+    assert layer(x).shape == (2, 5, 12, 16) if upsample else (2, 5, 3, 4)
+
+
+def test_output_keeps_the_memory_format():
+    x = torch.randn(2, 3, 5, 6)
+    for layer in (SDNLayer(3, 4, 4, [0, 2]), ResSDNLayer(3, 4, 4, [0, 2])):
+        assert layer(x).is_contiguous()
+        assert layer(x.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(layer(x), layer(x.contiguous(memory_format=torch.channels_last)))
+
+
+NAMES = [
+    "project_in_stage.weight",
+    "project_in_stage.bias",
+    "sdn_correction_stage.0.cell.gru.weight_ih",
+    "sdn_correction_stage.0.cell.gru.weight_hh",
+    "sdn_correction_stage.0.cell.gru.bias_ih",
+    "sdn_correction_stage.0.cell.gru.bias_hh",
+    "project_out_stage.weight",
+    "project_out_stage.bias",
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_parameter_names(backend):
+    assert list(SDNLayer(2, 3, 4, [2], backend=backend).state_dict()) == NAMES
+    residual = ResSDNLayer(2, 3, 4, [2], backend=backend)
+    assert list(residual.state_dict()) == [f"sdn.{name}" for name in NAMES] + ["cnn.weight", "cnn.bias"]
+
+
+def test_parameter_counts_of_the_paper():
+    def count(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    assert count(SDNLayer(200, 200, 200, [0], **ONE_BY_ONE)) == 561_600
+    assert count(SDNLayer(200, 200, 200, [0, 1], **ONE_BY_ONE)) == 1_042_800
+    assert count(SDNLayer(200, 200, 200, [0, 1, 2, 3], **ONE_BY_ONE)) == 2_005_200
+    assert count(make_convolution(200, 200, 3, 1, 1, False)) == 360_200
+    assert count(make_convolution(200, 200, 5, 1, 2, False)) == 1_000_200
+
+
+def test_sweep_parameters_start_as_a_gru_cell():
+    cell = Sweep(100, 0).cell.gru
+    for parameter in cell.parameters():
+        parameter = parameter.detach()
+        assert parameter.abs().max() <= 0.1
+        assert parameter.std() == pytest.approx(0.1 / 3**0.5, rel=0.15)
+
+
+WRONG_ARGUMENTS = [
+    (dict(dirs=[4]), r"unknown direction 4 in dirs; allowed are 0 \(columns, left to right\)"),
+    (dict(dirs=[-1]), "unknown direction -1 in dirs; allowed are 0"),
+    (dict(dirs=[True]), "unknown direction True in dirs; allowed are 0"),
+    (dict(dirs=["0"]), "unknown direction '0' in dirs; allowed are 0"),
+    (dict(dirs=[]), "dirs must name at least one direction; allowed are 0"),
+    (dict(dirs=3), "dirs must be a sequence of directions, got 3; allowed are 0"),
+    (dict(in_ch=0), "in_ch must be an integer >= 1, got 0"),
+    (dict(out_ch=-2), "out_ch must be an integer >= 1, got -2"),
+    (dict(num_features=0), "num_features must be an integer >= 1, got 0"),
+    (dict(num_features=2.0), "num_features must be an integer >= 1, got 2.0"),
+    (dict(kernel_size=0), "kernel_size must be an integer >= 1, got 0"),
+    (dict(stride=0), "stride must be an integer >= 1, got 0"),
+    (dict(padding=-1), "padding must be an integer >= 0, got -1"),
+    (dict(border="none"), "border must be one of 'zeros', 'keep', got 'none'"),
+    (dict(backend="cuda"), "backend must be one of 'auto', 'reference', 'torch'.*, got 'cuda'"),
+    (dict(upsample=True), "upsample=True needs stride >= 2 .*kernel_size=4, stride=2, padding=1"),
+    (dict(upsample=True, stride=3, kernel_size=2), "needs kernel_size >= stride.*got kernel_size=2, stride=3"),
+    (dict(upsample=True, stride=2, kernel_size=2, padding=1), r"needs kernel_size > 2 \* padding, got kernel_size=2"),
+]
+
+
+@pytest.mark.parametrize("layer_class", [SDNLayer, ResSDNLayer])
+@pytest.mark.parametrize("changed, message", WRONG_ARGUMENTS, ids=lambda value: str(value)[:40])
+def test_wrong_arguments(layer_class, changed, message):
+    arguments = dict(in_ch=2, out_ch=3, num_features=4, dirs=[0]) | changed
+    with pytest.raises(ValueError, match=message):
+        layer_class(**arguments)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((2, 3, 8, 8), r"input must be \[batch, 2, height, width\], got \[2, 3, 8, 8\]"),
+        ((2, 8, 8), r"input must be \[batch, 2, height, width\], got \[2, 8, 8\]"),
+        ((1, 2, 8, 1), "input must be at least 2 high and wide for this kernel, got"),
+    ],
+)
+def test_wrong_input(shape, message):
+    for layer in (SDNLayer(2, 3, 4, [0], 4, 2, 1), ResSDNLayer(2, 3, 4, [0], 4, 2, 1)):
+        with pytest.raises(ValueError, match=message):
+            layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle", "torch.save"])
+def test_copies_compute_the_same(copied):
+    layer = ResSDNLayer(2, 3, 4, [0, 3], border="keep")
+    if copied == "deepcopy":
+        other = copy.deepcopy(layer)
+    elif copied == "pickle":
+        other = pickle.loads(pickle.dumps(layer))
+    else:
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    x = torch.randn(2, 2, 5, 4)
+    assert torch.equal(other(x), layer(x))
+    assert repr(other) == repr(layer)
+
+
+def test_repr_tells_the_sweeps():
+    assert "rows, bottom to top, border='keep', backend='torch'" in repr(Sweep(2, 3, border="keep", backend="torch"))
+
+
+def test_docstring_examples():
+    result = doctest.testmod(sdn)
+    assert result.attempted >= 2
+    assert result.failed == 0
+
+
+ALONE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from nn import SDNLayer
+torch.manual_seed(0)
+layer = SDNLayer(1, 1, num_features=6, dirs=[0, 1, 2, 3])
+image, target = torch.randn(4, 1, 6, 6), torch.randn(4, 1, 6, 6)
+optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+losses = []
+for _ in range(40):
+    optimizer.zero_grad()
+    loss = (layer(image) - target).square().mean()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < 0.8 * losses[0], losses
+"""
+
+
+def test_the_file_alone_trains(tmp_path):
+    """Copied to an empty folder, with nothing of the repository on the path (-I)."""
+    shutil.copy(sdn.__file__, tmp_path / "nn.py")
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,246 @@
+"""Trains a density VAE: flags -> configuration -> data and model -> Lightning Trainer. `python train.py --help`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.utilities import rank_zero_only
+
+from data.datamodule import ImageDataModule
+from data.get_dataset import DATASETS, DataError
+from lib.callbacks import ImageGrids, MetricsLog, ValidateAtEnd
+from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
+from lib.cli import OneLineParser, one_line_errors
+from lib.config import ConfigError, TrainConfig, flag_type
+from lib.DensityVAE import DensityVAE
+from lib.DensityVAE.training import DensityTraining
+
+
+def make_parser() -> OneLineParser:
+    """One flag for each field of `TrainConfig`, in its groups."""
+    parser = OneLineParser("train.py", description=__doc__)
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        kind, is_list = flag_type(field.name)
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        options: dict[str, Any] = {"help": field.metadata["meaning"], "default": default}
+        if kind is bool:
+            options["action"] = "store_true"
+        else:
+            options |= {"type": kind, "choices": field.metadata["choices"], "metavar": kind.__name__.upper()}
+            if field.metadata["choices"]:
+                options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
+            if is_list:
+                options["nargs"] = "*"
+        groups[title].add_argument(f"--{field.name}", **options)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = TrainConfig(**vars(make_parser().parse_args(arguments)))
+    with one_line_errors("train.py", ConfigError, DataError, CheckpointError):
+        config.validate()
+        if config.dataset not in DATASETS:
+            raise ConfigError(f"--dataset must be one of {', '.join(DATASETS)}; got {config.dataset}")
+        devices = choose_devices(config)
+        run_folder = Path(config.output_dir) / "checkpoints" / config.exp_name
+        resume_from = find_checkpoint(config, run_folder)
+        train(config, devices, run_folder, resume_from)
+
+
+def choose_devices(config: TrainConfig) -> dict[str, Any]:
+    """The Trainer's accelerator and number of devices."""
+    available = torch.cuda.device_count()
+    gpus = min(1, available) if config.gpus is None else config.gpus
+    if gpus > available:
+        hint = " (a smaller --gpus with --accumulate_grad_batches keeps the global batch)" if available else ""
+        raise ConfigError(f"--gpus {gpus}: this machine has {available or 'none; --gpus 0 runs on the CPU'}{hint}")
+    if gpus:
+        return {"accelerator": "gpu", "devices": gpus}
+    return {"accelerator": "cpu", "devices": config.num_processes}
+
+
+def find_checkpoint(config: TrainConfig, run_folder: Path) -> Path | None:
+    """The checkpoint to go on from. An experiment that exists is never overwritten, nor continued as another one."""
+    last = run_folder / "last.ckpt"
+    if not config.use_checkpoint:
+        if last.exists():
+            raise ConfigError(
+                f"{run_folder} holds a run already: --use_checkpoint goes on with it, another --exp_name starts anew"
+            )
+        return None
+    if not last.exists():
+        say(f"--use_checkpoint: there is no {last} yet, so this run starts anew")
+        return None
+    stored = stored_config(read_checkpoint(last), last)
+    now, before = config.to_dict(), stored.to_dict()
+    changed = [field.name for field in dataclasses.fields(TrainConfig) if now[field.name] != before[field.name]]
+    fixed = {*config.architecture(), "task", "dataset"}
+    wrong = [f"--{name} {now[name]} (there {before[name]})" for name in changed if name in fixed]
+    if wrong:
+        raise ConfigError(f"{last} is of another model: {', '.join(wrong)}; use its flags or another --exp_name")
+    for name in changed:
+        if name not in ("use_checkpoint", "output_dir", "root"):
+            say(f"note: --{name} is now {now[name]}, was {before[name]}")
+    return last
+
+
+def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume_from: Path | None) -> None:
+    """Trains, from `resume_from` if given."""
+    quiet_lightning()
+    pl.seed_everything(config.random_seed, workers=True, verbose=False)
+    batch_val = config.batch_val if config.batch_val > 0 else config.batch
+    data = ImageDataModule(config.dataset, config.root, config.batch, batch_val, config.num_workers, config.random_seed)
+    data.prepare_data()  # what is missing is said before anything is built
+    try:
+        model = DensityVAE(
+            DATASETS[config.dataset].shape[1:],
+            **config.architecture(),
+            backend=config.backend,
+            analytic_kl=config.analytic_kl,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+    figures = Path(config.output_dir) / "figs" / config.exp_name
+    grids = ImageGrids(
+        figures,
+        columns=config.figsize,
+        temperature=config.sampling_temperature,
+        batch=batch_val,
+        seed=config.random_seed,
+    )
+    callbacks = [ValidateAtEnd(), MetricsLog(run_folder), grids, TQDMProgressBar(refresh_rate=10)]
+    if config.make_checkpoint:
+        common = dict(dirpath=str(run_folder), enable_version_counter=False)
+        callbacks += [
+            ModelCheckpoint(filename="best", monitor="val/bpd", mode="min", **common),
+            ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common),
+        ]
+    else:
+        say("note: without --make_checkpoint no weights of this run are kept")
+    precision = config.precision or ("16-mixed" if config.amp else "32-true")
+    if precision == "16-mixed" and devices["accelerator"] == "cpu":
+        say("note: float16 is for GPUs; on this CPU training runs in bf16-mixed")
+        precision = "bf16-mixed"
+    several = devices["devices"] * config.num_nodes > 1
+    trainer = pl.Trainer(
+        **devices,
+        num_nodes=config.num_nodes,
+        strategy=config.distributed_backend if several else "auto",
+        precision=precision,
+        max_steps=config.iters,
+        max_epochs=config.max_epochs,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        check_val_every_n_epoch=config.check_val_every_n_epoch,
+        num_sanity_val_steps=1,
+        use_distributed_sampler=False,
+        enable_checkpointing=config.make_checkpoint,
+        callbacks=callbacks,
+        logger=make_logger(config, run_folder),
+        profiler="simple" if config.profiler_mode else None,
+        enable_model_summary=False,
+    )
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{config.exp_name}: {parameters:,} parameters, {config.dataset}, {precision}")
+    trainer.fit(
+        DensityTraining(model, config, provenance()),
+        datamodule=data,
+        ckpt_path=str(resume_from) if resume_from else None,
+        weights_only=True,
+    )
+    if trainer.is_global_zero:
+        kept = f"weights and metrics in {run_folder}" if config.make_checkpoint else f"metrics in {run_folder}"
+        print(f"{kept}, pictures in {figures}")
+
+
+def make_logger(config: TrainConfig, run_folder: Path) -> pl.loggers.Logger | bool:
+    """wandb, never at a login prompt: without a key or a network it logs offline and says where; or no dashboard."""
+    if config.logger == "none":
+        return False
+    try:
+        import wandb
+    except ImportError:
+        if config.logger == "wandb":
+            raise ConfigError("--logger wandb: the package is missing; pip install wandb, or --logger none") from None
+        say("wandb is not installed: metrics go to CSV files only")
+        return False
+    mode = os.environ.get("WANDB_MODE", "online")
+    reason = None if mode != "online" else why_offline(wandb)
+    if reason:
+        mode = "offline"
+    if mode == "offline":
+        because = f" ({reason})" if reason else ""
+        say(f"wandb logs offline to {run_folder / 'wandb'}{because}; `wandb sync` uploads it")
+    run_folder.mkdir(parents=True, exist_ok=True)
+    return pl.loggers.WandbLogger(
+        name=config.exp_name, project="sdn", save_dir=str(run_folder), config=config.to_dict(), mode=mode
+    )
+
+
+def why_offline(wandb: Any) -> str | None:
+    """Why wandb cannot log online, or None if it can."""
+    settings = wandb.Settings()
+    if not (settings.api_key or wandb.api.api_key):
+        return "no API key"
+    host = settings.base_url.removeprefix("https://").removeprefix("http://").rstrip("/")
+    name, _, port = host.partition(":")
+    try:
+        socket.create_connection((name, int(port or 443)), timeout=5).close()
+    except OSError:
+        return f"{name} cannot be reached"
+    return None
+
+
+def provenance() -> dict[str, str]:
+    """What wrote a checkpoint: the commit (with a + if files differ from it) and the versions."""
+    here = Path(__file__).parent
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD") or "unknown"
+        commit += "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    except OSError:
+        commit = "unknown"
+    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__), "pytorch_lightning": pl.__version__}
+    return {"commit": commit, "command": " ".join(sys.argv), **versions}
+
+
+def quiet_lightning() -> None:
+    """Leaves out Lightning's advertisements and its remarks on choices that are made on purpose here."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for remark in (
+        "does not have many workers",
+        "Checkpoint directory .* exists and is not empty",
+        "smaller than the logging interval",
+        r"Found \d+ module\(s\) in eval mode",
+        "isinstance\\(treespec, LeafSpec\\)",
+    ):
+        warnings.filterwarnings("ignore", f".*{remark}.*")
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """One line on stderr, from the first process only."""
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
