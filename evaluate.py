@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.datamodule import ImageDataModule
-from data.get_dataset import DATASETS, DataError
+from data.errors import DataError
+from data.get_dataset import DATASETS
 from lib.checkpoint import CheckpointError, load_model
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import ConfigError, TrainConfig
@@ -118,9 +119,8 @@ def find_checkpoint(flags: argparse.Namespace) -> tuple[Path, str]:
         if path.is_file():
             return path, flags.model
     there = sorted({p.stem for p in folder.glob("*.ckpt")} | {p.parent.name for p in folder.glob("*/last.ckpt")})
-    raise CheckpointError(
-        f"--model {flags.model}: neither {candidates[0]} nor {candidates[1]} exists; known: {', '.join(there) or 'none'}"
-    )
+    known = ", ".join(there) or "none"
+    raise CheckpointError(f"--model {flags.model}: neither {candidates[0]} nor {candidates[1]} exists; known: {known}")
 
 
 def evaluate(

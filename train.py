@@ -18,7 +18,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
 from data.datamodule import ImageDataModule
-from data.get_dataset import DATASETS, DataError
+from data.errors import DataError
+from data.get_dataset import DATASETS
 from lib.callbacks import ImageGrids, MetricsLog, ValidateAtEnd
 from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
 from lib.cli import OneLineParser, one_line_errors
@@ -48,6 +49,24 @@ def make_parser() -> OneLineParser:
                 options["nargs"] = "*"
         groups[title].add_argument(f"--{field.name}", **options)
     return parser
+
+
+def flag_table() -> str:
+    """All flags as the Markdown table of the README: `python -c "import train; print(train.flag_table())"`."""
+    lines = ["| flag | type | default | meaning |", "|---|---|---|---|"]
+    group = None
+    for field in dataclasses.fields(TrainConfig):
+        if field.metadata["group"] != group:
+            group = field.metadata["group"]
+            lines.append(f"| **{group}** | | | |")
+        kind, is_list = flag_type(field.name)
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        shown = " ".join(map(str, default)) if is_list else "-" if default is None else default
+        shown = "off" if kind is bool else shown
+        choices = field.metadata["choices"]
+        type_name = " \\| ".join(choices) if choices else "flag" if kind is bool else kind.__name__ + " ..." * is_list
+        lines.append(f"| `--{field.name}` | {type_name} | {shown} | {field.metadata['meaning']} |")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

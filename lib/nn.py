@@ -28,7 +28,7 @@ BORDERS = ("zeros", "keep")
 BACKENDS = ("auto", "reference", "torch")
 
 # Rows (lines x positions x images) whose matrix products are taken together; on a CPU they should stay in its cache.
-BLOCK_ROWS_CPU = 2048
+BLOCK_ROWS_CPU = 4096
 BLOCK_ROWS_GPU = 32768
 
 
@@ -64,7 +64,7 @@ class SDNLayer(nn.Module):
         ValueError: on arguments that cannot work, or an input of another shape; the message says what is allowed.
 
     Example:
-        >>> layer = SDNLayer(3, 8, num_features=16, dirs=[0, 1, 2, 3], kernel_size=1, stride=1, padding=0, upsample=False)
+        >>> layer = SDNLayer(3, 8, num_features=16, dirs=[0, 1, 2, 3], kernel_size=3, stride=1, padding=1)
         >>> layer(torch.randn(2, 3, 5, 7)).shape
         torch.Size([2, 8, 5, 7])
     """
@@ -95,9 +95,7 @@ class SDNLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.project_in_stage.in_channels, self.project_in_stage)
         memory_format = _memory_format(x)
-        x = x.contiguous(
-            memory_format=torch.channels_last
-        )  # which is what the sweeps need: converted once, not in each
+        x = x.contiguous(memory_format=torch.channels_last)  # what the sweeps need: converted once
         features = torch.tanh(self.project_in_stage(x))  # [B, C, H', W']
         for sweep in self.sdn_correction_stage:
             features = sweep(features)  # [B, C, H', W']
@@ -296,6 +294,7 @@ class _CorrectLines(torch.autograd.Function):
 
         gates = lines.new_empty(num_lines, rows, 4 * C)  # first the pre-activations
         neighbours = lines.new_zeros(1, num_positions, batch, 3 * C, dtype=product_dtype)
+        candidate = lines.new_empty(num_positions, batch, C)
         corrected = torch.empty_like(lines)
         previous = None
         for block in _blocks(lines, reverse):
@@ -311,8 +310,9 @@ class _CorrectLines(torch.autograd.Function):
                         _add_product(gates[line][:, C:], neighbours.view(rows, 3 * C), w_ih.t())
                     gates[line][:, C : 3 * C].sigmoid_()
                     candidate_own, r, z, n = gates[line].view(num_positions, batch, 4 * C).split(C, dim=-1)
-                    n.addcmul_(r, candidate_own).tanh_()
-                    torch.lerp(n, lines[line], z, out=corrected[line])
+                    torch.addcmul(n, r, candidate_own, out=candidate).tanh_()  # tanh is slow on a part of a row
+                    n.copy_(candidate)
+                    torch.lerp(candidate, lines[line], z, out=corrected[line])
                 previous = line
 
         ctx.save_for_backward(lines, weight_ih, weight_hh, gates, corrected)
@@ -338,14 +338,18 @@ class _CorrectLines(torch.autograd.Function):
         grad_gates_buffer = lines.new_empty(longest, num_positions, batch, 4 * C)  # of the pre-activations
         grad_own_buffer = lines.new_empty(longest, num_positions, batch, C)
         neighbours_buffer = lines.new_zeros(longest, num_positions, batch, 3 * C, dtype=dtype)
-        carried = lines.new_zeros(num_positions, batch, C)  # gradient that the line visited next sends to this one
+        # What each position j of the line visited next sends back to the values at j-1, j, j+1 of this one.
+        sent_back = lines.new_zeros(num_positions, batch, 3 * C, dtype=dtype)
+        total = lines.new_empty(num_positions, batch, C)
         first_visited = num_lines - 1 if reverse else 0
 
         for block in reversed(blocks):
             length = block.stop - block.start
             grad_gates, grad_own = grad_gates_buffer[:length], grad_own_buffer[:length]
             for line in reversed(_indices(block, reverse)):
-                total = carried.add_(grad_output[line])
+                torch.add(grad_output[line], sent_back[..., C : 2 * C], out=total)
+                total[:-1] += sent_back[1:, :, :C]
+                total[1:] += sent_back[:-1, :, 2 * C :]
                 g, g_own = grad_gates[line - block.start], grad_own[line - block.start]
                 if ctx.keep_first and line == first_visited:
                     g.zero_()
@@ -362,12 +366,7 @@ class _CorrectLines(torch.autograd.Function):
                 g_rz = g[..., C : 3 * C]
                 torch.ops.aten.sigmoid_backward.grad_input(g_rz, saved[..., C : 3 * C], grad_input=g_rz)
                 if line != first_visited:
-                    g = g.view(rows, 4 * C)[:, C:].to(dtype)
-                    carried.zero_()
-                    flat = carried.view(rows, C)
-                    _add_product(flat, g, w_ih[:, C : 2 * C])
-                    _add_product(flat[: rows - batch], g[batch:], w_ih[:, :C])
-                    _add_product(flat[batch:], g[: rows - batch], w_ih[:, 2 * C :])
+                    torch.mm(g.view(rows, 4 * C)[:, C:].to(dtype), w_ih, out=sent_back.view(rows, 3 * C))
 
             flat = grad_gates.view(-1, 4 * C)
             grad_bias += flat.sum(0)
@@ -376,10 +375,8 @@ class _CorrectLines(torch.autograd.Function):
             grad_lines[block] = grad_own
             _add_product(grad_w_own, flat[:, : 3 * C].t(), lines[block].reshape(-1, C).to(dtype))
             # The lines of the block that have a previous line, and those previous lines.
-            start, stop = (
-                (block.start, min(block.stop, num_lines - 1)) if reverse else (max(block.start, 1), block.stop)
-            )
             shift = 1 if reverse else -1
+            start, stop = max(block.start, -shift), min(block.stop, num_lines - shift)
             neighbours = neighbours_buffer[: stop - start]
             _gather_neighbours(corrected[start + shift : stop + shift], out=neighbours)
             flat = flat[(start - block.start) * rows : (stop - block.start) * rows, C:]

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs all tests. `bash test.sh --slow` also runs those that take minutes; further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./setup.sh
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} WANDB_MODE=disabled
+if [ "${1:-}" = --slow ]; then
+    shift
+    set -- -m "slow or not slow" "$@"
+fi
+exec "$python" -m pytest -q --durations=10 "$@"

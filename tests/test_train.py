@@ -1,0 +1,238 @@
+"""train.py as a user runs it: training, averages, resuming, several processes, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from helpers import REPOSITORY, assert_one_line_error, run
+
+import train
+from lib.checkpoint import read_checkpoint
+from lib.config import ConfigError, TrainConfig
+
+TINY = (
+    "--dataset Photos32 --batch 4 --batch_val 64 --depth 2 --ds_list 1 --downsample_first --h_size 8 --z_size 2 "
+    "--post_model IsoGaussian --mix_components 1 --sdn_nfeat_0 6 --sdn_num_dirs 1 --num_workers 0 --gpus 0 "
+    "--logger none --figsize 2"
+).split()
+
+
+def rows(path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 6 steps with checkpoints; its output folder."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run("train.py", *TINY, "--exp_name", "tiny", "--iters", 6, "--make_checkpoint", "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_leaves_metrics_pictures_and_a_safe_checkpoint(finished):
+    steps, epochs = (rows(finished / f"checkpoints/tiny/{name}.csv") for name in ("steps", "epochs"))
+    assert [int(row["step"]) for row in steps] == [1, 2, 3, 4, 5, 6]
+    for row in steps:
+        parts = float(row["distortion"]) + float(row["kl_0"]) + float(row["kl_1"])
+        assert float(row["neg_elbo"]) == pytest.approx(parts, rel=1e-4)
+        assert float(row["rate"]) == pytest.approx(float(row["kl_0"]) + float(row["kl_1"]), rel=1e-4)
+        assert float(row["grad_norm"]) > 0 and float(row["images_per_second"]) > 0
+        assert float(row["lr"]) == 0.002
+    assert [int(row["step"]) for row in epochs] == [6], "a run that ends inside an epoch validates once more"
+    assert math.isfinite(float(epochs[0]["val_neg_elbo"])) and float(epochs[0]["peak_memory_mib"]) > 0
+    for name in ("samples", "reconstructions"):
+        assert (finished / f"figs/tiny/{name}_0000006.png").stat().st_size > 0
+    for name in ("best", "last"):
+        checkpoint = read_checkpoint(finished / f"checkpoints/tiny/{name}.ckpt")
+        assert checkpoint["global_step"] == 6
+        assert checkpoint["hyper_parameters"]["sdn_nfeat_0"] == 6
+        assert checkpoint["provenance"]["torch"] == str(torch.__version__)
+        assert re.fullmatch(r"[0-9a-f]{40}\+?|unknown", checkpoint["provenance"]["commit"])
+
+
+def test_the_average_follows_the_weights(tmp_path):
+    """With decay 0 the average is the weights themselves; with 0.5 it is not, and it is what evaluation uses."""
+    for decay in ("0", "0.5"):
+        done = run(
+            "train.py", *TINY, "--exp_name", decay, "--iters", 3, "--make_checkpoint", "--output_dir", tmp_path,
+            "--ema_coef", decay,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        state = read_checkpoint(tmp_path / f"checkpoints/{decay}/last.ckpt")["state_dict"]
+        assert state["average.n_averaged"] == 3
+        names = [key.removeprefix("model.") for key in state if key.startswith("model.")]
+        same = [torch.equal(state[f"model.{name}"], state[f"average.module.{name}"]) for name in names]
+        frozen = [name for name in names if name.startswith("ladder_layers.1.up_b")]
+        assert all(same) if decay == "0" else sum(same) == len(frozen)
+
+
+def test_resuming_equals_never_stopping(tmp_path):
+    """3 epochs at once, and 1 epoch followed by 2 more: the same steps, learning rates, weights and average."""
+    common = [*TINY, "--make_checkpoint", "--output_dir", tmp_path, "--batch", 2048, "--lrate_decay", 0.5]
+    assert run("train.py", *common, "--exp_name", "whole", "--max_epochs", 3).returncode == 0
+    assert run("train.py", *common, "--exp_name", "parts", "--max_epochs", 1).returncode == 0
+    done = run("train.py", *common, "--exp_name", "parts", "--max_epochs", 3, "--use_checkpoint")
+    assert done.returncode == 0, done.stderr
+    assert "--max_epochs is now 3, was 1" in done.stderr
+    whole, parts = (tmp_path / "checkpoints" / name for name in ("whole", "parts"))
+    for file in ("steps.csv", "epochs.csv"):
+        columns = ("step", "epoch", "lr", "neg_elbo" if file == "steps.csv" else "val_neg_elbo")
+        a, b = ([[row[c] for c in columns] for row in rows(folder / file)] for folder in (whole, parts))
+        assert a == b, file
+    a, b = (read_checkpoint(folder / "last.ckpt")["state_dict"] for folder in (whole, parts))
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_two_processes_train_together(tmp_path):
+    done = run(
+        "train.py", *TINY, "--exp_name", "pair", "--iters", 4, "--num_processes", 2, "--make_checkpoint",
+        "--output_dir", tmp_path, "--accumulate_grad_batches", 2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "checkpoints/pair"
+    assert [int(row["step"]) for row in rows(folder / "steps.csv")] == [1, 2, 3, 4]
+    assert len(rows(folder / "epochs.csv")) == 1
+    alone = run("evaluate.py", "--model", "pair", "--elbo", "--output_dir", tmp_path, "--seed", 1234)
+    assert alone.returncode == 0, alone.stderr
+    mean = float(re.search(r"-ELBO: ([\d.]+)", alone.stdout)[1])
+    assert float(rows(folder / "epochs.csv")[0]["val_neg_elbo"]) == pytest.approx(mean, abs=2e-3), (
+        "validation over two ranks counts every image once"
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--amp"],
+        ["--precision", "bf16-mixed"],
+        ["--precision", "64-true"],
+        ["--sdn_max_scale", "0"],
+        ["--obs_model", "DL", "--nbits", "5"],
+        ["--post_model", "IAF", "--accumulate_grad_batches", "2"],
+        ["--analytic_kl", "--backend", "reference", "--border", "keep"],
+        ["--ds_list", "--profiler_mode"],
+        ["--num_workers", "2", "--check_val_every_n_epoch", "5", "--max_epochs", "1", "--batch", "4096"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_options_run(flags, tmp_path):
+    done = run("train.py", *TINY, "--iters", 2, "--output_dir", tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "no weights of this run are kept" in done.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert math.isfinite(float(rows(tmp_path / "checkpoints/sdn/epochs.csv")[-1]["val_neg_elbo"]))
+    if "--amp" in flags:
+        assert "training runs in bf16-mixed" in done.stderr
+    if "--profiler_mode" in flags:
+        assert "run_training_batch" in done.stdout + done.stderr
+
+
+WRONG_FLAGS = [
+    (["--hsize", "3"], "unrecognized arguments: --hsize"),
+    (["--depth", "two"], "argument --depth: invalid int value: 'two'"),
+    (["--depth", "0"], "--depth must be at least 1; got 0"),
+    (["--ds_list", "2", "7"], "--ds_list entries must lie in 0 ... 1 (--depth 2); got [2, 7]"),
+    (["--sdn_num_dirs", "5"], "--sdn_num_dirs must be at most 4; got 5"),
+    (["--sdn_num_dirs", "0"], "or --sdn_max_scale 0 (no SDN)"),
+    (["--sdn_min_scale", "64"], "--sdn_min_scale 64 is above --sdn_max_scale 32"),
+    (["--nbits", "9"], "--nbits must be 1 to 8; got 9"),
+    (["--lrate", "0"], "--lrate must be above 0"),
+    (["--lrate_decay", "1.5"], "--lrate_decay must be above 0 and at most 1"),
+    (["--ema_coef", "1"], "--ema_coef must be at least 0 and below 1"),
+    (["--obs_model", "MSE"], "argument --obs_model: invalid choice: 'MSE'"),
+    (["--amp", "--precision", "32-true"], "--amp and --precision exclude each other"),
+    (["--analytic_kl", "--post_model", "IAF"], "--analytic_kl needs --post_model IsoGaussian"),
+    (["--exp_name", "a/b"], "--exp_name must be a plain folder name; got a/b"),
+    (["--dataset", "MNIST"], "--dataset must be one of CIFAR10, ImageNet32, CelebAHQ256, Photos32; got MNIST"),
+    (["--gpus", "99"], "--gpus 99: this machine has"),
+    (["--num_processes", "2", "--gpus", "1"], "--num_processes is for the CPU"),
+    (["--task", "disentanglement"], "argument --task: invalid choice: 'disentanglement'"),
+    (["--depth", "9", "--ds_list", "1", "2", "3", "4", "5", "--z_size", "0"], "--z_size must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG_FLAGS, ids=[" ".join(flags) for flags, _ in WRONG_FLAGS])
+def test_wrong_flags_are_one_line(flags, message, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--output_dir", str(tmp_path), *flags])
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("train.py: error: ") and message in line
+    assert not list(tmp_path.iterdir()), "nothing is touched before the flags are right"
+
+
+def test_missing_data_say_which_command_gets_them(tmp_path):
+    for name, command in (("ImageNet32", "get_imagenet_data.sh"), ("CelebAHQ256", "get_celeb_data.sh")):
+        done = run("train.py", *TINY, "--dataset", name, "--root", tmp_path, "--output_dir", tmp_path)
+        assert_one_line_error(done, "train.py: error: ", command)
+
+
+def test_an_experiment_is_neither_overwritten_nor_mixed_up(finished):
+    before = (finished / "checkpoints/tiny/last.ckpt").read_bytes()
+    again = [*TINY, "--exp_name", "tiny", "--make_checkpoint", "--output_dir", finished]
+    assert_one_line_error(run("train.py", *again), "holds a run already", "--use_checkpoint", "--exp_name")
+    other = run("train.py", *again, "--use_checkpoint", "--h_size", 16)
+    assert_one_line_error(other, "is of another model: --h_size 16 (there 8)", "--exp_name")
+    assert (finished / "checkpoints/tiny/last.ckpt").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_not_resumed(finished, tmp_path):
+    folder = tmp_path / "checkpoints/tiny"
+    folder.mkdir(parents=True)
+    whole = (finished / "checkpoints/tiny/last.ckpt").read_bytes()
+    (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    done = run("train.py", *TINY, "--exp_name", "tiny", "--output_dir", tmp_path, "--use_checkpoint")
+    assert_one_line_error(done, "last.ckpt is not a checkpoint, or is cut off")
+
+
+def test_use_checkpoint_without_a_checkpoint_starts_anew(tmp_path):
+    done = run("train.py", *TINY, "--iters", 1, "--output_dir", tmp_path, "--use_checkpoint")
+    assert done.returncode == 0, done.stderr
+    assert "so this run starts anew" in done.stderr
+
+
+def test_wandb_never_asks_for_a_login(tmp_path):
+    """No key, no network, no terminal: it logs offline and says where."""
+    pytest.importorskip("wandb")
+    tiny = [flag if flag != "none" else "wandb" for flag in TINY]
+    environment = {"HOME": str(tmp_path), "WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc")}
+    done = run("train.py", *tiny, "--iters", 1, "--output_dir", tmp_path, **environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert f"wandb logs offline to {tmp_path}/checkpoints/sdn/wandb (no API key)" in done.stderr
+    assert list((tmp_path / "checkpoints/sdn/wandb").glob("offline-run-*"))
+
+    environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = run("train.py", *tiny, "--iters", 1, "--output_dir", tmp_path, **environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "(127.0.0.1 cannot be reached)" in done.stderr
+
+
+def test_help_groups_the_flags_with_their_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}" in text
+        assert f"{field.metadata['group']}:" in text
+    assert "(default: 0.002)" in text
+
+
+def test_readme_table_of_flags_matches_the_parser():
+    readme = (REPOSITORY / "README.md").read_text()
+    assert train.flag_table() in readme, 'paste what `python -c "import train; print(train.flag_table())"` prints'
+
+
+def test_config_survives_a_checkpoint():
+    config = TrainConfig(ds_list=[1], depth=2, gpus=None)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="unknown fields: old"):
+        TrainConfig.from_dict(config.to_dict() | {"old": 1})
