@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import netrc
 import os
 import socket
 import subprocess
@@ -11,16 +12,18 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.profilers import SimpleProfiler
 from pytorch_lightning.utilities import rank_zero_only
 
 from data.datamodule import ImageDataModule
 from data.errors import DataError
 from data.get_dataset import DATASETS
-from lib.callbacks import ImageGrids, MetricsLog, ValidateAtEnd
+from lib.callbacks import ImageGrids, MetricsLog, StepLimit
 from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import ConfigError, TrainConfig, flag_type
@@ -143,7 +146,7 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         batch=batch_val,
         seed=config.random_seed,
     )
-    callbacks = [ValidateAtEnd(), MetricsLog(run_folder), grids, TQDMProgressBar(refresh_rate=10)]
+    callbacks = [StepLimit(config.iters), MetricsLog(run_folder), grids, TQDMProgressBar(refresh_rate=10)]
     if config.make_checkpoint:
         common = dict(dirpath=str(run_folder), enable_version_counter=False)
         callbacks += [
@@ -156,13 +159,13 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
     if precision == "16-mixed" and devices["accelerator"] == "cpu":
         say("note: float16 is for GPUs; on this CPU training runs in bf16-mixed")
         precision = "bf16-mixed"
+    profiler = SimpleProfiler() if config.profiler_mode else None
     several = devices["devices"] * config.num_nodes > 1
     trainer = pl.Trainer(
         **devices,
         num_nodes=config.num_nodes,
         strategy=config.distributed_backend if several else "auto",
         precision=precision,
-        max_steps=config.iters,
         max_epochs=config.max_epochs,
         accumulate_grad_batches=config.accumulate_grad_batches,
         check_val_every_n_epoch=config.check_val_every_n_epoch,
@@ -171,7 +174,7 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         enable_checkpointing=config.make_checkpoint,
         callbacks=callbacks,
         logger=make_logger(config, run_folder),
-        profiler="simple" if config.profiler_mode else None,
+        profiler=profiler,
         enable_model_summary=False,
     )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -182,6 +185,8 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         ckpt_path=str(resume_from) if resume_from else None,
         weights_only=True,
     )
+    if profiler:
+        say(profiler.summary())
     if trainer.is_global_zero:
         kept = f"weights and metrics in {run_folder}" if config.make_checkpoint else f"metrics in {run_folder}"
         print(f"{kept}, pictures in {figures}")
@@ -199,7 +204,7 @@ def make_logger(config: TrainConfig, run_folder: Path) -> pl.loggers.Logger | bo
         say("wandb is not installed: metrics go to CSV files only")
         return False
     mode = os.environ.get("WANDB_MODE", "online")
-    reason = None if mode != "online" else why_offline(wandb)
+    reason = None if mode != "online" else why_offline(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
     if reason:
         mode = "offline"
     if mode == "offline":
@@ -211,17 +216,21 @@ def make_logger(config: TrainConfig, run_folder: Path) -> pl.loggers.Logger | bo
     )
 
 
-def why_offline(wandb: Any) -> str | None:
-    """Why wandb cannot log online, or None if it can."""
-    settings = wandb.Settings()
-    if not (settings.api_key or wandb.api.api_key):
-        return "no API key"
-    host = settings.base_url.removeprefix("https://").removeprefix("http://").rstrip("/")
-    name, _, port = host.partition(":")
+def why_offline(base_url: str) -> str | None:
+    """Why wandb cannot log online at `base_url`, or None if it can."""
+    address = urlsplit(base_url)
+    if not os.environ.get("WANDB_API_KEY"):
+        path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+        try:
+            key = path.is_file() and netrc.netrc(str(path)).authenticators(address.hostname)
+        except netrc.NetrcParseError:
+            key = None
+        if not key:
+            return "no API key"
     try:
-        socket.create_connection((name, int(port or 443)), timeout=5).close()
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
     except OSError:
-        return f"{name} cannot be reached"
+        return f"{address.hostname} cannot be reached"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -26,12 +27,15 @@ class Cifar10(Dataset):
     def __init__(self, folder: Path, split: str):
         from torchvision.datasets import CIFAR10
 
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:  # processes of one machine take turns
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            images = CIFAR10(str(folder), train=split == "train").data
+        except RuntimeError:  # it is not there, or damaged
             try:
-                images = CIFAR10(str(folder), train=split == "train", download=True).data
-            except (OSError, RuntimeError) as error:
+                folder.mkdir(parents=True, exist_ok=True)
+                with (folder / ".lock").open("w") as lock:  # processes of one machine take turns
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    images = CIFAR10(str(folder), train=split == "train", download=True).data
+            except (OSError, RuntimeError, HTTPException) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise DataError(
                     f"CIFAR10 cannot be downloaded ({reason}); put {CIFAR10.filename} from {CIFAR10.url} into {folder}"

@@ -9,19 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lib.utils import mixed_seed
+
 from .errors import DataError
 from .get_dataset import DATASETS, get_dataset
 
 PADDING = -1
-
-
-def mixed_seed(seed: int, number: int) -> int:
-    """A 63-bit seed from two numbers; near numbers give unrelated seeds (the finalizer of SplitMix64)."""
-    mask = 2**64 - 1
-    x = (seed * 0x9E3779B97F4A7C15 + number) & mask
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-    return (x ^ (x >> 31)) >> 1
 
 
 class IndexedImages(Dataset):
@@ -133,6 +126,9 @@ class ImageDataModule(pl.LightningDataModule):
     def _loader(self, dataset: IndexedImages, batch: int, *, shuffle: bool) -> DataLoader:
         rank = self.trainer.global_rank if self.trainer else 0
         sampler = EpochSampler(len(dataset), seed=self.seed, rank=rank, world_size=self._world_size, shuffle=shuffle)
+        if self.trainer and shuffle:
+            # Loader workers read ahead before Lightning calls set_epoch for the first time in a resumed run.
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         return DataLoader(
             dataset,
             batch_size=batch,

@@ -33,9 +33,12 @@ class DatasetSpec:
 
 def _lmdb(name: str, size: int, flip: bool, script: str) -> DatasetSpec:
     shape, command = (3, size, size), f"bash data/{name}/{script}"
-    return DatasetSpec(
-        name, shape, flip, command, lambda root, split: LmdbImages(root / name / f"{split}.lmdb", shape, command)
-    )
+
+    def open_split(root: Path, split: str) -> LmdbImages:
+        environment = "" if root == Path("data") else f"SDN_DATA_ROOT={root} "
+        return LmdbImages(root / name / f"{split}.lmdb", shape, environment + command)
+
+    return DatasetSpec(name, shape, flip, command, open_split)
 
 
 DATASETS: dict[str, DatasetSpec] = {

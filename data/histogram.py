@@ -5,11 +5,10 @@ python -m data.histogram Photos32 [--nbits 8] [--root data]
 
 from __future__ import annotations
 
-import argparse
-import sys
-
 import torch
 from torch.utils.data import Dataset
+
+from lib.cli import OneLineParser, one_line_errors
 
 from .datamodule import IndexedImages
 from .errors import DataError
@@ -39,17 +38,14 @@ def colour_histogram(images: IndexedImages, nbits: int) -> torch.Tensor:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("data.histogram", description="bits/dim of a histogram of each colour")
+    parser = OneLineParser("data.histogram", description="bits/dim of a histogram of each colour")
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--nbits", type=int, default=8, choices=range(1, 9))
     parser.add_argument("--root", default="data")
     flags = parser.parse_args(arguments)
-    try:
+    with one_line_errors("data.histogram", DataError):
         splits = [get_dataset(flags.dataset, flags.root, split) for split in ("train", "validation")]
-    except DataError as error:
-        print(f"data.histogram: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    bits = histogram_bits_per_dim(*splits, flags.nbits)
+        bits = histogram_bits_per_dim(*splits, flags.nbits)
     print(f"{flags.dataset}, {flags.nbits} bits: histogram of each colour: {bits:.3f} bits/dim")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,25 @@ from torch.utils.data import Dataset
 
 from .errors import DataError
 
+# LMDB allows a file to be open once in a process and forbids using, after a fork, what was opened before it. So a
+# process shares its environments, and a fork waits for the reads under way and finds none open.
+_environments: dict[str, Any] = {}
+_reading = Lock()
+
+
+def _before_fork() -> None:
+    _reading.acquire()
+    while _environments:
+        _environments.popitem()[1].close()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_reading.release, after_in_child=_reading.release)
+
 
 class LmdbImages(Dataset):
     """Images of one shape as uint8 tensors [3, H, W].
 
-    The environment is opened when an item is first read, once in each process: it is neither pickled nor carried
-    across a fork, so any kind of loader worker may use the data set.
+    It may be pickled, and read in any kind of loader worker and in any process that has read it before a fork.
 
     Arguments:
         path: The LMDB's folder.
@@ -27,26 +41,30 @@ class LmdbImages(Dataset):
 
     Raises:
         DataError: if the LMDB is missing or damaged, or a value has another size.
+        IndexError: if an index is not in 0 ... length - 1.
     """
 
     def __init__(self, path: str | Path, shape: tuple[int, int, int], command: str):
         self.path, self.shape, self.command = Path(path), shape, command
-        self._environment: Any = None
-        self._process: int | None = None
+        self._key = os.path.realpath(path)
         if not (self.path / "data.mdb").is_file():
             raise DataError(f"there is no {self.path}; get it with: {command}")
-        self._length = self._open().stat()["entries"]
+        with _reading:
+            if before := _environments.pop(self._key, None):
+                before.close()  # the files may have been replaced
+            self._length = self._open().stat()["entries"]
         if self._length == 0:
             raise DataError(f"{self.path} is empty; make it again with: {command}")
         self[self._length - 1]  # the keys are 0 ... length - 1
-        self._close()
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self._length:
+            raise IndexError(f"{self.path} has {self._length} images, there is no image {index}")
         _, height, width = self.shape
-        with self._open().begin(buffers=True) as transaction:
+        with _reading, self._open().begin(buffers=True) as transaction:
             value = transaction.get(str(index).encode())
             if value is None:
                 raise DataError(f"{self.path} has no image {index}; make it again with: {self.command}")
@@ -58,25 +76,26 @@ class LmdbImages(Dataset):
             image = torch.from_numpy(np.frombuffer(value, np.uint8).reshape(height, width, 3).copy())
         return image.permute(2, 0, 1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_environment": None, "_process": None}
-
     def _open(self) -> Any:
-        if self._process != os.getpid():
+        """This process's environment of these files; the caller holds `_reading`."""
+        if self._key not in _environments:
             try:
                 import lmdb
             except ImportError:
                 raise DataError(f"reading {self.path} needs the package lmdb: pip install lmdb") from None
             try:
-                self._environment = lmdb.open(
-                    str(self.path), readonly=True, lock=False, readahead=False, meminit=False, create=False
+                environment = lmdb.open(
+                    self._key, readonly=True, lock=False, readahead=False, meminit=False, create=False
                 )
             except lmdb.Error as error:
                 raise DataError(f"{self.path} is damaged ({error}); make it again with: {self.command}") from None
-            self._process = os.getpid()
-        return self._environment
-
-    def _close(self) -> None:
-        """A fork must not find an open environment."""
-        self._environment.close()
-        self._environment = self._process = None
+            expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            actual = (self.path / "data.mdb").stat().st_size
+            if actual < expected:  # reading past the end of the file would kill the process
+                environment.close()
+                raise DataError(
+                    f"{self.path} is damaged (data.mdb has {actual} of {expected} bytes); "
+                    f"make it again with: {self.command}"
+                )
+            _environments[self._key] = environment
+        return _environments[self._key]

@@ -189,15 +189,27 @@ class ImageGrids(pl.Callback):
                 trainer.logger.log_image(key=f"val/{name}", images=[str(path)], step=step)
 
 
-class ValidateAtEnd(pl.Callback):
-    """Has a run that reaches its step or epoch limit between two validations validate once more before it ends."""
+class StepLimit(pl.Callback):
+    """Ends a run after a number of optimizer steps, or at the Trainer's epoch limit, with a last validation.
+
+    Lightning's own `max_steps` would end it without one, and miscounts epochs when such a run resumes.
+
+    Arguments:
+        steps: The limit.
+    """
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch + 1 == trainer.max_epochs:
             trainer.check_val_every_n_epoch = 1
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if trainer.global_step >= trainer.max_steps:
+        if trainer.global_step >= self.steps:
             trainer.check_val_every_n_epoch = 1
             trainer.should_stop = True
 

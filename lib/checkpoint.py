@@ -37,7 +37,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} holds a {stored[1]}; only tensors and plain values are loaded") from None
         raise CheckpointError(f"{path} is not a checkpoint, or is cut off") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint, or is cut off ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is not a checkpoint, or is cut off ({reason})") from None
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= REQUIRED:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(REQUIRED))}")
     return checkpoint

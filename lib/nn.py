@@ -39,7 +39,8 @@ class SDNLayer(nn.Module):
     2. *Correction*: one :class:`Sweep` for each entry of `dirs`, in that order, each with weights of its own.
     3. *Project-out*: `Conv2d(num_features, out_ch, 1)`.
 
-    With all four directions every output position depends on every input position.
+    With all four directions every output position depends on every input position. With fewer some depend on a part of
+    the input only: with `dirs=[0, 2]` the top left output depends on the top left input alone.
 
     Arguments:
         in_ch: Number of input channels.
@@ -263,7 +264,7 @@ def correct_lines_torch(
     reverse: bool,
     keep_first: bool,
 ) -> Tensor:
-    """The same as :func:`correct_lines_reference`, several times faster: arguments and result are the same."""
+    """The same as :func:`correct_lines_reference`, arguments and result too, in less time and memory."""
     device = lines.device.type
     if torch.is_autocast_enabled(device):
         lines, product_dtype = lines.float(), torch.get_autocast_dtype(device)

@@ -58,6 +58,12 @@ def nats_to_bits_per_dim(nats: Tensor | float, image_shape: Sequence[int]) -> Te
     return nats / (math.prod(image_shape) * math.log(2))
 
 
+def mixed_seed(*numbers: int) -> int:
+    """A 63-bit seed for a random generator from several integers; near numbers give unrelated seeds."""
+    digest = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def keyed_noise(
     shapes: Sequence[Sequence[int]], seed: int, images: Sequence[int], samples: Sequence[int] | None = None
 ) -> list[Tensor]:
@@ -77,8 +83,7 @@ def keyed_noise(
     generator = torch.Generator()
     rows = []
     for image, sample in zip(images, samples, strict=True):
-        key = hashlib.blake2b(f"{seed} {image} {sample}".encode(), digest_size=8).digest()
-        generator.manual_seed(int.from_bytes(key, "little", signed=True))
+        generator.manual_seed(mixed_seed(seed, image, sample))
         rows.append(torch.randn(sum(sizes), generator=generator))
     flat = torch.stack(rows) if rows else torch.empty(0, sum(sizes))
     return [part.reshape(-1, *shape) for part, shape in zip(flat.split(sizes, dim=1), shapes, strict=True)]

@@ -18,6 +18,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 SMALL = dict(h_size=8, z_size=2, depth=3, ds_list=[0, 2], nbits=8, mix_components=2)
 SMALL_SDN = SMALL | dict(sdn_max_scale=8, sdn_nfeat_0=6, sdn_nfeat_diff=2, sdn_num_dirs=2)
+# Flags of a run that takes seconds.
+TINY = (
+    "--dataset ImageNet32 --batch 4 --batch_val 8 --depth 2 --ds_list 1 --downsample_first --h_size 8 --z_size 2 "
+    "--post_model IsoGaussian --mix_components 1 --sdn_nfeat_0 6 --sdn_num_dirs 1 --num_workers 0 --gpus 0 "
+    "--logger none --figsize 2"
+).split()
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

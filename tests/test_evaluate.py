@@ -6,14 +6,13 @@ import json
 
 import pytest
 import torch
-from helpers import assert_one_line_error, run
+from helpers import run
 from PIL import Image
-from test_train import finished  # noqa: F401  (a fixture)
 
 import evaluate
 
 
-def test_elbo_likelihood_and_samples(finished):  # noqa: F811
+def test_elbo_likelihood_and_samples(finished):
     arguments = ["--model", "tiny", "--output_dir", finished, "--limit", 5, "--batch", 4, "--seed", 3]
     tasks = ["--elbo", "--likelihood", "--importance_samples", 6, "--sampling", "--count", 4, "--temperatures", 0.5, 1]
     done = run("evaluate.py", *arguments, *tasks)
@@ -68,7 +67,7 @@ class NotPlain:
     pass
 
 
-def test_files_that_are_no_checkpoint_are_one_line(finished, tmp_path):  # noqa: F811
+def test_files_that_are_no_checkpoint_are_one_line(finished, tmp_path, capfd):
     whole = (finished / "checkpoints/tiny/best.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 3])
     (tmp_path / "text.ckpt").write_text("hello")
@@ -87,6 +86,9 @@ def test_files_that_are_no_checkpoint_are_one_line(finished, tmp_path):  # noqa:
         "lacking": 'Missing key(s) in state_dict: "h"',
     }
     for name, message in expected.items():
-        done = run("evaluate.py", "--checkpoint", tmp_path / f"{name}.ckpt", "--elbo", "--output_dir", tmp_path)
-        assert_one_line_error(done, f"{name}.ckpt", message)
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(["--checkpoint", str(tmp_path / f"{name}.ckpt"), "--elbo", "--output_dir", str(tmp_path)])
+        assert stop.value.code == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert line.startswith("evaluate.py: error: ") and f"{name}.ckpt" in line and message in line
     assert not (tmp_path / "figs").exists()

@@ -32,7 +32,7 @@ def test_memory_of_a_fresh_process(tmp_path):
     peaks = {row["layer"]: row["peak_mib"] for row in json.loads(output.read_text())["rows"]}
     if peaks["conv3"] is None:
         pytest.skip("the peak of the resident set cannot be read here")
-    assert peaks["sdn1/torch"] > 6  # the six numbers per feature that it keeps, one of which is the input
+    assert peaks["sdn1/torch"] > 4  # gates alone; a feature map is 1 MiB
 
 
 @pytest.mark.parametrize("wrong", ["output", "gradient"])

@@ -9,31 +9,16 @@ import re
 
 import pytest
 import torch
-from helpers import REPOSITORY, assert_one_line_error, run
+from helpers import REPOSITORY, TINY, assert_one_line_error, run
 
 import train
 from lib.checkpoint import read_checkpoint
 from lib.config import ConfigError, TrainConfig
 
-TINY = (
-    "--dataset Photos32 --batch 4 --batch_val 64 --depth 2 --ds_list 1 --downsample_first --h_size 8 --z_size 2 "
-    "--post_model IsoGaussian --mix_components 1 --sdn_nfeat_0 6 --sdn_num_dirs 1 --num_workers 0 --gpus 0 "
-    "--logger none --figsize 2"
-).split()
-
 
 def rows(path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of 6 steps with checkpoints; its output folder."""
-    folder = tmp_path_factory.mktemp("run")
-    done = run("train.py", *TINY, "--exp_name", "tiny", "--iters", 6, "--make_checkpoint", "--output_dir", folder)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 def test_a_run_leaves_metrics_pictures_and_a_safe_checkpoint(finished):
@@ -57,12 +42,12 @@ def test_a_run_leaves_metrics_pictures_and_a_safe_checkpoint(finished):
         assert re.fullmatch(r"[0-9a-f]{40}\+?|unknown", checkpoint["provenance"]["commit"])
 
 
-def test_the_average_follows_the_weights(tmp_path):
+def test_the_average_follows_the_weights(tmp_path, images):
     """With decay 0 the average is the weights themselves; with 0.5 it is not, and it is what evaluation uses."""
     for decay in ("0", "0.5"):
         done = run(
-            "train.py", *TINY, "--exp_name", decay, "--iters", 3, "--make_checkpoint", "--output_dir", tmp_path,
-            "--ema_coef", decay,
+            "train.py", *TINY, "--root", images, "--exp_name", decay, "--iters", 3, "--make_checkpoint",
+            "--output_dir", tmp_path, "--ema_coef", decay,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         state = read_checkpoint(tmp_path / f"checkpoints/{decay}/last.ckpt")["state_dict"]
@@ -73,9 +58,11 @@ def test_the_average_follows_the_weights(tmp_path):
         assert all(same) if decay == "0" else sum(same) == len(frozen)
 
 
-def test_resuming_equals_never_stopping(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_equals_never_stopping(tmp_path, images, workers):
     """3 epochs at once, and 1 epoch followed by 2 more: the same steps, learning rates, weights and average."""
-    common = [*TINY, "--make_checkpoint", "--output_dir", tmp_path, "--batch", 2048, "--lrate_decay", 0.5]
+    common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--lrate_decay", 0.5]
+    common += ["--num_workers", workers]
     assert run("train.py", *common, "--exp_name", "whole", "--max_epochs", 3).returncode == 0
     assert run("train.py", *common, "--exp_name", "parts", "--max_epochs", 1).returncode == 0
     done = run("train.py", *common, "--exp_name", "parts", "--max_epochs", 3, "--use_checkpoint")
@@ -91,19 +78,19 @@ def test_resuming_equals_never_stopping(tmp_path):
         assert torch.equal(a[name], b[name]), name
 
 
-def test_two_processes_train_together(tmp_path):
+def test_two_processes_train_together(tmp_path, images):
     done = run(
-        "train.py", *TINY, "--exp_name", "pair", "--iters", 4, "--num_processes", 2, "--make_checkpoint",
-        "--output_dir", tmp_path, "--accumulate_grad_batches", 2,
+        "train.py", *TINY, "--root", images, "--exp_name", "pair", "--iters", 4, "--num_processes", 2,
+        "--make_checkpoint", "--output_dir", tmp_path, "--accumulate_grad_batches", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "checkpoints/pair"
     assert [int(row["step"]) for row in rows(folder / "steps.csv")] == [1, 2, 3, 4]
-    assert len(rows(folder / "epochs.csv")) == 1
-    alone = run("evaluate.py", "--model", "pair", "--elbo", "--output_dir", tmp_path, "--seed", 1234)
+    last = ["--checkpoint", folder / "last.ckpt", "--seed", 1234]
+    alone = run("evaluate.py", *last, "--elbo", "--output_dir", tmp_path)
     assert alone.returncode == 0, alone.stderr
     mean = float(re.search(r"-ELBO: ([\d.]+)", alone.stdout)[1])
-    assert float(rows(folder / "epochs.csv")[0]["val_neg_elbo"]) == pytest.approx(mean, abs=2e-3), (
+    assert float(rows(folder / "epochs.csv")[-1]["val_neg_elbo"]) == pytest.approx(mean, abs=1e-4), (
         "validation over two ranks counts every image once"
     )
 
@@ -119,12 +106,12 @@ def test_two_processes_train_together(tmp_path):
         ["--post_model", "IAF", "--accumulate_grad_batches", "2"],
         ["--analytic_kl", "--backend", "reference", "--border", "keep"],
         ["--ds_list", "--profiler_mode"],
-        ["--num_workers", "2", "--check_val_every_n_epoch", "5", "--max_epochs", "1", "--batch", "4096"],
+        ["--num_workers", "2", "--check_val_every_n_epoch", "5", "--max_epochs", "1", "--batch", "16"],
     ],
     ids=lambda flags: " ".join(flags),
 )
-def test_options_run(flags, tmp_path):
-    done = run("train.py", *TINY, "--iters", 2, "--output_dir", tmp_path, *flags)
+def test_options_run(flags, tmp_path, images):
+    done = run("train.py", *TINY, "--root", images, "--iters", 2, "--output_dir", tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     assert "no weights of this run are kept" in done.stderr
     assert not list(tmp_path.rglob("*.ckpt"))
@@ -132,7 +119,7 @@ def test_options_run(flags, tmp_path):
     if "--amp" in flags:
         assert "training runs in bf16-mixed" in done.stderr
     if "--profiler_mode" in flags:
-        assert "run_training_batch" in done.stdout + done.stderr
+        assert "run_training_batch" in done.stderr
 
 
 WRONG_FLAGS = [
@@ -175,42 +162,66 @@ def test_missing_data_say_which_command_gets_them(tmp_path):
         assert_one_line_error(done, "train.py: error: ", command)
 
 
-def test_an_experiment_is_neither_overwritten_nor_mixed_up(finished):
+def test_an_experiment_is_neither_overwritten_nor_mixed_up(finished, images):
     before = (finished / "checkpoints/tiny/last.ckpt").read_bytes()
-    again = [*TINY, "--exp_name", "tiny", "--make_checkpoint", "--output_dir", finished]
+    again = [*TINY, "--root", images, "--exp_name", "tiny", "--make_checkpoint", "--output_dir", finished]
     assert_one_line_error(run("train.py", *again), "holds a run already", "--use_checkpoint", "--exp_name")
     other = run("train.py", *again, "--use_checkpoint", "--h_size", 16)
     assert_one_line_error(other, "is of another model: --h_size 16 (there 8)", "--exp_name")
     assert (finished / "checkpoints/tiny/last.ckpt").read_bytes() == before
 
 
-def test_a_damaged_checkpoint_is_not_resumed(finished, tmp_path):
+def test_a_damaged_checkpoint_is_not_resumed(finished, tmp_path, images):
     folder = tmp_path / "checkpoints/tiny"
     folder.mkdir(parents=True)
     whole = (finished / "checkpoints/tiny/last.ckpt").read_bytes()
     (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
-    done = run("train.py", *TINY, "--exp_name", "tiny", "--output_dir", tmp_path, "--use_checkpoint")
+    done = run(
+        "train.py",
+        *TINY,
+        "--root",
+        images,
+        "--root",
+        images,
+        "--exp_name",
+        "tiny",
+        "--output_dir",
+        tmp_path,
+        "--use_checkpoint",
+    )
     assert_one_line_error(done, "last.ckpt is not a checkpoint, or is cut off")
 
 
-def test_use_checkpoint_without_a_checkpoint_starts_anew(tmp_path):
-    done = run("train.py", *TINY, "--iters", 1, "--output_dir", tmp_path, "--use_checkpoint")
+def test_use_checkpoint_without_a_checkpoint_starts_anew(tmp_path, images):
+    done = run(
+        "train.py",
+        *TINY,
+        "--root",
+        images,
+        "--root",
+        images,
+        "--iters",
+        1,
+        "--output_dir",
+        tmp_path,
+        "--use_checkpoint",
+    )
     assert done.returncode == 0, done.stderr
     assert "so this run starts anew" in done.stderr
 
 
-def test_wandb_never_asks_for_a_login(tmp_path):
+def test_wandb_never_asks_for_a_login(tmp_path, images):
     """No key, no network, no terminal: it logs offline and says where."""
     pytest.importorskip("wandb")
     tiny = [flag if flag != "none" else "wandb" for flag in TINY]
     environment = {"HOME": str(tmp_path), "WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc")}
-    done = run("train.py", *tiny, "--iters", 1, "--output_dir", tmp_path, **environment, timeout=240)
+    done = run("train.py", *tiny, "--root", images, "--iters", 1, "--output_dir", tmp_path, **environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert f"wandb logs offline to {tmp_path}/checkpoints/sdn/wandb (no API key)" in done.stderr
     assert list((tmp_path / "checkpoints/sdn/wandb").glob("offline-run-*"))
 
     environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = run("train.py", *tiny, "--iters", 1, "--output_dir", tmp_path, **environment, timeout=240)
+    done = run("train.py", *tiny, "--root", images, "--iters", 1, "--output_dir", tmp_path, **environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "(127.0.0.1 cannot be reached)" in done.stderr
 

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 
 from ..config import TrainConfig
-from ..utils import keyed_noise, nats_to_bits_per_dim
+from ..utils import keyed_noise, mixed_seed, nats_to_bits_per_dim
 from .model import DensityVAE, Output
 
 
@@ -50,12 +50,9 @@ class DensityTraining(pl.LightningModule):
     def averaged_model(self) -> DensityVAE:
         return self.average.module
 
-    def on_train_start(self) -> None:
-        # Lightning seeds all ranks alike, which starts them from the same weights; their noise must differ.
-        if self.trainer.world_size > 1:
-            torch.manual_seed(
-                self.config.random_seed + 1 + self.global_rank + self.global_step * self.trainer.world_size
-            )
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        # The noise of a step depends on where it is in the run, so ranks differ and a resumed run draws the same.
+        torch.manual_seed(mixed_seed(self.config.random_seed, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         images, _ = batch

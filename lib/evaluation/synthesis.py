@@ -41,7 +41,7 @@ def sample_images(
 @torch.no_grad()
 def reconstruct(model: DensityVAE, images: Tensor, *, seed: int) -> Tensor:
     """Most probable reconstructions of uint8 images [B, 3, H, W], the latents drawn from the posterior; on the CPU."""
-    x = model.observation.encode(images.to(model.h.device))
+    x = model.observation.encode(images.to(model.h.device)).to(model.h.dtype)
     noise = [eps.to(model.h) for eps in keyed_noise(model.latent_shapes, seed, range(len(images)))]
     return _to_images(model, model(x, noise).params, "most_probable", None).cpu()
 

@@ -1,0 +1,142 @@
+"""TFRecord files and the tf.train.Example records in them, read without TensorFlow.
+
+Framing of each record (TensorFlow's documentation of TFRecord), integers little-endian:
+
+    uint64 length | uint32 masked crc32c of the length | data | uint32 masked crc32c of the data
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import IO
+
+from .errors import DataError
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+
+
+def masked_crc32c(data: bytes) -> int:
+    """TensorFlow's masked CRC-32C (Castagnoli): rotated right by 15 bits, plus a constant, modulo 2^32.
+
+    Raises:
+        DataError: if the package google-crc32c is missing.
+    """
+    try:
+        from google_crc32c import value
+    except ImportError:
+        raise DataError("checking TFRecords needs the package google-crc32c: pip install google-crc32c") from None
+    crc = value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def records(stream: IO[bytes], name: str) -> Iterator[bytes]:
+    """The data of each record of a TFRecord file, checked.
+
+    Arguments:
+        stream: The file, at its beginning.
+        name: What messages call it.
+
+    Raises:
+        DataError: naming file and record (counted from 0), if one is cut off or fails a checksum.
+    """
+    number = 0
+    while header := stream.read(12):
+        if len(header) < 12:
+            raise DataError(f"{name}, record {number}: cut off inside the length")
+        length, length_crc = struct.unpack("<QI", header)
+        if masked_crc32c(header[:8]) != length_crc:
+            raise DataError(f"{name}, record {number}: the checksum of the length does not fit")
+        body = stream.read(length + 4)
+        if len(body) < length + 4:
+            raise DataError(f"{name}, record {number}: cut off after {len(body)} of {length + 4} bytes")
+        data = body[:length]
+        if masked_crc32c(data) != int.from_bytes(body[length:], "little"):
+            raise DataError(f"{name}, record {number}: the checksum of the data does not fit")
+        yield data
+        number += 1
+
+
+def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
+    """The features of a serialized tf.train.Example: name -> list of integers or of byte strings.
+
+    Lists of floats are left out. Fields may come in any order, integers packed or one by one.
+
+    Raises:
+        ValueError: if the bytes are not such a message.
+    """
+    # Example {1: Features {1: map entry {1: name, 2: Feature {1: BytesList {1: ...} | 3: Int64List {1: ...}}}}}
+    features: dict[str, list[int] | list[bytes]] = {}
+    for example_field, features_message in _submessages(record):
+        if example_field != 1:
+            continue
+        for field, entry in _submessages(features_message):
+            if field != 1:
+                continue
+            parts = dict(_submessages(entry))
+            for kind, values in _submessages(parts.get(2, b"")):
+                if kind in (1, 3):
+                    name = bytes(parts.get(1, b"")).decode()
+                    features[name] = _byte_strings(values) if kind == 1 else _integers(values)
+    return features
+
+
+def _byte_strings(message: memoryview | bytes) -> list[bytes]:
+    return [bytes(value) for field, value in _submessages(message) if field == 1]
+
+
+def _integers(message: memoryview | bytes) -> list[int]:
+    values: list[int] = []
+    for field, wire_type, value in _fields(message):
+        if field != 1:
+            continue
+        if wire_type == VARINT:
+            values.append(value)
+        elif wire_type == BYTES:
+            position = 0
+            while position < len(value):
+                number, position = _varint(value, position)
+                values.append(number)
+        else:
+            raise ValueError(f"an integer list holds wire type {wire_type}")
+    return [value - 2**64 if value >= 2**63 else value for value in values]
+
+
+def _submessages(message: memoryview | bytes) -> Iterator[tuple[int, memoryview]]:
+    return ((field, value) for field, wire_type, value in _fields(message) if wire_type == BYTES)
+
+
+def _fields(message: memoryview | bytes) -> Iterator[tuple[int, int, int | memoryview]]:
+    """(field number, wire type, value) of a protobuf message; the value is a number or, if not a varint, bytes."""
+    view, position = memoryview(message), 0
+    while position < len(view):
+        key, position = _varint(view, position)
+        field, wire_type = key >> 3, key & 7
+        if wire_type == VARINT:
+            value, position = _varint(view, position)
+            yield field, wire_type, value
+            continue
+        if wire_type == BYTES:
+            length, position = _varint(view, position)
+        elif wire_type in (FIXED64, FIXED32):
+            length = 8 if wire_type == FIXED64 else 4
+        else:
+            raise ValueError(f"unknown wire type {wire_type}")
+        if position + length > len(view):
+            raise ValueError("a field goes beyond the end of its message")
+        yield field, wire_type, view[position : position + length]
+        position += length
+
+
+def _varint(view: memoryview, position: int) -> tuple[int, int]:
+    """The number at a position, seven bits a byte, lowest first; and the position after it."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if position >= len(view):
+            raise ValueError("a number is cut off")
+        byte = view[position]
+        position += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, position
+    raise ValueError("a number has more than ten bytes")

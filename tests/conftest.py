@@ -1,0 +1,34 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import lmdb
+import pytest
+import torch
+from helpers import TINY, run
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of data sets with a small ImageNet32 in the real format: 32 training and 11 validation images."""
+    root = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 32), ("validation", 11)):
+        (root / "ImageNet32").mkdir(exist_ok=True)
+        environment = lmdb.open(str(root / f"ImageNet32/{split}.lmdb"), map_size=2**20)
+        with environment, environment.begin(write=True) as transaction:
+            for index in range(count):
+                coarse = torch.randint(0, 256, (4, 4, 3), dtype=torch.uint8, generator=generator)
+                image = coarse.repeat_interleave(8, dim=0).repeat_interleave(8, dim=1)
+                transaction.put(str(index).encode(), image.numpy().tobytes())
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, images):
+    """The output folder of a run of 6 steps, called tiny, with checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    arguments = ["--root", images, "--exp_name", "tiny", "--iters", 6, "--make_checkpoint", "--output_dir", folder]
+    done = run("train.py", *TINY, *arguments)
+    assert done.returncode == 0, done.stderr
+    return folder

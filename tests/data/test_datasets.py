@@ -1,0 +1,229 @@
+"""The registry, CIFAR10 in torchvision's layout, and Photos32."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import CIFAR10
+
+from data import photos32
+from data.errors import DataError
+from data.get_dataset import DATASETS, get_dataset
+from data.photos32 import Photos32, photographs
+
+PER_BATCH = 4
+
+
+@pytest.fixture
+def cifar_root(tmp_path, monkeypatch):
+    """A data folder with CIFAR10 in the real layout, a few images a batch, whose check sums torchvision expects."""
+    folder = tmp_path / "CIFAR10" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images = {}
+
+    def write(name, content):
+        encoded = pickle.dumps(content)
+        (folder / name).write_bytes(encoded)
+        return [name, hashlib.md5(encoded).hexdigest()]
+
+    for attribute in ("train_list", "test_list"):
+        entries, pictures = [], []
+        for name, _ in getattr(CIFAR10, attribute):
+            rows = rng.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8)
+            pictures.append(rows.reshape(PER_BATCH, 3, 32, 32))  # the format: 1024 red, 1024 green, 1024 blue
+            entries.append(write(name, {"data": rows, "labels": list(range(PER_BATCH))}))
+        monkeypatch.setattr(CIFAR10, attribute, entries)
+        images[attribute] = torch.from_numpy(np.concatenate(pictures))
+    name, md5 = write(CIFAR10.meta["filename"], {"label_names": [str(k) for k in range(10)]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return tmp_path, images
+
+
+def test_cifar10_has_the_images_in_order_and_validates_on_the_test_split(cifar_root):
+    root, images = cifar_root
+    for split, attribute, length in (("train", "train_list", 5 * PER_BATCH), ("validation", "test_list", PER_BATCH)):
+        dataset = get_dataset("CIFAR10", root, split)
+        assert len(dataset) == length
+        assert dataset[0].dtype == torch.uint8
+        assert torch.equal(torch.stack([dataset[i] for i in range(length)]), images[attribute])
+
+
+def test_cifar10_that_is_there_needs_neither_network_nor_writing(cifar_root, monkeypatch):
+    root, _ = cifar_root
+    before = sorted(path.name for path in (root / "CIFAR10").iterdir())
+    monkeypatch.setattr(CIFAR10, "download", lambda self: pytest.fail("it downloads"))
+    assert len(get_dataset("CIFAR10", root)) == 5 * PER_BATCH
+    assert sorted(path.name for path in (root / "CIFAR10").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        urllib.error.URLError("no route to host"),
+        RuntimeError("File not found or corrupted: no route to host"),
+        ConnectionResetError("no route to host"),
+    ],
+)
+def test_cifar10_that_cannot_be_downloaded(tmp_path, monkeypatch, failure):
+    def fail(self):
+        raise failure
+
+    monkeypatch.setattr(CIFAR10, "download", fail)
+    with pytest.raises(DataError) as raised:
+        get_dataset("CIFAR10", tmp_path)
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in ("no route to host", "cifar-10-python.tar.gz", CIFAR10.url, str(tmp_path / "CIFAR10")):
+        assert part in message, message
+
+
+def test_a_damaged_cifar10_is_downloaded_again_not_used(cifar_root, monkeypatch):
+    root, _ = cifar_root
+    (root / "CIFAR10" / CIFAR10.base_folder / "data_batch_3").write_bytes(b"cut off")
+    asked = []
+
+    def fail(self):
+        asked.append(self.root)
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(CIFAR10, "download", fail)
+    with pytest.raises(DataError, match="no route to host"):
+        get_dataset("CIFAR10", root)
+    assert asked == [str(root / "CIFAR10")]
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return {split: Photos32(split) for split in ("train", "validation")}
+
+
+def test_photos32_has_uint8_patches(photos):
+    assert (len(photos["train"]), len(photos["validation"])) == (8192, 1024)
+    for dataset in photos.values():
+        for index in (0, len(dataset) - 1):
+            assert dataset[index].dtype == torch.uint8 and dataset[index].shape == (3, 32, 32)
+        assert dataset[0].float().std() > 0
+        assert not torch.equal(dataset[0], dataset[1])
+
+
+def test_photos32_splits_share_no_column_of_a_photograph(monkeypatch):
+    """In photographs that are coloured by column, every pixel tells where it comes from."""
+    widths = (500, 255 * 4, 333)
+    paintings = []
+    for width in widths:
+        columns = np.arange(width)
+        rows = np.stack([columns % 256, columns // 256, np.zeros_like(columns)], -1).astype(np.uint8)  # [W, 3]
+        paintings.append(photos32.Image.fromarray(np.repeat(rows[None], 200, 0)))
+    monkeypatch.setattr(photos32, "REDUCTIONS", (1,))
+    for painting, width in zip(paintings, widths, strict=True):
+        monkeypatch.setattr(photos32, "photographs", lambda painting=painting: [painting])
+        seen = {}
+        for split in ("train", "validation"):
+            dataset = Photos32(split)
+            draws = torch.stack([dataset[i] for i in range(1024)]).long()
+            seen[split] = set((draws[:, 0] + 256 * draws[:, 1]).unique().tolist())
+        assert max(seen["train"]) < min(seen["validation"])
+        border = round(width * 0.75)
+        assert min(seen["train"]) < 8 and max(seen["train"]) > border - 8, "the whole region is used"
+        assert min(seen["validation"]) < border + 8 and max(seen["validation"]) > width - 8
+
+
+def test_photos32_scales_each_region_by_itself(monkeypatch):
+    """Black left of the border, white right of it: antialiasing must not mix them."""
+    painting = np.zeros((200, 400, 3), np.uint8)
+    painting[:, 300:] = 255
+    monkeypatch.setattr(photos32, "photographs", lambda: [photos32.Image.fromarray(painting)])
+    train, validation = Photos32("train"), Photos32("validation")
+    assert max(train[i].max() for i in range(500)) == 0
+    assert min(validation[i].min() for i in range(1024)) == 255
+
+
+def test_photos32_validation_is_the_same_in_every_instance(photos):
+    again = Photos32("validation")
+    assert all(torch.equal(again[i], photos["validation"][i]) for i in range(1024))
+    generator = torch.Generator().manual_seed(5)
+    assert torch.equal(again.draw(7, generator), again[7])
+
+
+def test_photos32_draws_depend_on_the_generator_only(photos):
+    train = photos["train"]
+
+    def draw(index, seed):
+        return train.draw(index, torch.Generator().manual_seed(seed))
+
+    torch.manual_seed(0)
+    first = [draw(index, seed) for index, seed in ((3, 1), (3, 2), (4, 3))]
+    torch.manual_seed(1)
+    train[17]
+    assert all(torch.equal(a, b) for a, b in zip(first, [draw(0, 1), draw(9, 2), draw(4, 3)], strict=True))
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+
+
+def test_photos32_draws_are_nearly_all_different(photos):
+    generator = torch.Generator().manual_seed(0)
+    draws = [photos["train"].draw(0, generator) for _ in range(500)]
+    assert len({bytes(draw.numpy().tobytes()) for draw in draws}) > 450
+
+
+def test_the_photographs_are_colour_pictures():
+    pictures = photographs()
+    assert len(pictures) == 7
+    for picture in pictures:
+        assert picture.mode == "RGB" and min(picture.size) >= 128
+        red, green, blue = np.asarray(picture).transpose(2, 0, 1).astype(float)
+        assert abs(red - green).max() > 10 and abs(green - blue).max() > 10
+
+
+@pytest.mark.parametrize("package", ["skimage", "sklearn.datasets"])
+def test_photos32_without_a_package_says_what_to_install(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match="pip install scikit-image scikit-learn"):
+        get_dataset("Photos32")
+
+
+def test_an_unknown_data_set_lists_the_known_ones(tmp_path):
+    with pytest.raises(DataError) as raised:
+        get_dataset("cifar10", tmp_path)
+    assert all(name in str(raised.value) for name in ("'cifar10'", *DATASETS))
+
+
+def test_an_unknown_split_lists_the_known_ones(tmp_path):
+    with pytest.raises(DataError, match="unknown split 'test'; there are train, validation"):
+        get_dataset("CIFAR10", tmp_path, "test")
+
+
+def test_the_registry_knows_shapes_and_flips():
+    known = {name: (spec.shape, spec.flip) for name, spec in DATASETS.items()}
+    assert known["CIFAR10"] == ((3, 32, 32), True)
+    assert known["ImageNet32"] == ((3, 32, 32), False)
+    assert known["CelebAHQ256"] == ((3, 256, 256), True)
+    assert known["Photos32"] == ((3, 32, 32), False)  # its draws flip already
+    assert all(name == spec.name for name, spec in DATASETS.items())
+
+
+@pytest.mark.parametrize(
+    "name, script",
+    [("ImageNet32", "data/ImageNet32/get_imagenet_data.sh"), ("CelebAHQ256", "data/CelebAHQ256/get_celeb_data.sh")],
+)
+def test_missing_data_name_a_command_that_puts_them_there(tmp_path, monkeypatch, name, script):
+    with pytest.raises(DataError) as raised:
+        get_dataset(name, tmp_path)
+    assert str(raised.value).endswith(f"; get it with: SDN_DATA_ROOT={tmp_path} bash {script}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"; get it with: bash {script}$"):
+        get_dataset(name)
+
+
+def test_an_unfinished_conversion_counts_as_missing(tmp_path):
+    partial = tmp_path / "ImageNet32" / "train.lmdb.partial"
+    partial.mkdir(parents=True)
+    (partial / "data.mdb").write_bytes(b"half")
+    with pytest.raises(DataError, match=r"there is no .*train\.lmdb; get it with: .*get_imagenet_data\.sh"):
+        get_dataset("ImageNet32", tmp_path)
