@@ -153,7 +153,6 @@ def image_batches(
     """The first `--limit` validation images in batches, and a progress bar's update function."""
     root = flags.root or config.root
     data = ImageDataModule(config.dataset, root, flags.batch, flags.batch, flags.num_workers, seed=0)
-    data.prepare_data()
     data.setup("validate")
     loader = data.val_dataloader()
     total = len(data.validation)

@@ -106,9 +106,10 @@ class ImageDataModule(pl.LightningDataModule):
             get_dataset(self.name, self.root, split)
 
     def setup(self, stage: str | None = None) -> None:
-        flip = DATASETS[self.name].flip
-        train, validation = (get_dataset(self.name, self.root, split) for split in ("train", "validation"))
-        self.train = IndexedImages(train, augment=True, flip=flip, seed=self.seed)
+        if stage != "validate":
+            train = get_dataset(self.name, self.root, "train")
+            self.train = IndexedImages(train, augment=True, flip=DATASETS[self.name].flip, seed=self.seed)
+        validation = get_dataset(self.name, self.root, "validation")
         self.validation = IndexedImages(validation, augment=False, flip=False, seed=self.seed)
 
     def train_dataloader(self) -> DataLoader:
