@@ -68,7 +68,6 @@ def main(arguments: list[str] | None = None) -> None:
         model, config, step = load_model(path, image_sizes, flags.backend)
         model.to(device)
         folder = Path(flags.output_dir) / "figs" / name
-        results = evaluate(model, config, flags, folder)
         about = {
             "checkpoint": path.name,
             "step": step,
@@ -79,7 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
             "date": datetime.date.today().isoformat(),
             "command": "evaluate.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
         }
-        write_results(folder / "results.json", {task: result | about for task, result in results.items()})
+        results = read_results(folder / "results.json")
+        for task, result in evaluate(model, config, flags, folder):
+            results[task] = result | about
+            write_results(folder / "results.json", results)
         print(f"numbers in {folder / 'results.json'}")
 
 
@@ -102,6 +104,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N; got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N; got {name}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
     return device
@@ -111,7 +115,7 @@ def find_checkpoint(flags: argparse.Namespace) -> tuple[Path, str]:
     """The checkpoint's path, and the name under which its results are kept."""
     if flags.checkpoint:
         path = Path(flags.checkpoint)
-        return path, path.parent.name if path.stem in ("best", "last") else path.stem
+        return path, path.resolve().parent.name if path.stem in ("best", "last") else path.stem
     folder = Path(flags.output_dir) / "checkpoints"
     names = (f"{flags.model}.ckpt", f"{flags.model}/best.ckpt", f"{flags.model}/last.ckpt")
     candidates = [folder / name for name in names]
@@ -120,30 +124,34 @@ def find_checkpoint(flags: argparse.Namespace) -> tuple[Path, str]:
             return path, flags.model
     there = sorted({p.stem for p in folder.glob("*.ckpt")} | {p.parent.name for p in folder.glob("*/last.ckpt")})
     known = ", ".join(there) or "none"
-    raise CheckpointError(f"--model {flags.model}: neither {candidates[0]} nor {candidates[1]} exists; known: {known}")
+    raise CheckpointError(f"--model {flags.model}: none of {', '.join(map(str, candidates))} exists; known: {known}")
 
 
 def evaluate(
     model: DensityVAE, config: TrainConfig, flags: argparse.Namespace, folder: Path
-) -> dict[str, dict[str, Any]]:
-    """Runs what the flags ask for, prints each result, and returns them by name."""
-    results: dict[str, dict[str, Any]] = {}
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs what the flags ask for, one after another; prints and yields each result with its name."""
     if flags.elbo:
         with image_batches(config, flags, "-ELBO") as (batches, progress):
-            results["elbo"] = negative_elbo(model, batches, seed=flags.seed, progress=progress)
-        print("-ELBO: {bits_per_dim:.4f} +- {standard_error:.4f} bits/dim ({images} images)".format(**results["elbo"]))
+            result = negative_elbo(model, batches, seed=flags.seed, progress=progress)
+        print(f"-ELBO: {shown(result)} bits/dim ({result['images']} images)")
+        yield "elbo", result
     if flags.likelihood:
         with image_batches(config, flags, "-log p(x)") as (batches, progress):
-            results["likelihood"] = negative_log_likelihood(
+            result = negative_log_likelihood(
                 model, batches, samples=flags.importance_samples, chunk=flags.batch, seed=flags.seed, progress=progress
             )
         print(
-            "-log p(x): {bits_per_dim:.4f} +- {standard_error:.4f} bits/dim "
-            "({images} images, {samples} importance samples)".format(**results["likelihood"])
+            f"-log p(x): {shown(result)} bits/dim ({result['images']} images, {result['samples']} importance samples)"
         )
+        yield "likelihood", result
     if flags.sampling:
-        results["sampling"] = draw_samples(model, flags, folder)
-    return results
+        yield "sampling", draw_samples(model, flags, folder)
+
+
+def shown(result: dict[str, Any]) -> str:
+    error = result["standard_error"]
+    return f"{result['bits_per_dim']:.4f}" + (f" +- {error:.4f}" if error is not None else "")
 
 
 @contextmanager
@@ -187,12 +195,21 @@ def draw_samples(model: DensityVAE, flags: argparse.Namespace, folder: Path) -> 
     return {"temperatures": flags.temperatures, "count": flags.count, "output": flags.output, "grids": grids}
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What earlier evaluations of this checkpoint found, by name."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): move it away") from None
+
+
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Adds the results to those that are there already; the file is replaced as a whole or not at all."""
-    stored = json.loads(path.read_text()) if path.is_file() else {}
+    """The file is replaced as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(stored | results, indent=2) + "\n")
+    partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     os.replace(partial, path)
 
 

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.request
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from data.get_dataset import DATASETS
 from lib.callbacks import ImageGrids, MetricsLog, StepLimit
 from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
 from lib.cli import OneLineParser, one_line_errors
-from lib.config import ConfigError, TrainConfig, flag_type
+from lib.config import ConfigError, TrainConfig, flag_default, flag_type
 from lib.DensityVAE import DensityVAE
 from lib.DensityVAE.training import DensityTraining
 
@@ -40,7 +41,7 @@ def make_parser() -> OneLineParser:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         kind, is_list = flag_type(field.name)
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = flag_default(field)
         options: dict[str, Any] = {"help": field.metadata["meaning"], "default": default}
         if kind is bool:
             options["action"] = "store_true"
@@ -63,7 +64,7 @@ def flag_table() -> str:
             group = field.metadata["group"]
             lines.append(f"| **{group}** | | | |")
         kind, is_list = flag_type(field.name)
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = flag_default(field)
         shown = " ".join(map(str, default)) if is_list else "-" if default is None else default
         shown = "off" if kind is bool else shown
         choices = field.metadata["choices"]
@@ -100,7 +101,7 @@ def find_checkpoint(config: TrainConfig, run_folder: Path) -> Path | None:
     """The checkpoint to go on from. An experiment that exists is never overwritten, nor continued as another one."""
     last = run_folder / "last.ckpt"
     if not config.use_checkpoint:
-        if last.exists():
+        if any((run_folder / name).exists() for name in ("last.ckpt", "best.ckpt", "steps.csv")):
             raise ConfigError(
                 f"{run_folder} holds a run already: --use_checkpoint goes on with it, another --exp_name starts anew"
             )
@@ -125,9 +126,6 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
     """Trains, from `resume_from` if given."""
     quiet_lightning()
     pl.seed_everything(config.random_seed, workers=True, verbose=False)
-    batch_val = config.batch_val if config.batch_val > 0 else config.batch
-    data = ImageDataModule(config.dataset, config.root, config.batch, batch_val, config.num_workers, config.random_seed)
-    data.prepare_data()  # what is missing is said before anything is built
     try:
         model = DensityVAE(
             DATASETS[config.dataset].shape[1:],
@@ -137,6 +135,10 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    batch_val = config.batch_val if config.batch_val > 0 else config.batch
+    data = ImageDataModule(config.dataset, config.root, config.batch, batch_val, config.num_workers, config.random_seed)
+    data.prepare_data()
+    data.check_batch(devices["devices"] * config.num_nodes)
 
     figures = Path(config.output_dir) / "figs" / config.exp_name
     grids = ImageGrids(
@@ -205,15 +207,25 @@ def make_logger(config: TrainConfig, run_folder: Path) -> pl.loggers.Logger | bo
         return False
     mode = os.environ.get("WANDB_MODE", "online")
     reason = None if mode != "online" else why_offline(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
-    if reason:
-        mode = "offline"
-    if mode == "offline":
+
+    def logger(mode: str) -> pl.loggers.Logger:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        return pl.loggers.WandbLogger(
+            name=config.exp_name, project="sdn", save_dir=str(run_folder), config=config.to_dict(), mode=mode
+        )
+
+    if mode == "online" and not reason:
+        online = logger(mode)
+        try:
+            _ = online.experiment  # logs in: what fails, fails here
+            return online
+        except wandb.errors.Error as error:
+            reason = str(error).splitlines()[0]
+    if reason or mode == "offline":
         because = f" ({reason})" if reason else ""
         say(f"wandb logs offline to {run_folder / 'wandb'}{because}; `wandb sync` uploads it")
-    run_folder.mkdir(parents=True, exist_ok=True)
-    return pl.loggers.WandbLogger(
-        name=config.exp_name, project="sdn", save_dir=str(run_folder), config=config.to_dict(), mode=mode
-    )
+        mode = "offline"
+    return logger(mode)
 
 
 def why_offline(base_url: str) -> str | None:
@@ -223,10 +235,12 @@ def why_offline(base_url: str) -> str | None:
         path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
         try:
             key = path.is_file() and netrc.netrc(str(path)).authenticators(address.hostname)
-        except netrc.NetrcParseError:
+        except (netrc.NetrcParseError, OSError, UnicodeDecodeError):
             key = None
         if not key:
             return "no API key"
+    if urllib.request.getproxies():
+        return None  # a direct connection would say nothing
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
     except OSError:
@@ -259,6 +273,7 @@ def quiet_lightning() -> None:
         "Checkpoint directory .* exists and is not empty",
         "smaller than the logging interval",
         r"Found \d+ module\(s\) in eval mode",
+        "It is recommended to use .*sync_dist=True",
         "isinstance\\(treespec, LeafSpec\\)",
     ):
         warnings.filterwarnings("ignore", f".*{remark}.*")

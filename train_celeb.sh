@@ -13,13 +13,9 @@
 # here come last and win, so a run can be shrunk: with one GPU, `--gpus 1 --accumulate_grad_batches 8` keeps the global
 # batch. Training goes on until --iters 1000000 or until stopped; the same command with --use_checkpoint resumes.
 set -euo pipefail
-cd "$(dirname "$0")"
-variant=sdn
-case "${1:-}" in sdn | cnn) variant=$1 && shift ;; esac
-[ "$variant" = cnn ] && set -- --sdn_max_scale 0 "$@"
-python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+. "$(dirname "$0")/recipe.sh"
 exec "$python" train.py --dataset CelebAHQ256 --exp_name "celebahq256_$variant" --make_checkpoint \
-    --gpus 8 --batch 4 --amp --depth 17 --ds_list 4 7 9 11 13 15 --lrate 0.001 --lrate_decay 0.999 \
+    --gpus 8 --batch 4 --depth 17 --ds_list 4 7 9 11 13 15 --lrate 0.001 --lrate_decay 0.999 \
     --sdn_max_scale 64 --sdn_num_dirs 2 --sdn_nfeat_0 400 --sdn_nfeat_diff 80 \
     --obs_model DML --mix_components 30 --nbits 5 --z_size 8 --h_size 200 \
     --free_bits 0.01 --ema_coef 0.999 --random_seed 1234 --sampling_temperature 0.85 --figsize 4 "$@"

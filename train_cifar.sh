@@ -12,13 +12,9 @@
 # `--gpus 0 --depth 3 --ds_list 1 2 --h_size 32 --sdn_nfeat_0 32 --batch 8` at least runs.
 # Training goes on until --iters 1000000 or until stopped; the same command with --use_checkpoint resumes.
 set -euo pipefail
-cd "$(dirname "$0")"
-variant=sdn
-case "${1:-}" in sdn | cnn) variant=$1 && shift ;; esac
-[ "$variant" = cnn ] && set -- --sdn_max_scale 0 "$@"
-python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+. "$(dirname "$0")/recipe.sh"
 exec "$python" train.py --dataset CIFAR10 --exp_name "cifar10_$variant" --make_checkpoint \
-    --gpus 8 --batch 32 --amp --depth 15 --ds_list 5 10 --lrate 0.002 --lrate_decay 0.999 \
+    --gpus 8 --batch 32 --depth 15 --ds_list 5 10 --lrate 0.002 --lrate_decay 0.999 \
     --sdn_max_scale 32 --sdn_num_dirs 2 --sdn_nfeat_0 360 --sdn_nfeat_diff 128 \
     --obs_model DML --mix_components 5 --nbits 8 --z_size 4 --h_size 200 \
     --free_bits 0.01 --ema_coef 0.999 --random_seed 1234 --sampling_temperature 0.85 "$@"

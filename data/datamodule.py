@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lib.utils import mixed_seed
 
 from .errors import DataError
-from .get_dataset import DATASETS, get_dataset
+from .get_dataset import DATASETS, SPLITS, get_dataset
 
 PADDING = -1
 
@@ -101,24 +101,30 @@ class ImageDataModule(pl.LightningDataModule):
         self.name, self.root, self.seed = name, root, seed
         self.batch, self.batch_val, self.num_workers = batch, batch_val, num_workers
 
+        self._opened: dict[str, Dataset] = {}
+
     def prepare_data(self) -> None:
-        for split in ("train", "validation"):
-            get_dataset(self.name, self.root, split)
+        """Opens both splits, downloading CIFAR10 if need be; raises DataError for what is missing."""
+        for split in SPLITS:
+            self._open(split)
 
     def setup(self, stage: str | None = None) -> None:
         if stage != "validate":
-            train = get_dataset(self.name, self.root, "train")
-            self.train = IndexedImages(train, augment=True, flip=DATASETS[self.name].flip, seed=self.seed)
-        validation = get_dataset(self.name, self.root, "validation")
-        self.validation = IndexedImages(validation, augment=False, flip=False, seed=self.seed)
+            flip = DATASETS[self.name].flip
+            self.train = IndexedImages(self._open("train"), augment=True, flip=flip, seed=self.seed)
+        self.validation = IndexedImages(self._open("validation"), augment=False, flip=False, seed=self.seed)
+
+    def check_batch(self, processes: int) -> None:
+        """Raises DataError if the training images do not fill one batch on each of the processes."""
+        images = len(self._open("train"))
+        if images < self.batch * processes:
+            raise DataError(
+                f"{self.name} has {images} training images, fewer than one batch of {self.batch} on each of "
+                f"{processes} processes: use a batch of at most {images // processes}"
+            )
 
     def train_dataloader(self) -> DataLoader:
-        needed = self.batch * self._world_size
-        if len(self.train) < needed:
-            raise DataError(
-                f"{self.name} has {len(self.train)} training images, fewer than one batch of {self.batch} on each of "
-                f"{self._world_size} processes: use a batch of at most {len(self.train) // self._world_size}"
-            )
+        self.check_batch(self._world_size)
         return self._loader(self.train, self.batch, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -139,6 +145,11 @@ class ImageDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _open(self, split: str) -> Dataset:
+        if split not in self._opened:
+            self._opened[split] = get_dataset(self.name, self.root, split)
+        return self._opened[split]
 
     @property
     def _world_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ def _lmdb(name: str, size: int, flip: bool, script: str) -> DatasetSpec:
     shape, command = (3, size, size), f"bash data/{name}/{script}"
 
     def open_split(root: Path, split: str) -> LmdbImages:
-        environment = "" if root == Path("data") else f"SDN_DATA_ROOT={root} "
+        environment = "" if root == Path("data") else f"SDN_DATA_ROOT={shlex.quote(str(root))} "
         return LmdbImages(root / name / f"{split}.lmdb", shape, environment + command)
 
     return DatasetSpec(name, shape, flip, command, open_split)

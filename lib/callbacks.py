@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import resource
@@ -28,7 +29,8 @@ class CsvFile:
         rows = []
         if resume_step and path.is_file():
             with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resume_step]
+                whole = (row for row in csv.DictReader(file) if None not in row.values())  # a kill can cut the last
+                rows = [row for row in whole if int(row["step"]) <= resume_step]
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         with partial.open("w", newline="") as file:
@@ -78,6 +80,7 @@ class MetricsLog(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: DensityTraining, optimizer) -> None:
         grads = [p.grad for p in pl_module.model.parameters() if p.grad is not None]
         self._grad_norm = torch.nn.utils.get_total_norm(grads)
+        self._lr = optimizer.param_groups[0]["lr"]  # the scheduler may step before the batch ends
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DensityTraining, outputs, batch, batch_idx) -> None:
         self._batches.append(outputs)
@@ -92,7 +95,7 @@ class MetricsLog(pl.Callback):
         row = {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self._lr,
             "images_per_second": round(self._images / (now - self._step_start), 2),
         }
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -119,18 +122,21 @@ class MetricsLog(pl.Callback):
                 for row in rows:
                     trainer.logger.log_metrics({f"train/{k}": v for k, v in row.items()}, step=row["step"])
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
+        if not trainer.sanity_checking:
+            self._training_seconds = time.perf_counter() - self._epoch_start
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
         if trainer.sanity_checking:
             return
         self._write(trainer)
-        seconds = time.perf_counter() - self._epoch_start
         metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         row = {"step": trainer.global_step, "epoch": trainer.current_epoch, "val_neg_elbo": metrics.pop("val/bpd")}
         row |= {name.replace("/", "_"): value for name, value in metrics.items()}
         if self._epoch_neg_elbo:
             row["train_neg_elbo"] = sum(self._epoch_neg_elbo) / len(self._epoch_neg_elbo)
-        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        row |= {"images_per_second": round(self._epoch_images / seconds, 2), "seconds": round(seconds, 2)}
+        row |= {"lr": self._lr, "images_per_second": round(self._epoch_images / self._training_seconds, 2)}
+        row["seconds"] = round(time.perf_counter() - self._epoch_start, 2)
         row["peak_memory_mib"] = round(peak_memory(pl_module.device) / 2**20)
         if trainer.is_global_zero:
             self._epochs.append([row])
@@ -149,8 +155,9 @@ class MetricsLog(pl.Callback):
         self._write(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: DensityTraining, exception: BaseException) -> None:
-        if hasattr(self, "_pending"):
-            self._write(trainer)
+        with contextlib.suppress(RuntimeError):  # a failed GPU has no values left; the first exception counts
+            if hasattr(self, "_pending"):
+                self._write(trainer)
 
 
 class ImageGrids(pl.Callback):
@@ -158,7 +165,7 @@ class ImageGrids(pl.Callback):
 
     Arguments:
         folder: Where samples_STEP.png and reconstructions_STEP.png go.
-        columns: The grids have `columns` x `columns` images.
+        columns: The grids have `columns` x `columns` images, that of reconstructions `columns // 2` pairs in a row.
         temperature: Of the samples.
         batch: Images computed at a time.
         seed: The noise is the same at every validation, so that grids can be compared.
@@ -168,9 +175,10 @@ class ImageGrids(pl.Callback):
         self.folder = Path(folder)
         self.columns, self.temperature, self.batch, self.seed = columns, temperature, batch, seed
         self._images: list[Tensor] = []
+        self._pairs = max(1, columns // 2) * columns
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if sum(map(len, self._images)) < max(1, self.columns**2 // 2):
+        if sum(map(len, self._images)) < self._pairs:
             images, indices = batch
             self._images.append(images[indices >= 0].cpu())
 
@@ -180,12 +188,12 @@ class ImageGrids(pl.Callback):
             return
         model, step = pl_module.averaged_model, trainer.global_step
         samples = sample_images(model, self.columns**2, self.temperature, seed=self.seed, batch=self.batch)
-        originals = torch.cat(images)[: max(1, self.columns**2 // 2)]
-        parts = [reconstruct(model, part, seed=self.seed) for part in originals.split(self.batch)]
-        grids = {"samples": samples, "reconstructions": side_by_side(originals, torch.cat(parts))}
-        for name, grid in grids.items():
-            path = save_grid(grid, self.folder / f"{name}_{step:07d}.png", self.columns)
-            if isinstance(trainer.logger, pl.loggers.WandbLogger):
+        originals = torch.cat(images)[: self._pairs]
+        pairs = side_by_side(originals, reconstruct(model, originals, seed=self.seed, batch=self.batch))
+        grids = {"samples": (samples, self.columns), "reconstructions": (pairs, 2 * max(1, self.columns // 2))}
+        for name, (grid, columns) in grids.items():
+            path = save_grid(grid, self.folder / f"{name}_{step:07d}.png", columns)
+            if hasattr(trainer.logger, "log_image"):
                 trainer.logger.log_image(key=f"val/{name}", images=[str(path)], step=step)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,5 +26,9 @@ def one_line_errors(program: str, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        # From a loader's worker process the message comes as the last line of a traceback.
+        message = str(error).strip().splitlines()[-1]
+        for kind in kinds:
+            message = re.sub(rf"^[\w.]*\b{kind.__name__}: ", "", message)
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)

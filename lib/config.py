@@ -74,7 +74,7 @@ class TrainConfig:
     gpus: int | None = _flag(None, "Hardware", "GPUs of each node; default: 1 if there is one, else 0, the CPU")
     num_processes: int = _flag(1, "Hardware", "processes of each node when --gpus is 0")
     num_nodes: int = _flag(1, "Hardware", "machines")
-    distributed_backend: str = _flag("ddp", "Hardware", "how several processes work together", ("ddp", "ddp_spawn"))
+    distributed_backend: str = _flag("ddp", "Hardware", "how several processes work together", ("ddp",))
     amp: bool = _flag(
         False, "Hardware", "float16 with loss scaling, as the authors; on a CPU bfloat16; not with --precision"
     )
@@ -134,7 +134,7 @@ class TrainConfig:
             raise ConfigError(f"--{name} must be {allowed}; got {getattr(self, name)}")
 
     def architecture(self) -> dict[str, Any]:
-        """The arguments of `DensityVAE` that the state dict depends on."""
+        """The arguments of `DensityVAE` that define the model."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["group"] == ARCHITECTURE}
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,6 +149,11 @@ class TrainConfig:
         if unknown:
             raise ConfigError(f"the stored configuration has unknown fields: {', '.join(unknown)}")
         return cls(**stored)
+
+
+def flag_default(field: dataclasses.Field) -> Any:
+    """The default of a field of `TrainConfig`."""
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 
 def flag_type(name: str) -> tuple[type, bool]:

@@ -270,10 +270,10 @@ def correct_lines_torch(
         lines, product_dtype = lines.float(), torch.get_autocast_dtype(device)
     else:
         product_dtype = lines.dtype
+    tensors = (_channels_innermost(lines), weight_ih, weight_hh, bias_ih, bias_hh)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.autocast(device, enabled=False):
-        return _CorrectLines.apply(
-            _channels_innermost(lines), weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype
-        )
+        return _CorrectLines.apply(*tensors, reverse, keep_first, product_dtype, differentiable)
 
 
 class _CorrectLines(torch.autograd.Function):
@@ -287,36 +287,42 @@ class _CorrectLines(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype):
+    def forward(ctx, lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype, differentiable):
         num_lines, num_positions, batch, C = lines.shape
         rows = num_positions * batch
         w_ih, w_own = weight_ih.to(product_dtype), _candidate_first(weight_hh).to(product_dtype)
         bias = torch.cat([bias_hh[2 * C :], bias_ih[: 2 * C] + bias_hh[: 2 * C], bias_ih[2 * C :]])
 
-        gates = lines.new_empty(num_lines, rows, 4 * C)  # first the pre-activations
+        blocks = _blocks(lines, reverse)
+        longest = max(block.stop - block.start for block in blocks)
+        stored = lines.new_empty(num_lines if differentiable else longest, rows, 4 * C)  # first the pre-activations
         neighbours = lines.new_zeros(1, num_positions, batch, 3 * C, dtype=product_dtype)
         candidate = lines.new_empty(num_positions, batch, C)
         corrected = torch.empty_like(lines)
         previous = None
-        for block in _blocks(lines, reverse):
-            gates[block] = bias
+        for block in blocks:
+            first = block.start if differentiable else 0
+            gates = stored[first : first + block.stop - block.start]
+            gates[:] = bias
             own = lines[block].reshape(-1, C).to(product_dtype)
-            _add_product(gates[block].view(-1, 4 * C)[:, : 3 * C], own, w_own.t())
+            _add_product(gates.view(-1, 4 * C)[:, : 3 * C], own, w_own.t())
             for line in _indices(block, reverse):
+                g = gates[line - block.start]
                 if keep_first and previous is None:
                     corrected[line] = lines[line]
                 else:
                     if previous is not None:
                         _gather_neighbours(corrected[previous : previous + 1], out=neighbours)
-                        _add_product(gates[line][:, C:], neighbours.view(rows, 3 * C), w_ih.t())
-                    gates[line][:, C : 3 * C].sigmoid_()
-                    candidate_own, r, z, n = gates[line].view(num_positions, batch, 4 * C).split(C, dim=-1)
+                        _add_product(g[:, C:], neighbours.view(rows, 3 * C), w_ih.t())
+                    g[:, C : 3 * C].sigmoid_()
+                    candidate_own, r, z, n = g.view(num_positions, batch, 4 * C).split(C, dim=-1)
                     torch.addcmul(n, r, candidate_own, out=candidate).tanh_()  # tanh is slow on a part of a row
                     n.copy_(candidate)
                     torch.lerp(candidate, lines[line], z, out=corrected[line])
                 previous = line
 
-        ctx.save_for_backward(lines, weight_ih, weight_hh, gates, corrected)
+        if differentiable:
+            ctx.save_for_backward(lines, weight_ih, weight_hh, stored, corrected)
         ctx.reverse, ctx.keep_first, ctx.product_dtype = reverse, keep_first, product_dtype
         return corrected
 
@@ -390,6 +396,7 @@ class _CorrectLines(torch.autograd.Function):
             torch.cat([grad_rz, grad_candidate_own]).to(weight_hh.dtype),
             grad_bias[C:].to(weight_ih.dtype),
             torch.cat([grad_bias[C : 3 * C], grad_bias[:C]]).to(weight_hh.dtype),
+            None,
             None,
             None,
             None,
@@ -481,7 +488,7 @@ def _checked_directions(dirs: Sequence[int]) -> tuple[int, ...]:
     if not dirs:
         raise ValueError(f"dirs must name at least one direction; allowed are {allowed}")
     for direction in dirs:
-        if isinstance(direction, bool) or direction not in DIRECTIONS:
+        if type(direction) is not int or direction not in DIRECTIONS:
             raise ValueError(f"unknown direction {direction!r} in dirs; allowed are {allowed}")
     return dirs
 

@@ -84,6 +84,6 @@ def keyed_noise(
     rows = []
     for image, sample in zip(images, samples, strict=True):
         generator.manual_seed(mixed_seed(seed, image, sample))
-        rows.append(torch.randn(sum(sizes), generator=generator))
-    flat = torch.stack(rows) if rows else torch.empty(0, sum(sizes))
+        rows.append(torch.randn(sum(sizes), generator=generator, dtype=torch.float32))
+    flat = torch.stack(rows) if rows else torch.empty(0, sum(sizes), dtype=torch.float32)
     return [part.reshape(-1, *shape) for part, shape in zip(flat.split(sizes, dim=1), shapes, strict=True)]

@@ -62,9 +62,9 @@ def run(script: str, *arguments: object, cwd: Path = REPOSITORY, timeout: int = 
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str, status: int = 2) -> None:
-    """The process failed with `status`, and its last line on stderr, which has no traceback, holds all `parts`."""
+    """The process failed with `status` and without a traceback; its one line with "error:" holds all `parts`."""
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    (last,) = [line for line in done.stderr.splitlines() if "error:" in line]
     for part in parts:
         assert part in last, last

@@ -48,8 +48,9 @@ def test_elbo_likelihood_and_samples(finished):
         (["--model", "a", "--elbo", "--limit", "0"], "--limit must be at least 1; got 0"),
         (["--model", "a", "--sampling", "--temperatures", "-1"], "--temperatures must be 0 or more"),
         (["--model", "a", "--elbo", "--device", "tpu9"], "--device must be auto, cpu, cuda or cuda:N; got tpu9"),
+        (["--model", "a", "--elbo", "--device", "mps"], "--device must be auto, cpu, cuda or cuda:N; got mps"),
         (["--model", "a", "--elbo", "--device", "cuda:99"], "--device cuda:99: this machine has"),
-        (["--model", "absent", "--elbo"], "--model absent: neither"),
+        (["--model", "absent", "--elbo"], "--model absent: none of"),
         (["--checkpoint", "absent.ckpt", "--elbo"], "no checkpoint at absent.ckpt"),
         (["--model", "a", "--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
@@ -61,6 +62,25 @@ def test_wrong_flags_are_one_line(flags, message, tmp_path, capfd):
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith("evaluate.py: error: ") and message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_missing_data_are_one_line(finished, tmp_path, capfd):
+    best = str(finished / "checkpoints/tiny/best.ckpt")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--checkpoint", best, "--elbo", "--root", str(tmp_path), "--output_dir", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "bash data/ImageNet32/get_imagenet_data.sh" in capfd.readouterr().err.strip().splitlines()[-1]
+
+
+def test_damaged_results_are_not_overwritten(finished, tmp_path, capfd):
+    (tmp_path / "figs/tiny").mkdir(parents=True)
+    (tmp_path / "figs/tiny/results.json").write_text("{")
+    best = str(finished / "checkpoints/tiny/best.ckpt")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--checkpoint", best, "--sampling", "--output_dir", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "results.json is damaged" in capfd.readouterr().err
+    assert (tmp_path / "figs/tiny/results.json").read_text() == "{"
 
 
 class NotPlain:

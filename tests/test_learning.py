@@ -1,4 +1,4 @@
-"""Slow: small models really learn photographs, and the quickstart's promise is kept by the code that makes it."""
+"""Slow: small models really learn photographs."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -76,6 +77,16 @@ def test_resuming_equals_never_stopping(tmp_path, images, workers):
     a, b = (read_checkpoint(folder / "last.ckpt")["state_dict"] for folder in (whole, parts))
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def test_a_resumed_run_takes_the_learning_rate_of_its_flags(tmp_path, images):
+    common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--lrate_decay", 0.5]
+    assert run("train.py", *common, "--max_epochs", 1).returncode == 0
+    done = run("train.py", *common, "--max_epochs", 3, "--use_checkpoint", "--lrate", 0.001)
+    assert done.returncode == 0, done.stderr
+    assert "--lrate is now 0.001, was 0.002" in done.stderr
+    rates = [float(row["lr"]) for row in rows(tmp_path / "checkpoints/sdn/steps.csv")]
+    assert rates == [0.002] * 8 + [0.0005] * 8 + [0.00025] * 8
 
 
 def test_a_run_that_ended_inside_an_epoch_goes_on_with_the_next(tmp_path, images):
@@ -182,6 +193,47 @@ def test_an_experiment_is_neither_overwritten_nor_mixed_up(finished, images):
     other = run("train.py", *again, "--use_checkpoint", "--h_size", 16)
     assert_one_line_error(other, "is of another model: --h_size 16 (there 8)", "--exp_name")
     assert (finished / "checkpoints/tiny/last.ckpt").read_bytes() == before
+
+
+def test_another_data_set_is_not_a_continuation(finished, images):
+    other = [*TINY, "--exp_name", "tiny", "--output_dir", finished, "--use_checkpoint", "--dataset", "Photos32"]
+    assert_one_line_error(run("train.py", *other), "--dataset Photos32 (there ImageNet32)")
+
+
+def test_metrics_of_a_run_without_checkpoints_are_kept(tmp_path, images):
+    once = [*TINY, "--root", images, "--iters", 1, "--output_dir", tmp_path]
+    assert run("train.py", *once).returncode == 0
+    before = (tmp_path / "checkpoints/sdn/steps.csv").read_text()
+    assert_one_line_error(run("train.py", *once), "holds a run already")
+    assert (tmp_path / "checkpoints/sdn/steps.csv").read_text() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_data_are_one_line_from_workers_too(tmp_path, workers):
+    lmdb = pytest.importorskip("lmdb")
+    for split in ("train", "validation"):
+        (tmp_path / "ImageNet32").mkdir(exist_ok=True)
+        environment = lmdb.open(str(tmp_path / f"ImageNet32/{split}.lmdb"), map_size=2**20)
+        with environment, environment.begin(write=True) as transaction:
+            for index in range(8):
+                transaction.put(str(index).encode(), bytes(3072 if index != 2 else 7))
+    done = run("train.py", *TINY, "--root", tmp_path, "--output_dir", tmp_path, "--num_workers", workers)
+    assert_one_line_error(done, "train.py: error: ", "image 2 has 7 bytes", "get_imagenet_data.sh")
+
+
+def test_too_few_images_are_one_line(tmp_path, images):
+    done = run("train.py", *TINY, "--root", images, "--output_dir", tmp_path, "--batch", 17, "--num_processes", 2)
+    assert_one_line_error(done, "32 training images", "each of 2 processes: use a batch of at most 16")
+    assert done.stderr.count("error:") == 1
+
+
+def test_wandb_that_is_missing_is_one_line(tmp_path, images, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    flags = [flag if flag != "none" else "wandb" for flag in TINY]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--root", str(images), "--output_dir", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "--logger wandb: the package is missing; pip install wandb" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_a_damaged_checkpoint_is_not_resumed(finished, tmp_path, images):

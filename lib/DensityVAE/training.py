@@ -50,6 +50,15 @@ class DensityTraining(pl.LightningModule):
     def averaged_model(self) -> DensityVAE:
         return self.average.module
 
+    def on_train_start(self) -> None:
+        # A resumed run takes its learning rate and decay from the flags, not from the checkpoint, if they changed.
+        scheduler, optimizer = self.lr_schedulers(), self.optimizers()
+        wanted = (self.config.lrate_decay, [self.config.lrate])
+        if (scheduler.gamma, scheduler.base_lrs) != wanted:
+            scheduler.gamma, scheduler.base_lrs = wanted
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lrate * self.config.lrate_decay**scheduler.last_epoch
+
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         # The noise of a step depends on where it is in the run, so ranks differ and a resumed run draws the same.
         torch.manual_seed(mixed_seed(self.config.random_seed, self.current_epoch, batch_idx, self.global_rank))

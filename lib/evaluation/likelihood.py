@@ -31,12 +31,12 @@ class Estimate:
         return torch.cat(self.values).mean().item()
 
     @property
-    def standard_error(self) -> float:
-        """Of the mean; not a number for fewer than two images."""
-        return torch.cat(self.values).std().item() / math.sqrt(self.count) if self.count > 1 else math.nan
+    def standard_error(self) -> float | None:
+        """Of the mean; None for fewer than two images."""
+        return torch.cat(self.values).std().item() / math.sqrt(self.count) if self.count > 1 else None
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} +- {self.standard_error:.4f}"
+        return f"{self.mean:.4f}" + (f" +- {self.standard_error:.4f}" if self.count > 1 else "")
 
 
 Progress = Callable[[int, str], None]

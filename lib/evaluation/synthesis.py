@@ -39,11 +39,18 @@ def sample_images(
 
 
 @torch.no_grad()
-def reconstruct(model: DensityVAE, images: Tensor, *, seed: int) -> Tensor:
-    """Most probable reconstructions of uint8 images [B, 3, H, W], the latents drawn from the posterior; on the CPU."""
-    x = model.observation.encode(images.to(model.h.device)).to(model.h.dtype)
-    noise = [eps.to(model.h) for eps in keyed_noise(model.latent_shapes, seed, range(len(images)))]
-    return _to_images(model, model(x, noise).params, "most_probable", None).cpu()
+def reconstruct(model: DensityVAE, images: Tensor, *, seed: int, batch: int) -> Tensor:
+    """Most probable reconstructions of uint8 images [N, 3, H, W], the latents drawn from the posterior; on the CPU.
+
+    The noise of image `i` depends on (seed, i) only, not on the batch size.
+    """
+    reconstructions = []
+    for start in range(0, len(images), batch):
+        x = model.observation.encode(images[start : start + batch].to(model.h.device)).to(model.h.dtype)
+        indices = range(start, start + len(x))
+        noise = [eps.to(model.h) for eps in keyed_noise(model.latent_shapes, seed, indices)]
+        reconstructions.append(_to_images(model, model(x, noise).params, "most_probable", None).cpu())
+    return torch.cat(reconstructions)
 
 
 def _to_images(model: DensityVAE, params: Tensor, output: str, generator: torch.Generator | None) -> Tensor:
