@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./setup.sh
-promised=0
+promised=4.88
 "$python" -m data.histogram Photos32
 "$python" train.py --dataset Photos32 --exp_name quickstart --make_checkpoint --use_checkpoint --logger none --gpus 0 \
     --iters 700 --check_val_every_n_epoch 100 --batch 16 --batch_val 64 --num_workers 0 \

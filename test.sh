@@ -5,9 +5,9 @@ cd "$(dirname "$0")"
 . ./setup.sh
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} WANDB_MODE=disabled
+export OMP_NUM_THREADS=1 WANDB_MODE=disabled # one thread in each of two test processes
 if [ "${1:-}" = --slow ]; then
     shift
     set -- -m "slow or not slow" "$@"
 fi
-exec "$python" -m pytest -q --durations=10 "$@"
+exec "$python" -m pytest -q -n 2 --dist worksteal --durations=10 "$@"
