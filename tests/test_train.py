@@ -286,7 +286,9 @@ def test_wandb_never_asks_for_a_login(tmp_path, images):
     assert list((tmp_path / "checkpoints/sdn/wandb").glob("offline-run-*"))
 
     environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = run("train.py", *tiny, "--root", images, "--iters", 1, "--output_dir", tmp_path, **environment, timeout=240)
+    done = run(
+        "train.py", *tiny, "--root", images, "--iters", 1, "--output_dir", tmp_path / "key", **environment, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert "(127.0.0.1 cannot be reached)" in done.stderr
 

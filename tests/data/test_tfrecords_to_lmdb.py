@@ -377,9 +377,26 @@ def test_the_script_stops_where_the_download_fails(tmp_path, server):
     assert not list((tmp_path / "root/ImageNet32").glob("*.lmdb*"))
 
 
-@pytest.mark.parametrize("script", ["ImageNet32/get_imagenet_data.sh", "CelebAHQ256/get_celeb_data.sh"])
-def test_the_scripts_name_what_they_make(script):
-    text = (REPOSITORY / "data" / script).read_text()
-    name = script.partition("/")[0]
-    assert f"data.tfrecords_to_lmdb {name} " in text and "set -euo pipefail" in text
-    assert "https://openaipublic.azureedge.net/glow-demo/data/" in text
+@pytest.mark.parametrize(
+    ("script", "archive", "recipe"),
+    [
+        ("ImageNet32/get_imagenet_data.sh", "imagenet-oord-tfr.tar", "train_imagenet.sh"),
+        ("CelebAHQ256/get_celeb_data.sh", "celeba-tfr.tar", "train_celeb.sh"),
+    ],
+)
+def test_the_scripts_download_convert_and_name_the_recipe(script, archive, recipe, tmp_path):
+    """With an interpreter that only notes what it is asked to run."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "$*"\n')
+    fake.chmod(0o755)
+    root, name = tmp_path / "root", script.partition("/")[0]
+    environment = os.environ | {"SDN_PYTHON": str(fake), "SDN_DATA_ROOT": str(root)}
+    environment.pop("SDN_DATA_URL", None)
+    command = ["bash", str(REPOSITORY / "data" / script)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    download, convert, following = done.stdout.splitlines()
+    url = f"https://openaipublic.azureedge.net/glow-demo/data/{archive}"
+    assert download == f"-m data.download {url} {root / name / archive}"
+    assert convert == f"-m data.tfrecords_to_lmdb {name} --source {root / name / archive} --target {root / name}"
+    assert f"bash {recipe} --root '{root}'" in following
