@@ -53,7 +53,7 @@ class SDNLayer(nn.Module):
             scale.
         border: What happens to the first line of a sweep, which has no previous line. `"zeros"` (paper, Algorithm 1):
             it is corrected with all-zero neighbours. `"keep"` (the authors' release): it stays as it is; needed for
-            the authors' checkpoints.
+            the authors' checkpoints (DEVIATIONS.md in the repository).
         backend: `"reference"` (open loop, plain autograd, the oracle), `"torch"` (fast, hand-written gradient) or
             `"auto"` (the fastest that is available). The parameters and their names are the same for all.
 

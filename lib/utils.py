@@ -15,7 +15,7 @@ class MaskedConv2d(nn.Conv2d):
     """A square convolution, same size out as in, that sees only positions before its own in raster order.
 
     The mask multiplies the weight inside the graph, after weight normalization, so masked entries never receive a
-    gradient through the convolution (van den Oord et al. 2016; SPEC of the IAF in Kingma et al. 2016).
+    gradient through the convolution (Kingma et al. 2016; see DEVIATIONS.md).
 
     Arguments:
         in_ch, out_ch: Channels.

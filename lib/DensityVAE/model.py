@@ -37,7 +37,7 @@ class Output:
 
 
 class DensityVAE(nn.Module):
-    """Hierarchical VAE with a bottom-up and a top-down path (paper, section 4; SPEC section 2).
+    """Hierarchical VAE with a bottom-up and a top-down path (paper, section 4; DEVIATIONS.md).
 
     With `sdn_max_scale=0` no layer uses SDN: that is the paper's convolutional baseline, IAF-VAE+.
 
@@ -123,7 +123,7 @@ class DensityVAE(nn.Module):
             )
             if downsample:
                 scale = _halved(scale, f"layer {i}")
-                if use_sdn:
+                if use_sdn:  # small models are not raised to SMALLEST_SDN (DEVIATIONS.md)
                     num_features = max(num_features - sdn_nfeat_diff, min(num_features, SMALLEST_SDN))
             shapes.append((z_size, *scale))
 
@@ -139,7 +139,8 @@ class DensityVAE(nn.Module):
         self.latent_shapes = shapes[::-1]  # top-down order, without the batch dimension
         initialize_convolutions(self)
         # The top-down pass starts from `h`, not from the bottom-up pass's output, so these never get a gradient: kept
-        # because the authors' checkpoints hold them, frozen because data-parallel training would wait for them.
+        # because the authors' checkpoints hold them, frozen because data-parallel training would wait for
+        # them (DEVIATIONS.md).
         self.ladder_layers[-1].up_b.requires_grad_(False)
 
     def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Output:

@@ -19,7 +19,7 @@ def free_bits_objective(output: Output, free_bits: float) -> Tensor:
     """Loss in nats per image: mean distortion + sum over layers of max(free_bits, batch mean of the layer's KL).
 
     Kingma et al. 2016, appendix C.8. With several ranks or accumulated batches the mean inside `max` is that of the
-    rank's own batch; with `free_bits=0` that makes no difference.
+    rank's own batch; with `free_bits=0` that makes no difference. The release's form is another (DEVIATIONS.md).
     """
     return output.distortion.mean() + output.rates.mean(0).clamp(min=free_bits).sum()
 

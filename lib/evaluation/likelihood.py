@@ -93,7 +93,7 @@ def negative_log_likelihood(
     """Importance-weighted estimate of the negative log-likelihood (Burda et al. 2015), in bits per dimension.
 
     `-log(1/K sum_k p(x, z_k) / q(z_k | x))` with K samples an image. The bottom-up pass runs once per image; samples
-    stream through the top-down pass in chunks, with a running log-sum-exp.
+    stream through the top-down pass in chunks, with a running log-sum-exp (DEVIATIONS.md).
 
     Arguments:
         batches: See `negative_elbo`.
