@@ -39,8 +39,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is not a checkpoint, or is cut off ({reason})") from None
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= REQUIRED:
-        raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(REQUIRED))}")
+    lacking = sorted(REQUIRED - (checkpoint.keys() if isinstance(checkpoint, dict) else set()))
+    if lacking:
+        raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks {', '.join(lacking)}")
     return checkpoint
 
 

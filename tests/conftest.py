@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lmdb
 import pytest
 import torch
 from helpers import TINY, run
@@ -11,6 +10,7 @@ from helpers import TINY, run
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of data sets with a small ImageNet32 in the real format: 32 training and 11 validation images."""
+    lmdb = pytest.importorskip("lmdb")
     root = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 32), ("validation", 11)):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from helpers import run
+from helpers import GOLDEN, run
 from PIL import Image
 
 import evaluate
@@ -93,7 +94,8 @@ def test_files_that_are_no_checkpoint_are_one_line(finished, tmp_path, capfd):
     (tmp_path / "text.ckpt").write_text("hello")
     (tmp_path / "empty.ckpt").write_bytes(b"")
     torch.save({"state_dict": {}, "hyper_parameters": NotPlain()}, tmp_path / "unsafe.ckpt")
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": {}, "global_step": 0}, tmp_path / "other.ckpt")
+    shutil.copy(GOLDEN / "tiny_8bit.ckpt", tmp_path / "released.ckpt")
     checkpoint = torch.load(finished / "checkpoints/tiny/best.ckpt", weights_only=True)
     del checkpoint["state_dict"]["average.module.h"]
     torch.save(checkpoint, tmp_path / "lacking.ckpt")
@@ -102,7 +104,8 @@ def test_files_that_are_no_checkpoint_are_one_line(finished, tmp_path, capfd):
         "text": "is not a checkpoint, or is cut off",
         "empty": "is not a checkpoint, or is cut off",
         "unsafe": "only tensors and plain values are loaded",
-        "other": "is not a checkpoint of this project: it lacks",
+        "other": "is not a checkpoint of this project: it lacks hyper_parameters",
+        "released": "was not written by this version of train.py: the stored configuration has unknown fields",
         "lacking": 'Missing key(s) in state_dict: "h"',
     }
     for name, message in expected.items():

@@ -241,36 +241,14 @@ def test_a_damaged_checkpoint_is_not_resumed(finished, tmp_path, images):
     folder.mkdir(parents=True)
     whole = (finished / "checkpoints/tiny/last.ckpt").read_bytes()
     (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
-    done = run(
-        "train.py",
-        *TINY,
-        "--root",
-        images,
-        "--root",
-        images,
-        "--exp_name",
-        "tiny",
-        "--output_dir",
-        tmp_path,
-        "--use_checkpoint",
-    )
+    flags = ["--root", images, "--exp_name", "tiny", "--output_dir", tmp_path, "--use_checkpoint"]
+    done = run("train.py", *TINY, *flags)
     assert_one_line_error(done, "last.ckpt is not a checkpoint, or is cut off")
 
 
 def test_use_checkpoint_without_a_checkpoint_starts_anew(tmp_path, images):
-    done = run(
-        "train.py",
-        *TINY,
-        "--root",
-        images,
-        "--root",
-        images,
-        "--iters",
-        1,
-        "--output_dir",
-        tmp_path,
-        "--use_checkpoint",
-    )
+    flags = ["--root", images, "--iters", 1, "--output_dir", tmp_path, "--use_checkpoint"]
+    done = run("train.py", *TINY, *flags)
     assert done.returncode == 0, done.stderr
     assert "so this run starts anew" in done.stderr
 
@@ -291,6 +269,25 @@ def test_wandb_never_asks_for_a_login(tmp_path, images):
     )
     assert done.returncode == 0, done.stderr
     assert "(127.0.0.1 cannot be reached)" in done.stderr
+
+
+def test_wandb_that_refuses_the_login_logs_offline(tmp_path, monkeypatch, capfd):
+    wandb = pytest.importorskip("wandb")
+
+    class Refused:
+        def __init__(self, mode, **options):
+            self.mode = mode
+
+        @property
+        def experiment(self):
+            raise wandb.errors.CommError("the key is not valid\nand more lines")
+
+    monkeypatch.setattr(train.pl.loggers, "WandbLogger", Refused)
+    monkeypatch.setattr(train, "why_offline", lambda url: None)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert train.make_logger(TrainConfig(logger="wandb"), tmp_path / "run").mode == "offline"
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith(f"wandb logs offline to {tmp_path}/run/wandb (the key is not valid)")
 
 
 def test_help_groups_the_flags_with_their_defaults(capsys):

@@ -8,7 +8,6 @@ import struct
 import tarfile
 import threading
 
-import lmdb
 import numpy as np
 import pytest
 
@@ -90,6 +89,7 @@ def imagenet_shards(train=(2, 3), validation=(1, 2), prefix="mnt/host/imagenet-o
 
 
 def write_lmdb(folder, values):
+    lmdb = pytest.importorskip("lmdb")
     with lmdb.open(str(folder), map_size=2**25) as environment, environment.begin(write=True) as transaction:
         for key, value in values.items():
             transaction.put(str(key).encode(), bytes(value))
