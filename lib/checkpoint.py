@@ -7,13 +7,24 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .config import ConfigError, TrainConfig
 from .DensityVAE import DensityVAE
 
 AVERAGE_PREFIX = "average.module."
+RELEASED_AVERAGE = "ema.shadow_params."  # before a parameter's name, whose dots are carets; the authors' format
 REQUIRED = {"state_dict", "hyper_parameters", "global_step"}
+
+# Numpy's numbers, which old checkpoints may hold among their settings, under the names that numpy 1 and 2 pickle them.
+_scalar = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS = [
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+    (np.dtype, "numpy.dtype"),
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+]
 
 
 class CheckpointError(Exception):
@@ -30,23 +41,35 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        stored = re.search(r"GLOBAL (\S+)", str(error))
+        stored = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"class (\S+)", str(error))
         if stored:
             raise CheckpointError(f"{path} holds a {stored[1]}; only tensors and plain values are loaded") from None
         raise CheckpointError(f"{path} is not a checkpoint, or is cut off") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged bytes can fail anywhere in the reader, in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is not a checkpoint, or is cut off ({reason})") from None
     lacking = sorted(REQUIRED - (checkpoint.keys() if isinstance(checkpoint, dict) else set()))
     if lacking:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks {', '.join(lacking)}")
+    if not all(isinstance(checkpoint[name], dict) for name in ("state_dict", "hyper_parameters")):
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this project: its state_dict or settings are no dictionary"
+        )
     return checkpoint
+
+
+def is_released(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint's dictionary is in the format of the authors' release; `lib.released` reads that."""
+    return any(str(name).startswith((RELEASED_AVERAGE, "ladder_layers.")) for name in checkpoint["state_dict"])
 
 
 def stored_config(checkpoint: dict[str, Any], path: str | Path) -> TrainConfig:
     """The configuration of the run that wrote the checkpoint."""
+    if is_released(checkpoint):
+        raise CheckpointError(f"{path} is in the authors' format; convert it: python -m lib.released {path} OUT")
     try:
         config = TrainConfig.from_dict(checkpoint["hyper_parameters"])
         config.validate()

@@ -53,8 +53,9 @@ def released_tiny_model(name: str, **options) -> DensityVAE:
 
 
 def run(script: str, *arguments: object, cwd: Path = REPOSITORY, timeout: int = 600, **environment: str):
-    """Runs an entry script as a user would; the finished process with its text output."""
-    command = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
+    """Runs an entry script, or with `-m NAME` a module, as a user would; the finished process with its text output."""
+    start = ["-m", script.removeprefix("-m ")] if script.startswith("-m ") else [str(REPOSITORY / script)]
+    command = [sys.executable, *start, *map(str, arguments)]
     quiet = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | quiet | environment

@@ -1,0 +1,79 @@
+"""Opening a checkpoint for evaluation, be it of this project or of the authors' release."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoint import AVERAGE_PREFIX, CheckpointError, is_released, read_checkpoint, stored_config
+from ..config import TrainConfig
+from ..DensityVAE import DensityVAE
+from ..released import load_weights, translate
+
+
+@dataclass
+class LoadedModel:
+    """A model for evaluation and where it is from.
+
+    model: With the averaged weights, in evaluation mode, on the CPU.
+    config: The run's configuration.
+    step: Optimizer steps of the run.
+    released: Whether the file is in the authors' format.
+    fingerprint: Of weights and architecture, 12 hexadecimal digits: results with another one are another model's.
+    """
+
+    model: DensityVAE
+    config: TrainConfig
+    step: int
+    released: bool
+    fingerprint: str
+
+
+def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], backend: str = "auto") -> LoadedModel:
+    """A run's model with its averaged weights.
+
+    Arguments:
+        path: Checkpoint written by `train.py`, or in the authors' format.
+        image_sizes: (height, width) of the images of each data set by its name.
+        backend: Of the sweeps, see `lib.nn.SDNLayer`.
+
+    Raises:
+        CheckpointError: if the file cannot be read or its tensors do not fit its configuration.
+    """
+    checkpoint = read_checkpoint(path)
+    released = translate(checkpoint, path) if is_released(checkpoint) else None
+    config = released.config if released else stored_config(checkpoint, path)
+    if config.dataset not in image_sizes:
+        raise CheckpointError(f"{path} is of the data set {config.dataset}; known are {', '.join(image_sizes)}")
+    try:
+        model = DensityVAE(
+            image_sizes[config.dataset], **config.architecture(), backend=backend, analytic_kl=config.analytic_kl
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its configuration cannot be: {error}") from None
+    if released:
+        load_weights(model, released, path)
+        step = released.step
+    else:
+        state = checkpoint["state_dict"]
+        average = {k.removeprefix(AVERAGE_PREFIX): v for k, v in state.items() if k.startswith(AVERAGE_PREFIX)}
+        try:
+            model.load_state_dict(average)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path} does not fit its own configuration: {reason[:300]}") from None
+        step = checkpoint["global_step"]
+    model.eval()
+    return LoadedModel(model, config, step, released is not None, _fingerprint(model.state_dict(), config))
+
+
+def _fingerprint(weights: Mapping[str, Tensor], config: TrainConfig) -> str:
+    digest = hashlib.sha256(repr(sorted(config.architecture().items())).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]

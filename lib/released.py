@@ -1,0 +1,326 @@
+"""Checkpoints of the authors' release (pytorch-lightning 0.9): reading them, and converting them to this project's.
+
+    python -m lib.released checkpoints/CelebAHQ256.ckpt checkpoints/celeb/last.ckpt
+
+writes a checkpoint from which `train.py --use_checkpoint` goes on. `evaluate.py` reads released checkpoints as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import RELEASED_AVERAGE, CheckpointError, is_released, read_checkpoint
+from .cli import OneLineParser, one_line_errors
+from .config import ARCHITECTURE, ConfigError, TrainConfig, flag_default, flag_type
+from .DensityVAE import DensityVAE
+from .utils import MaskedConv2d
+
+IMAGE_SIZES = {"CIFAR10": (32, 32), "ImageNet32": (32, 32), "CelebAHQ256": (256, 256)}
+
+# Settings of the architecture that are checked by the tensors' names and shapes, or have one legal value, and so may be
+# missing from a file. The others may not.
+OPTIONAL = {
+    "downsample_first": False,
+    "post_model": "IAF",
+    "prior_model": "IsoGaussian",
+    "obs_model": "DML",
+    "sdn_min_scale": 0,
+    "sdn_nfeat_diff": 0,
+}
+# What else a run's configuration takes over; the rest (paths, GPUs, loaders) belongs to the authors' machines.
+TRAINING = ("dataset", "batch", "batch_val", "random_seed", "lrate", "lrate_decay", "free_bits", "ema_coef")
+TRAINING += ("accumulate_grad_batches", "amp", "iters", "figsize", "sampling_temperature")
+
+# Names in the authors' two generations of files, and here.
+RENAMED = (
+    (r"\.pre_cnn\.", ".project_in_stage."),
+    (r"\.sdn_update_network\.", ".sdn_correction_stage."),
+    (r"\.post_cnn\.", ".project_out_stage."),
+    (r"^first_layer\.0\.", "first_layer."),
+    (r"^last_layer\.2\.", "last_layer.1."),
+    (r"\.weight_g$", ".parametrizations.weight.original0"),
+    (r"\.weight_v$", ".parametrizations.weight.original1"),
+)
+
+
+@dataclass
+class Released:
+    """A released checkpoint under this project's names.
+
+    config: The run's settings, with `border="keep"`.
+    average, current: The averaged weights, which evaluation uses, and the trained ones, by parameter name.
+    masks: The masks of masked convolutions by buffer name; only compared, since the model makes its own.
+    ignored: Stored tensors that are deliberately not used, by stored name, with the reason.
+    epoch, step: Finished epochs and optimizer steps.
+    """
+
+    config: TrainConfig
+    average: dict[str, Tensor]
+    current: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    ignored: dict[str, str]
+    epoch: int
+    step: int
+
+    def remarks(self) -> list[str]:
+        """One line for each reason for which stored tensors are ignored."""
+        return [
+            f"ignored: {', '.join(name for name, why in self.ignored.items() if why == reason)} ({reason})"
+            for reason in dict.fromkeys(self.ignored.values())
+        ]
+
+
+def translate(checkpoint: Mapping[str, Any], path: str | Path) -> Released:
+    """Sorts a released checkpoint's tensors and rebuilds its configuration.
+
+    Arguments:
+        checkpoint: What `read_checkpoint` returned.
+        path: For messages.
+
+    Raises:
+        CheckpointError: if a setting is missing or out of range; if there is no average of the weights.
+    """
+    average, current, masks, ignored = {}, {}, {}, {}
+    for stored, tensor in checkpoint["state_dict"].items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {stored} is a {type(tensor).__name__}, not a tensor")
+        if tensor.is_floating_point():
+            tensor = tensor.float()
+        if stored.startswith(RELEASED_AVERAGE):
+            average[our_name(stored.removeprefix(RELEASED_AVERAGE).replace("^", "."))] = tensor
+        elif stored.startswith("ema.") and tensor.numel() == 1:
+            ignored[stored] = "a counter of the average"
+        elif stored.endswith(".mask"):
+            masks[our_name(stored)] = tensor
+            ignored[stored] = "the model makes its own masks; compared"
+        else:
+            current[our_name(stored)] = tensor
+    if not average:
+        raise CheckpointError(f"{path} has no averaged weights ({RELEASED_AVERAGE}*), which evaluation needs")
+    config = rebuild_config(checkpoint["hyper_parameters"], path)
+    epoch, step = int(checkpoint.get("epoch", 0)), int(checkpoint["global_step"])
+    return Released(config, average, current, masks, ignored, epoch, step)
+
+
+def our_name(name: str) -> str:
+    """The name in this project of a parameter or buffer of the authors' program, of either generation."""
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def rebuild_config(stored: Mapping[str, Any], path: str | Path) -> TrainConfig:
+    """The run's configuration from the stored hyper-parameters.
+
+    Raises:
+        CheckpointError: if one is missing that cannot be told from the tensors, or it has a value that cannot be.
+    """
+    architecture = [f.name for f in dataclasses.fields(TrainConfig) if f.metadata["group"] == ARCHITECTURE]
+    wanted = [*architecture, *TRAINING]
+    values = {name: _plain(stored[name], name, path) for name in wanted if stored.get(name) is not None}
+    values = {"border": "keep"} | OPTIONAL | values  # the release leaves a sweep's first line as it is
+    lacking = sorted({*architecture, "dataset"} - values.keys())
+    if lacking:
+        raise CheckpointError(f"{path}: its hyper-parameters lack {', '.join(lacking)}")
+    try:
+        config = TrainConfig(**values)
+        config.validate()
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its hyper-parameters cannot be: {error}") from None
+    return config
+
+
+def _plain(value: Any, name: str, path: str | Path) -> Any:
+    """A stored value, which may be a numpy scalar or a number in a string, in its flag's type."""
+    kind, is_list = flag_type(name)
+    try:
+        return [kind(item) for item in value] if is_list else kind(value)
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{path}: its hyper-parameter {name} cannot be {value!r}") from None
+
+
+def load_weights(model: DensityVAE, released: Released, path: str | Path, *, averaged: bool = True) -> None:
+    """Loads the averaged weights, or the current ones, into a model and checks every tensor by name.
+
+    Raises:
+        CheckpointError: naming the tensor that is missing, misshapen or unknown, or the mask that is another one.
+    """
+    expected = model.state_dict()
+    weights = released.average if averaged else released.current
+    where = "the averaged weights" if averaged else "the weights"
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise CheckpointError(f"{path}: {where} lack {name}")
+        if weights[name].shape != tensor.shape:
+            shapes = f"{list(weights[name].shape)}, its hyper-parameters make it {list(tensor.shape)}"
+            raise CheckpointError(f"{path}: in {where} {name} is {shapes}")
+    unknown = sorted(weights.keys() - expected.keys())
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise CheckpointError(f"{path}: {where} hold {unknown[0]}{more}, which its hyper-parameters have no place for")
+    convolutions = {f"{name}.mask": m for name, m in model.named_modules() if isinstance(m, MaskedConv2d)}
+    for name, mask in released.masks.items():
+        shape = convolutions[name].weight.shape if name in convolutions else None
+        if shape != mask.shape or not torch.equal(mask, convolutions[name].mask.to(mask.dtype).expand(shape)):
+            raise CheckpointError(f"{path}: {name} is not the raster-order mask of this model")
+    model.load_state_dict(weights)
+
+
+def convert(source: str | Path, target: str | Path) -> list[str]:
+    """Writes a released checkpoint as one of this project, from which training can go on.
+
+    Weights, average, counters and, if they are stored for every parameter, the optimizer's moments are kept. The
+    target appears as a whole or not at all.
+
+    Returns:
+        What was used and what was not, one line for each kind, and how to train on.
+
+    Raises:
+        CheckpointError: if the source cannot be read or is not a released checkpoint, or the target exists.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise CheckpointError(f"{target} exists already: give another name")
+    checkpoint = read_checkpoint(source)
+    if not is_released(checkpoint):
+        raise CheckpointError(f"{source} is not in the authors' format (its state_dict has no {RELEASED_AVERAGE}*)")
+    released = translate(checkpoint, source)
+    if released.config.dataset not in IMAGE_SIZES:
+        raise CheckpointError(f"{source} is of the data set {released.config.dataset}; known: {', '.join(IMAGE_SIZES)}")
+    converted = _training_checkpoint(released, checkpoint, source)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save(converted, partial)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{target} cannot be written: {reason}") from None
+    config = released.config
+    moments = "kept" if converted["optimizer_states"][0]["state"] else "not in the file: they start anew"
+    report = [
+        f"{target}: {config.dataset}, epoch {released.epoch}, step {released.step}",
+        f"used: {len(released.average)} averaged and {len(released.current)} current tensors",
+        f"optimizer moments: {moments}",
+        *released.remarks(),
+    ]
+    if target.name == "last.ckpt":
+        command = ["python", "train.py", "--exp_name", target.resolve().parent.name, *resume_flags(config)]
+        report.append(f"train on with: {shlex.join([*command, '--make_checkpoint', '--use_checkpoint'])}")
+    return report
+
+
+def _training_checkpoint(released: Released, checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What Lightning would have saved at the end of the epoch that the released run had finished."""
+    import pytorch_lightning as pl
+
+    from .DensityVAE.training import DensityTraining
+
+    config = released.config
+    try:
+        model = DensityVAE(IMAGE_SIZES[config.dataset], **config.architecture())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its hyper-parameters cannot be: {error}") from None
+    training = DensityTraining(model, config)
+    load_weights(training.model, released, path, averaged=False)
+    load_weights(training.averaged_model, released, path)
+    training.average.n_averaged.fill_(released.step)
+    optimization = training.configure_optimizers()
+    optimizer, scheduler = optimization["optimizer"], optimization["lr_scheduler"]["scheduler"]
+    rate = config.lrate * config.lrate_decay**released.epoch
+    optimizer_state, scheduler_state = optimizer.state_dict(), scheduler.state_dict()
+    optimizer_state["param_groups"][0]["lr"] = rate
+    optimizer_state["state"] = _moments(training.model, checkpoint)
+    scheduler_state |= {"last_epoch": released.epoch, "_step_count": released.epoch + 1, "_last_lr": [rate]}
+
+    converted = {
+        "epoch": released.epoch,
+        "global_step": released.step,
+        "pytorch-lightning_version": pl.__version__,
+        "state_dict": training.state_dict(),
+        "loops": {"fit_loop": _fit_loop(released.epoch, released.step)},
+        "optimizer_states": [optimizer_state],
+        "lr_schedulers": [scheduler_state],
+        "hyper_parameters": config.to_dict(),
+        "provenance": {"converted_from": path.name},
+    }
+    if "native_amp_scaling_state" in checkpoint:  # Lightning still restores it under this name
+        converted["native_amp_scaling_state"] = checkpoint["native_amp_scaling_state"]
+    return converted
+
+
+def _fit_loop(epoch: int, step: int) -> dict[str, Any]:
+    """The state of Lightning's training loop after `epoch` whole epochs and `step` optimizer steps."""
+    epochs = dict.fromkeys(("ready", "started", "processed", "completed"), epoch)
+    none, steps = dict(ready=0, completed=0), dict(ready=step, completed=step)
+    zero_grad = {"total": steps | {"started": step}, "current": none | {"started": 0}}
+    return {
+        "epoch_progress": {"total": epochs, "current": epochs},
+        "epoch_loop.state_dict": {"_batches_that_stepped": step},
+        "epoch_loop.automatic_optimization.optim_progress": {
+            "optimizer": {"step": {"total": steps, "current": none}, "zero_grad": zero_grad}
+        },
+    }
+
+
+def _moments(model: DensityVAE, checkpoint: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Adamax's state for each trainable parameter in order, or nothing if the file's does not fit.
+
+    The release numbers parameters in the order in which its state_dict lists them.
+    """
+    try:
+        stored = checkpoint["optimizer_states"][0]["state"]
+    except (KeyError, IndexError, TypeError):
+        return {}
+    names = [name for name in checkpoint["state_dict"] if not name.startswith("ema.") and not name.endswith(".mask")]
+    by_name = {our_name(name): stored.get(number) for number, name in enumerate(names)}
+    moments = {}
+    for number, (name, parameter) in enumerate((n, p) for n, p in model.named_parameters() if p.requires_grad):
+        state = by_name.get(name)
+        if not isinstance(state, dict) or not {"step", "exp_avg", "exp_inf"} <= state.keys():
+            return {}
+        if state["exp_avg"].shape != parameter.shape or state["exp_inf"].shape != parameter.shape:
+            return {}
+        step = torch.as_tensor(float(state["step"]))
+        moments[number] = {"step": step, "exp_avg": state["exp_avg"].float(), "exp_inf": state["exp_inf"].float()}
+    return moments
+
+
+def resume_flags(config: TrainConfig) -> list[str]:
+    """The flags of `train.py` that differ from its defaults."""
+    flags = []
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(config, field.name)
+        if value == flag_default(field):
+            continue
+        flags += [f"--{field.name}"]
+        if value is not True:
+            flags += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return flags
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = OneLineParser("python -m lib.released", description="Converts a released checkpoint to this project's.")
+    parser.add_argument("source", metavar="IN", help="checkpoint of the authors' release")
+    parser.add_argument("target", metavar="OUT", help="where to write; checkpoints/NAME/last.ckpt can be trained on")
+    flags: argparse.Namespace = parser.parse_args(arguments)
+    with one_line_errors(parser.prog, CheckpointError):
+        print(*convert(flags.source, flags.target), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
