@@ -44,7 +44,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        stored = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"class (\S+)", str(error))
+        stored = re.search(r"GLOBAL (\S+)", str(error))
         if stored:
             raise CheckpointError(f"{path} holds a {stored[1]}; only tensors and plain values are loaded") from None
         raise CheckpointError(f"{path} is not a checkpoint, or is cut off") from None
@@ -55,9 +55,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if lacking:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks {', '.join(lacking)}")
     if not all(isinstance(checkpoint[name], dict) for name in ("state_dict", "hyper_parameters")):
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this project: its state_dict or settings are no dictionary"
-        )
+        raise CheckpointError(f"{path} is not a checkpoint of this project: its tensors are no dictionary")
     return checkpoint
 
 

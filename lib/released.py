@@ -2,7 +2,7 @@
 
     python -m lib.released checkpoints/CelebAHQ256.ckpt checkpoints/celeb/last.ckpt
 
-writes a checkpoint from which `train.py --use_checkpoint` goes on. `evaluate.py` reads released checkpoints as they are.
+writes a checkpoint from which `train.py --use_checkpoint` goes on. `evaluate.py` reads released checkpoints directly.
 """
 
 from __future__ import annotations
