@@ -1,4 +1,4 @@
-"""Evaluates a trained density VAE: negative ELBO, likelihood, samples. `python evaluate.py --help`."""
+"""Evaluates a trained density VAE, this project's or the authors': likelihoods, samples, pictures, a report."""
 
 from __future__ import annotations
 
@@ -6,28 +6,51 @@ import argparse
 import datetime
 import json
 import os
+import platform
+import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from data.datamodule import ImageDataModule
+from data.datamodule import IndexedImages
 from data.errors import DataError
-from data.get_dataset import DATASETS
-from lib.checkpoint import CheckpointError, load_model
+from data.get_dataset import DATASETS, get_dataset
+from lib.checkpoint import CheckpointError
 from lib.cli import OneLineParser, one_line_errors
-from lib.config import ConfigError, TrainConfig
+from lib.config import ConfigError
 from lib.DensityVAE import DensityVAE
-from lib.evaluation.figures import save_grid, save_image
-from lib.evaluation.likelihood import Progress, negative_elbo, negative_log_likelihood
+from lib.evaluation import pictures
+from lib.evaluation.figures import load_image
+from lib.evaluation.ledger import LedgerError
+from lib.evaluation.likelihood import negative_elbo, negative_log_likelihood
+from lib.evaluation.loading import LoadedModel, load_model
+from lib.evaluation.report import ReportError, write_report
 from lib.evaluation.synthesis import OUTPUTS, sample_images
+from lib.evaluation.workers import WorkerError
 from lib.nn import BACKENDS
+
+# In the order in which they run and are reported.
+TASKS = {
+    "elbo": "negative ELBO on the validation images, bits/dim",
+    "likelihood": "importance-weighted likelihood, bits/dim; interrupted, the same command goes on",
+    "latents": "KL of each layer, as a bar plot",
+    "reconstruction": "validation images beside their reconstructions",
+    "sampling": "samples from the prior: grids and single images",
+    "interpolation": "between pairs of validation images, in the top layers",
+    "neighborhood": "samples around validation images that share their top layers",
+    "overfitting": "training images nearest to samples",
+}
+
+SAMPLING_TEMPERATURES = [0.6, 0.7, 0.8, 0.9, 1.0]
+LAYER_TEMPERATURES = [0.6, 0.8, 1.0]
+SEARCH_BATCH = 256  # training images, which pass through no model
 
 
 def make_parser() -> OneLineParser:
@@ -37,18 +60,36 @@ def make_parser() -> OneLineParser:
     which.add_argument("--checkpoint", metavar="PATH", help="a checkpoint file")
 
     tasks = parser.add_argument_group("Evaluations")
-    tasks.add_argument("--elbo", action="store_true", help="negative ELBO on the validation images, bits/dim")
-    tasks.add_argument("--likelihood", action="store_true", help="importance-weighted likelihood, bits/dim")
-    tasks.add_argument("--sampling", action="store_true", help="samples from the prior: grids and single images")
+    for name, meaning in TASKS.items():
+        tasks.add_argument(f"--{name}", action="store_true", help=meaning)
+    tasks.add_argument("--report", action="store_true", help="an HTML page of these and earlier results")
+
+    options = parser.add_argument_group("Options of some evaluations")
+    options.add_argument("--limit", type=int, default=None, help="--elbo, --likelihood, --latents: first LIMIT images")
+    options.add_argument("--importance_samples", type=int, default=1024, help="--likelihood: samples of each image")
+    options.add_argument("--chunk", type=int, default=None, help="--likelihood: rows at a time; default: what fits")
+    options.add_argument("--processes", type=int, default=1, help="--likelihood: processes; with GPUs one on each")
+    options.add_argument("--count", type=int, default=64, help="samples at each temperature; reconstructions")
+    options.add_argument(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=None,
+        help="of what is sampled; default 0.6 0.7 0.8 0.9 1 for samples, 0.6 0.8 1 where some layers are given",
+    )
+    options.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="--sampling: pixels to show")
+    options.add_argument(
+        "--images", type=int, nargs="+", default=[0, 1, 2, 3], help="--interpolation (pairs), --neighborhood: which"
+    )
+    options.add_argument(
+        "--layers", type=int, nargs="+", default=None, help="--interpolation, --neighborhood: numbers of top layers"
+    )
+    options.add_argument("--frames", type=int, default=8, help="--interpolation: images from one to the other")
+    options.add_argument("--queries", nargs="+", metavar="PATH", help="--overfitting: pictures instead of samples")
+    options.add_argument("--neighbors", type=int, default=3, help="--overfitting: training images for each query")
 
     options = parser.add_argument_group("Options")
-    options.add_argument("--importance_samples", type=int, default=1024, help="of --likelihood, per image")
-    temperatures = [0.6, 0.7, 0.8, 0.9, 1.0]
-    options.add_argument("--temperatures", type=float, nargs="+", default=temperatures, help="of --sampling")
-    options.add_argument("--count", type=int, default=64, help="samples at each temperature")
-    options.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="what --sampling shows")
-    options.add_argument("--limit", type=int, default=None, help="evaluate the first LIMIT images only")
-    options.add_argument("--batch", type=int, default=32, help="images, or importance samples, computed at a time")
+    options.add_argument("--batch", type=int, default=32, help="images computed at a time")
     options.add_argument("--seed", type=int, default=0, help="of all noise")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     options.add_argument("--backend", choices=BACKENDS, default="auto", help="implementation of the sweeps")
@@ -60,41 +101,71 @@ def make_parser() -> OneLineParser:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = make_parser().parse_args(arguments)
-    with one_line_errors("evaluate.py", ConfigError, DataError, CheckpointError):
+    errors = (ConfigError, DataError, CheckpointError, LedgerError, WorkerError, ReportError)
+    with one_line_errors("evaluate.py", *errors):
         check(flags)
         device = choose_device(flags.device)
         path, name = find_checkpoint(flags)
-        image_sizes = {name: spec.shape[1:] for name, spec in DATASETS.items()}
-        model, config, step = load_model(path, image_sizes, flags.backend)
-        model.to(device)
+        loaded = open_model(path, flags.backend, device)
+        check_against_model(flags, loaded.model)
+        flags.root = flags.root or loaded.config.root
         folder = Path(flags.output_dir) / "figs" / name
         about = {
             "checkpoint": path.name,
-            "step": step,
-            "dataset": config.dataset,
+            "weights": loaded.fingerprint,
+            "step": loaded.step,
+            "dataset": loaded.config.dataset,
             "seed": flags.seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
             "date": datetime.date.today().isoformat(),
-            "command": "evaluate.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
+            "command": "evaluate.py " + shlex.join(sys.argv[1:] if arguments is None else map(str, arguments)),
         }
         results = read_results(folder / "results.json")
-        for task, result in evaluate(model, config, flags, folder):
-            results[task] = result | about
-            write_results(folder / "results.json", results)
-        print(f"numbers in {folder / 'results.json'}")
+        try:
+            for task, result in evaluate(loaded, path, flags, folder):
+                results[task] = result | about
+                write_results(folder / "results.json", results)
+                for picture in result.get("pictures", ()):
+                    print(f"{task}: {folder / picture['file']}")
+        except torch.OutOfMemoryError:
+            raise ConfigError(f"out of memory on {device}: use a smaller --batch (now {flags.batch})") from None
+        except KeyboardInterrupt:
+            print("\ninterrupted; what is finished is kept", file=sys.stderr)
+            sys.exit(130)
+        if any(getattr(flags, task) for task in TASKS):
+            print(f"numbers in {folder / 'results.json'}")
+        if flags.report:
+            print(f"report: {report(results, loaded, name, folder)}")
 
 
 def check(flags: argparse.Namespace) -> None:
-    if not (flags.elbo or flags.likelihood or flags.sampling):
-        raise ConfigError("nothing to do: ask for --elbo, --likelihood or --sampling")
-    for name in ("importance_samples", "count", "batch"):
-        if getattr(flags, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1; got {getattr(flags, name)}")
-    if flags.limit is not None and flags.limit < 1:
-        raise ConfigError(f"--limit must be at least 1; got {flags.limit}")
-    if min(flags.temperatures) < 0:
-        raise ConfigError(f"--temperatures must be 0 or more; got {min(flags.temperatures)}")
+    if not flags.report and not any(getattr(flags, task) for task in TASKS):
+        raise ConfigError(f"nothing to do: ask for {', '.join(f'--{task}' for task in TASKS)} or --report")
+    for name in ("importance_samples", "count", "batch", "processes", "neighbors", "limit", "chunk"):
+        if (value := getattr(flags, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1; got {value}")
+    if flags.frames < 2:
+        raise ConfigError(f"--frames must be at least 2; got {flags.frames}")
+    if flags.num_workers < 0:
+        raise ConfigError(f"--num_workers must be 0 or more; got {flags.num_workers}")
+    if flags.temperatures and not all(0 <= temperature < float("inf") for temperature in flags.temperatures):
+        raise ConfigError(f"--temperatures must be 0 or more; got {' '.join(map(str, flags.temperatures))}")
+    if min(flags.images) < 0:
+        raise ConfigError(f"--images must be 0 or more; got {min(flags.images)}")
+    if flags.interpolation and len(flags.images) % 2:
+        raise ConfigError(f"--interpolation takes --images in pairs; got {len(flags.images)}")
+
+
+def check_against_model(flags: argparse.Namespace, model: DensityVAE) -> None:
+    """Fills in `--layers` and checks it: default are an eighth, a quarter and half of the model's layers."""
+    depth = len(model.latent_shapes)
+    if flags.layers is None:
+        flags.layers = sorted({max(1, depth // 8), max(1, depth // 4), max(1, depth // 2)})
+    wrong = [k for k in flags.layers if k not in range(1, depth + 1)]
+    if wrong:
+        raise ConfigError(f"--layers must be 1 ... {depth} (the model's depth); got {' '.join(map(str, wrong))}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -127,26 +198,150 @@ def find_checkpoint(flags: argparse.Namespace) -> tuple[Path, str]:
     raise CheckpointError(f"--model {flags.model}: none of {', '.join(map(str, candidates))} exists; known: {known}")
 
 
+def open_model(path: Path, backend: str, device: torch.device | str) -> LoadedModel:
+    """The model on its device, which computes in full precision and the same way every time."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    loaded = load_model(path, {name: spec.shape[1:] for name, spec in DATASETS.items()}, backend)
+    loaded.model.to(device)
+    return loaded
+
+
 def evaluate(
-    model: DensityVAE, config: TrainConfig, flags: argparse.Namespace, folder: Path
+    loaded: LoadedModel, path: Path, flags: argparse.Namespace, folder: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs what the flags ask for, one after another; prints and yields each result with its name."""
-    if flags.elbo:
-        with image_batches(config, flags, "-ELBO") as (batches, progress):
-            result = negative_elbo(model, batches, seed=flags.seed, progress=progress)
-        print(f"-ELBO: {shown(result)} bits/dim ({result['images']} images)")
-        yield "elbo", result
+    model, dataset = loaded.model, loaded.config.dataset
+    noise = dict(seed=flags.seed, batch=flags.batch)
+    if flags.elbo or flags.latents:
+        elbo = validation_elbo(model, dataset, flags)
+        if flags.elbo:
+            print(f"-ELBO: {shown(elbo)} bits/dim ({elbo['images']} images)")
+            yield "elbo", elbo
     if flags.likelihood:
-        with image_batches(config, flags, "-log p(x)") as (batches, progress):
-            result = negative_log_likelihood(
-                model, batches, samples=flags.importance_samples, chunk=flags.batch, seed=flags.seed, progress=progress
-            )
-        print(
-            f"-log p(x): {shown(result)} bits/dim ({result['images']} images, {result['samples']} importance samples)"
-        )
-        yield "likelihood", result
+        yield "likelihood", likelihood(loaded, path, flags, folder)
+    if flags.latents:
+        yield "latents", pictures.latents(elbo["rate_per_layer"], model.latent_shapes, folder, images=elbo["images"])
+    if flags.reconstruction:
+        validation = get_dataset(dataset, flags.root, "validation")
+        indices = range(min(flags.count, len(validation)))
+        yield "reconstruction", pictures.reconstruction(model, chosen(validation, indices), indices, folder, **noise)
     if flags.sampling:
-        yield "sampling", draw_samples(model, flags, folder)
+        drawn = dict(temperatures=flags.temperatures or SAMPLING_TEMPERATURES, count=flags.count, output=flags.output)
+        yield "sampling", pictures.sampling(model, folder, **drawn, **noise, track=track)
+    if flags.interpolation or flags.neighborhood:
+        images = chosen(get_dataset(dataset, flags.root, "validation"), flags.images)
+        given = dict(layers=flags.layers, temperatures=flags.temperatures or LAYER_TEMPERATURES, track=track, **noise)
+        if flags.interpolation:
+            yield (
+                "interpolation",
+                pictures.interpolation(model, images, flags.images, folder, frames=flags.frames, **given),
+            )
+        if flags.neighborhood:
+            yield "neighborhood", pictures.neighborhoods(model, images, flags.images, folder, **given)
+    if flags.overfitting:
+        yield "overfitting", overfitting(model, dataset, flags, folder)
+
+
+def validation_elbo(model: DensityVAE, dataset: str, flags: argparse.Namespace) -> dict[str, Any]:
+    validation = get_dataset(dataset, flags.root, "validation")
+    limit = min(len(validation), flags.limit or len(validation))
+    with tqdm(total=limit, unit="image", desc="-ELBO") as bar:
+        batches = in_batches(validation, limit, flags.batch, flags.num_workers)
+        return negative_elbo(model, batches, seed=flags.seed, progress=partial(advance, bar))
+
+
+def likelihood(loaded: LoadedModel, path: Path, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Goes on with what an earlier run of the same weights, seed and number of samples has finished."""
+    dataset, device = loaded.config.dataset, loaded.model.h.device
+    validation = get_dataset(dataset, flags.root, "validation")
+    limit = min(len(validation), flags.limit or len(validation))
+    devices = [str(device)]
+    if flags.processes > 1:
+        gpus = torch.cuda.device_count()
+        devices = [f"cuda:{i % gpus}" if device.type == "cuda" else "cpu" for i in range(flags.processes)]
+    finished = folder / f"likelihood_{loaded.fingerprint}_seed{flags.seed}_samples{flags.importance_samples}.csv"
+    with tqdm(total=limit, unit="image", desc="-log p(x)", smoothing=0) as bar:
+        result = negative_log_likelihood(
+            partial(open_for_likelihood, path, flags.backend, flags.root),
+            range(limit),
+            samples=flags.importance_samples,
+            seed=flags.seed,
+            ledger=finished,
+            identity={"weights": loaded.fingerprint, "dataset": dataset, "validation_images": len(validation)},
+            devices=devices,
+            chunk=flags.chunk,
+            progress=partial(advance, bar),
+        )
+    print(f"-log p(x): {shown(result)} bits/dim ({result['images']} images, {result['samples']} importance samples)")
+    return result
+
+
+def open_for_likelihood(path: Path, backend: str, root: str, device: str) -> tuple[DensityVAE, Dataset]:
+    """What a process that computes likelihoods needs."""
+    loaded = open_model(path, backend, device)
+    return loaded.model, get_dataset(loaded.config.dataset, root, "validation")
+
+
+def overfitting(model: DensityVAE, dataset: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    if flags.queries:
+        try:
+            queries = {"queries": torch.stack([load_image(path, model.image_shape) for path in flags.queries])}
+        except ValueError as error:
+            raise ConfigError(f"--queries: {error}") from None
+    else:
+        draw = dict(seed=flags.seed, batch=flags.batch, output=flags.output)
+        queries = {
+            f"samples_t{temperature:.2f}": sample_images(model, flags.count, temperature, **draw)
+            for temperature in track(flags.temperatures or SAMPLING_TEMPERATURES, "samples")
+        }
+    training = get_dataset(dataset, flags.root, "train")
+    if len(training) < flags.neighbors:
+        raise ConfigError(f"--neighbors {flags.neighbors}: {dataset} has {len(training)} training images")
+    with tqdm(total=len(training), unit="image", desc="training images") as bar:
+        return pictures.overfitting(
+            model,
+            queries,
+            in_batches(training, len(training), SEARCH_BATCH, flags.num_workers),
+            folder,
+            neighbours=flags.neighbors,
+            mirror=DATASETS[dataset].flip,
+            progress=bar.update,
+        )
+
+
+def in_batches(dataset: Dataset, limit: int, batch: int, num_workers: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """The first `limit` images, nothing augmented: (uint8 images [B, 3, H, W], their indices [B])."""
+    images = Subset(IndexedImages(dataset, augment=False, flip=False, seed=0), range(limit))
+    return DataLoader(images, batch, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+
+def chosen(dataset: Dataset, indices: Iterable[int]) -> Tensor:
+    wrong = [index for index in indices if index >= len(dataset)]
+    if wrong:
+        raise ConfigError(f"--images must be below {len(dataset)}, the number of validation images; got {wrong[0]}")
+    return torch.stack([dataset[index] for index in indices])
+
+
+def report(results: dict[str, Any], loaded: LoadedModel, name: str, folder: Path) -> Path:
+    """A page of the results of these weights; those of others are left out and named."""
+    mine = {task: results[task] for task in TASKS if results.get(task, {}).get("weights") == loaded.fingerprint}
+    if not mine:
+        raise ConfigError(f"--report: there are no results of these weights in {folder / 'results.json'} yet")
+    others = [f"{task} is left out: it is of other weights" for task in results if task not in mine]
+    return write_report(
+        folder / "report.html", title=name, results=mine, config=loaded.config.to_dict(), ignored=others
+    )
+
+
+def track(loop: Iterable[Any], title: str) -> Iterable[Any]:
+    return tqdm(loop, desc=title)
+
+
+def advance(bar: tqdm, images: int, estimate: str) -> None:
+    bar.set_postfix_str(f"{estimate} bits/dim")
+    bar.update(images)
 
 
 def shown(result: dict[str, Any]) -> str:
@@ -154,49 +349,8 @@ def shown(result: dict[str, Any]) -> str:
     return f"{result['bits_per_dim']:.4f}" + (f" +- {error:.4f}" if error is not None else "")
 
 
-@contextmanager
-def image_batches(
-    config: TrainConfig, flags: argparse.Namespace, title: str
-) -> Iterator[tuple[Iterator[tuple[Tensor, Tensor]], Progress]]:
-    """The first `--limit` validation images in batches, and a progress bar's update function."""
-    root = flags.root or config.root
-    data = ImageDataModule(config.dataset, root, flags.batch, flags.batch, flags.num_workers, seed=0)
-    data.setup("validate")
-    loader = data.val_dataloader()
-    total = len(data.validation)
-    limit = min(total, flags.limit or total)
-
-    def limited() -> Iterator[tuple[Tensor, Tensor]]:
-        left = limit
-        for images, indices in islice(loader, -(-limit // flags.batch)):
-            yield images[:left], indices[:left]
-            left -= len(images)
-
-    with tqdm(total=limit, unit="image", desc=title) as bar:
-
-        def progress(images: int, estimate: str) -> None:
-            bar.set_postfix_str(f"{estimate} bits/dim")
-            bar.update(images)
-
-        yield limited(), progress
-
-
-def draw_samples(model: DensityVAE, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A grid and single images at each temperature."""
-    columns = max(1, round(flags.count**0.5))
-    grids = []
-    for temperature in tqdm(flags.temperatures, desc="samples", unit="temperature"):
-        images = sample_images(model, flags.count, temperature, seed=flags.seed, batch=flags.batch, output=flags.output)
-        grids.append(str(save_grid(images, folder / f"samples_t{temperature:.2f}.png", columns)))
-        for i, image in enumerate(images):
-            save_image(image, folder / f"samples_t{temperature:.2f}" / f"{i:04d}.png")
-    for grid in grids:
-        print(f"samples: {grid}")
-    return {"temperatures": flags.temperatures, "count": flags.count, "output": flags.output, "grids": grids}
-
-
 def read_results(path: Path) -> dict[str, Any]:
-    """What earlier evaluations of this checkpoint found, by name."""
+    """What earlier evaluations under this name found."""
     if not path.is_file():
         return {}
     try:
@@ -208,9 +362,9 @@ def read_results(path: Path) -> dict[str, Any]:
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """The file is replaced as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    partial_file = path.with_suffix(".partial")
+    partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    os.replace(partial_file, path)
 
 
 if __name__ == "__main__":

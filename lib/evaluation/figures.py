@@ -1,32 +1,131 @@
-"""Pictures of batches of images."""
+"""Pictures of batches of images, and of the rate of each layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
+
+SMALLEST = 64  # pixels of a picture's side; smaller images are enlarged
+FONT_SIZE = 16
+GAP = 8
 
 
 def save_image(image: Tensor, path: str | Path, enlarge: int = 1) -> Path:
     """Writes a uint8 image [3, H, W] as PNG, each pixel `enlarge` x `enlarge` large; makes the folder if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
-    if enlarge > 1:
-        picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
-    picture.save(path)
+    _picture(image, enlarge).save(path)
     return path
+
+
+def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
+    """A picture file as uint8 [3, H, W].
+
+    Raises:
+        ValueError: if it cannot be read or is not of this shape.
+    """
+    try:
+        with Image.open(path) as picture:
+            pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+            width, height = picture.size
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+    if (3, height, width) != tuple(shape):
+        raise ValueError(f"{path} has {width}x{height} pixels; the model's images have {shape[2]}x{shape[1]}")
+    return pixels.view(height, width, 3).permute(2, 0, 1)
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> Path:
     """Writes uint8 images [N, 3, H, W] as one PNG, row after row, small images enlarged to be seen."""
-    enlarge = max(1, 64 // images.shape[-1])
-    return save_image(make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255), path, enlarge)
+    return save_image(make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255), path, _enlarge(images))
+
+
+def save_table(
+    rows: Sequence[Sequence[Tensor]],
+    path: str | Path,
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    columns: int = 3,
+) -> Path:
+    """Writes a table of grids as one PNG, with labels left of the rows and below the columns.
+
+    Arguments:
+        rows: Cells of each row, each uint8 images [N, 3, H, W], laid out as a grid.
+        columns: Of the grid in a cell, at most; rows may be of different lengths.
+    """
+    enlarge = _enlarge(rows[0][0])
+    cells = [[_picture(make_grid(cell, nrow=columns, padding=1, pad_value=255), enlarge) for cell in r] for r in rows]
+    font = ImageFont.load_default(FONT_SIZE)
+    left = max((round(font.getlength(label)) + 2 * GAP for label in row_labels), default=GAP)
+    below = FONT_SIZE + 2 * GAP if column_labels else GAP
+    widths = [max(row[i].width for row in cells if i < len(row)) + GAP for i in range(max(map(len, cells)))]
+    heights = [max(cell.height for cell in row) + GAP for row in cells]
+    canvas = Image.new("RGB", (left + sum(widths), GAP + sum(heights) + below - GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, row in enumerate(cells):
+        top = GAP + sum(heights[:i])
+        for j, cell in enumerate(row):
+            canvas.paste(cell, (left + sum(widths[:j]), top + (heights[i] - GAP - cell.height) // 2))
+        if row_labels:
+            draw.text((left - GAP, top + (heights[i] - GAP) // 2), row_labels[i], "black", font, anchor="rm")
+    for j, label in enumerate(column_labels):
+        middle = left + sum(widths[:j]) + (widths[j] - GAP) // 2
+        draw.text((middle, canvas.height - GAP), label, "black", font, anchor="mb")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+    return path
+
+
+def save_rates(rates: Sequence[float], scales: Sequence[Sequence[int]], path: str | Path) -> Path:
+    """Writes a bar plot of the KL of each layer as PNG.
+
+    Arguments:
+        rates: In bits/dim, topmost layer first.
+        scales: (H, W) of each layer's latent.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [f"{height}x{width}" for height, width in scales]
+    figure = Figure(figsize=(max(5, 0.55 * len(rates) + 2), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, name in enumerate(dict.fromkeys(names)):
+        layers = [i for i, other in enumerate(names) if other == name]
+        axes.bar(layers, [rates[i] for i in layers], color=f"C{number}", label=name)
+    total = sum(rates)
+    for i, rate in enumerate(rates):
+        share = f"{100 * rate / total:.0f}%" if total > 0 else ""
+        axes.annotate(share, (i, max(rate, 0)), ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(rates)), [str(i + 1) for i in range(len(rates))])
+    axes.set_xlabel("layer, topmost first")
+    axes.set_ylabel("KL (bits/dim)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="scale of z", frameon=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return path
 
 
 def side_by_side(left: Tensor, right: Tensor) -> Tensor:
     """Two batches [N, 3, H, W] interleaved to [2N, 3, H, W]: left[0], right[0], left[1], ..."""
     return torch.stack([left, right], dim=1).flatten(0, 1)
+
+
+def _enlarge(images: Tensor) -> int:
+    return max(1, SMALLEST // images.shape[-1])
+
+
+def _picture(image: Tensor, enlarge: int) -> Image.Image:
+    picture = Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
+    if enlarge > 1:
+        picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+    return picture

@@ -1,12 +1,18 @@
-"""Images from a density VAE: drawn from its prior, or reconstructed."""
+"""Images from a density VAE: drawn from its prior, reconstructed, interpolated, and drawn around given ones.
+
+All noise depends on (seed, image, sample) only, so every function gives the same images again, to the bit on one
+machine with one batch size; another batch size changes nothing but rounding. Layers are counted from the topmost.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..DensityVAE import DensityVAE
-from ..utils import keyed_noise
+from ..utils import keyed_noise, mixed_seed
 
 OUTPUTS = ("most_probable", "sample")
 
@@ -15,45 +21,154 @@ OUTPUTS = ("most_probable", "sample")
 def sample_images(
     model: DensityVAE, count: int, temperature: float, *, seed: int, batch: int, output: str = "most_probable"
 ) -> Tensor:
-    """`count` images drawn from the prior, uint8 [count, 3, H, W] on the CPU.
-
-    Image `i` depends on (seed, i) and the temperature only, not on the batch size.
+    """`count` images drawn from the prior, uint8 [count, 3, H, W] on the CPU (paper, Figures 6 left and 10).
 
     Arguments:
         temperature: Multiplies the prior's standard deviations.
+        seed: Image `i` depends on (seed, i) and the temperature.
         batch: Images computed at a time.
         output: "most_probable" (the most probable component's mean, as in the paper's figures) or "sample" (a draw
-            from the observation model, at the data's levels; this one depends on the batch size).
+            from the observation model, at the data's levels).
     """
     if output not in OUTPUTS:
         raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-    device = model.h.device
-    generator = torch.Generator(device).manual_seed(seed)
     images = []
-    for start in range(0, count, batch):
-        indices = range(start, min(start + batch, count))
-        noise = [eps.to(model.h) for eps in keyed_noise(model.latent_shapes, seed, indices)]
+    for indices in _batches(range(count), batch):
+        noise = _noise(model, seed, indices)
         params, _ = model.sample(len(indices), temperature, noise=noise)
-        images.append(_to_images(model, params, output, generator).cpu())
+        if output == "most_probable":
+            images.append(_most_probable(model, params))
+        else:
+            images += [_draw(model, params[i : i + 1], seed, index) for i, index in enumerate(indices)]
     return torch.cat(images)
 
 
 @torch.no_grad()
-def reconstruct(model: DensityVAE, images: Tensor, *, seed: int, batch: int) -> Tensor:
+def reconstruct(
+    model: DensityVAE, images: Tensor, *, seed: int, batch: int, indices: Sequence[int] | None = None
+) -> Tensor:
     """Most probable reconstructions of uint8 images [N, 3, H, W], the latents drawn from the posterior; on the CPU.
 
-    The noise of image `i` depends on (seed, i) only, not on the batch size.
+    Arguments:
+        indices: Of the images in their data set; 0, 1, ... if not given. The noise depends on (seed, index).
+        batch: Images computed at a time.
     """
     reconstructions = []
-    for start in range(0, len(images), batch):
-        x = model.observation.encode(images[start : start + batch].to(model.h.device)).to(model.h.dtype)
-        indices = range(start, start + len(x))
-        noise = [eps.to(model.h) for eps in keyed_noise(model.latent_shapes, seed, indices)]
-        reconstructions.append(_to_images(model, model(x, noise).params, "most_probable", None).cpu())
+    for part in _batches(range(len(images)), batch):
+        numbers = part if indices is None else [indices[i] for i in part]
+        output = model(_encoded(model, images[part.start : part.stop]), _noise(model, seed, numbers))
+        reconstructions.append(_most_probable(model, output.params))
     return torch.cat(reconstructions)
 
 
-def _to_images(model: DensityVAE, params: Tensor, output: str, generator: torch.Generator | None) -> Tensor:
-    observation = model.observation
-    x = observation.sample(params, generator) if output == "sample" else observation.most_probable(params)
-    return observation.to_uint8(x)
+@torch.no_grad()
+def encode(model: DensityVAE, images: Tensor, indices: Sequence[int], *, seed: int, batch: int) -> list[Tensor]:
+    """Latents of uint8 images [N, 3, H, W] drawn from the posterior, as in `reconstruct`.
+
+    Returns:
+        One tensor [N, z_size, H_i, W_i] for each layer on the model's device, topmost first.
+    """
+    latents = []
+    for part in _batches(range(len(images)), batch):
+        noise = _noise(model, seed, [indices[i] for i in part])
+        latents.append(model(_encoded(model, images[part.start : part.stop]), noise).latents)
+    return [torch.cat(layer) for layer in zip(*latents, strict=True)]
+
+
+@torch.no_grad()
+def interpolate(
+    model: DensityVAE,
+    start: Sequence[Tensor],
+    end: Sequence[Tensor],
+    *,
+    layers: int,
+    temperature: float,
+    frames: int,
+    seed: int,
+    batch: int,
+) -> Tensor:
+    """Images between two encoded ones (paper, Figure 5), uint8 [frames, 3, H, W] on the CPU.
+
+    The latents of the top layers go linearly from one image's to the other's, ends included. Those below are drawn
+    from the prior, with the same noise in all frames, so that only the interpolation changes them.
+
+    Arguments:
+        start, end: Latents of one image each, [1, z_size, H_i, W_i] at each layer.
+        layers: How many layers, from the topmost, are interpolated: 1 ... depth.
+        temperature: Of the layers below.
+        frames: At least 2.
+    """
+    _check_layers(model, layers)
+    if frames < 2:
+        raise ValueError(f"frames must be at least 2, got {frames}")
+    images = []
+    weights = torch.linspace(0, 1, frames, dtype=model.h.dtype, device=model.h.device)
+    for part in _batches(range(frames), batch):
+        weight = weights[part.start : part.stop].view(-1, 1, 1, 1)
+        latents = [torch.lerp(a, b, weight) for a, b in zip(start[:layers], end[:layers], strict=True)]
+        noise = _noise(model, seed, [0] * len(part), [1] * len(part))
+        images.append(_given(model, latents, len(part), temperature, noise))
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def neighborhood(
+    model: DensityVAE,
+    latents: Sequence[Tensor],
+    *,
+    index: int,
+    layers: int,
+    temperature: float,
+    count: int,
+    seed: int,
+    batch: int,
+) -> Tensor:
+    """Images drawn around an encoded one (paper, Figures 6 right and 11), uint8 [count, 3, H, W] on the CPU.
+
+    Arguments:
+        latents: Of the image, [1, z_size, H_i, W_i] at each layer.
+        index: Of the image in its data set: the noise depends on (seed, index).
+        layers: How many layers, from the topmost, keep the image's latents: 1 ... depth.
+        temperature: Of the layers below, which are drawn from the prior.
+        count: Images to draw.
+    """
+    _check_layers(model, layers)
+    images = []
+    for part in _batches(range(count), batch):
+        kept = [z.expand(len(part), -1, -1, -1) for z in latents[:layers]]
+        noise = _noise(model, seed, [index] * len(part), [1 + i for i in part])
+        images.append(_given(model, kept, len(part), temperature, noise))
+    return torch.cat(images)
+
+
+def _given(model: DensityVAE, latents: list[Tensor], count: int, temperature: float, noise: list[Tensor]) -> Tensor:
+    """Images whose top layers have the given latents, the others drawn from the prior with `noise`."""
+    below = [None] * (len(model.latent_shapes) - len(latents))
+    params, _ = model.sample(count, temperature, latents=[*latents, *below], noise=noise)
+    return _most_probable(model, params)
+
+
+def _batches(numbers: range, batch: int) -> Iterator[range]:
+    return (numbers[start : start + batch] for start in range(0, len(numbers), batch))
+
+
+def _noise(model: DensityVAE, seed: int, images: Sequence[int], samples: Sequence[int] | None = None) -> list[Tensor]:
+    return [eps.to(model.h) for eps in keyed_noise(model.latent_shapes, seed, images, samples)]
+
+
+def _encoded(model: DensityVAE, images: Tensor) -> Tensor:
+    return model.observation.encode(images.to(model.h.device)).to(model.h.dtype)
+
+
+def _most_probable(model: DensityVAE, params: Tensor) -> Tensor:
+    return model.observation.to_uint8(model.observation.most_probable(params)).cpu()
+
+
+def _draw(model: DensityVAE, params: Tensor, seed: int, index: int) -> Tensor:
+    generator = torch.Generator(params.device).manual_seed(mixed_seed(seed, index, -1))
+    return model.observation.to_uint8(model.observation.sample(params, generator)).cpu()
+
+
+def _check_layers(model: DensityVAE, layers: int) -> None:
+    if layers not in range(1, len(model.latent_shapes) + 1):
+        raise ValueError(f"layers must be 1 ... {len(model.latent_shapes)} (the model's depth), got {layers}")
