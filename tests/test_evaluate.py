@@ -7,36 +7,185 @@ import shutil
 
 import pytest
 import torch
-from helpers import GOLDEN, run
+from helpers import GOLDEN, assert_one_line_error, run
 from PIL import Image
 
 import evaluate
+from data.get_dataset import get_dataset
+from lib.evaluation.figures import save_image
+
+EVERYTHING = (
+    "--elbo --likelihood --importance_samples 6 --latents --reconstruction --sampling --interpolation --neighborhood "
+    "--overfitting --report --limit 5 --batch 4 --seed 3 --count 4 --temperatures 0.5 1 --images 2 7 --layers 1 2 "
+    "--frames 3 --neighbors 2"
+).split()
+PICTURES = {
+    "latents": ["latents.png"],
+    "reconstruction": ["reconstructions.png"],
+    "sampling": ["samples_t0.50.png", "samples_t1.00.png"],
+    "interpolation": ["interpolation_2_7.png"],
+    "neighborhood": ["neighborhood_2.png", "neighborhood_7.png"],
+    "overfitting": ["nearest_samples_t0.50.png", "nearest_samples_t1.00.png"],
+}
 
 
-def test_elbo_likelihood_and_samples(finished):
-    arguments = ["--model", "tiny", "--output_dir", finished, "--limit", 5, "--batch", 4, "--seed", 3]
-    tasks = ["--elbo", "--likelihood", "--importance_samples", 6, "--sampling", "--count", 4, "--temperatures", 0.5, 1]
-    done = run("evaluate.py", *arguments, *tasks)
+@pytest.fixture(scope="module")
+def evaluated(finished):
+    """Everything that there is to evaluate, on a model of a few steps: the folder of results and the printed text."""
+    done = run("evaluate.py", "--model", "tiny", "--output_dir", finished, *EVERYTHING)
     assert done.returncode == 0, done.stderr
-    results = json.loads((finished / "figs/tiny/results.json").read_text())
-    assert results["elbo"]["images"] == results["likelihood"]["images"] == 5
-    assert results["likelihood"]["samples"] == 6
-    assert results["likelihood"]["bits_per_dim"] < results["elbo"]["bits_per_dim"]
-    assert f"-ELBO: {results['elbo']['bits_per_dim']:.4f} +-" in done.stdout
-    assert f"-log p(x): {results['likelihood']['bits_per_dim']:.4f} +-" in done.stdout
-    assert results["elbo"]["step"] == 6 and results["elbo"]["seed"] == 3
-    for temperature in ("0.50", "1.00"):
-        grid = Image.open(finished / f"figs/tiny/samples_t{temperature}.png")
-        assert grid.width == grid.height > 64
-        single = finished / f"figs/tiny/samples_t{temperature}"
-        assert [Image.open(path).size for path in sorted(single.iterdir())] == [(32, 32)] * 4
+    return finished / "figs/tiny", done.stdout
 
+
+def test_numbers_are_printed_and_kept(evaluated):
+    folder, printed = evaluated
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results) == list(evaluate.TASKS), "in the order in which a report shows them"
+    elbo, likelihood = results["elbo"], results["likelihood"]
+    assert elbo["images"] == likelihood["images"] == 5
+    assert likelihood["samples"] == 6 and likelihood["computed"] == 5
+    assert likelihood["bits_per_dim"] < elbo["bits_per_dim"]
+    assert f"-ELBO: {elbo['bits_per_dim']:.4f} +- {elbo['standard_error']:.4f} bits/dim (5 images)" in printed
+    assert f"-log p(x): {likelihood['bits_per_dim']:.4f} +-" in printed
+    assert results["latents"]["rate_per_layer"] == elbo["rate_per_layer"]
+    assert sum(results["latents"]["share_per_layer"]) == pytest.approx(1)
+    assert results["overfitting"]["searched"] == 32 and results["overfitting"]["mirrored_too"] is False
+    assert [len(of_query) for of_query in results["overfitting"]["neighbours"]] == [2] * 8
+    (fingerprint,) = {result["weights"] for result in results.values()}
+    assert len(fingerprint) == 12
+    for result in results.values():
+        assert (result["step"], result["seed"], result["dataset"], result["device"]) == (6, 3, "ImageNet32", "cpu")
+        assert result["command"].startswith("evaluate.py --model tiny --output_dir ")
+
+
+def test_every_picture_is_there_and_named(evaluated):
+    folder, printed = evaluated
+    results = json.loads((folder / "results.json").read_text())
+    for task, names in PICTURES.items():
+        assert [picture["file"] for picture in results[task]["pictures"]] == names
+        for name in names:
+            assert f"{task}: {folder / name}" in printed
+            Image.open(folder / name).load()
+    for temperature in ("0.50", "1.00"):
+        singles = sorted((folder / f"samples_t{temperature}").iterdir())
+        assert [Image.open(path).size for path in singles] == [(32, 32)] * 4
+
+
+def test_the_same_command_draws_the_same_pictures_to_the_byte(evaluated, finished, tmp_path):
+    folder, _ = evaluated
+    (tmp_path / "checkpoints").symlink_to(finished / "checkpoints")
+    done = run("evaluate.py", "--model", "tiny", "--output_dir", tmp_path, *EVERYTHING)
+    assert done.returncode == 0, done.stderr
+    for name in [name for names in PICTURES.values() for name in names]:
+        assert (tmp_path / "figs/tiny" / name).read_bytes() == (folder / name).read_bytes(), name
+    first, second = (json.loads((f / "results.json").read_text()) for f in (folder, tmp_path / "figs/tiny"))
+    for task in first:
+        for key in first[task].keys() - {"command", "date", "seconds"}:
+            assert first[task][key] == second[task][key], (task, key)
+
+
+def test_the_report_holds_numbers_and_pictures(evaluated):
+    folder, printed = evaluated
+    page = (folder / "report.html").read_text()
+    assert f"report: {folder / 'report.html'}" in printed
+    results = json.loads((folder / "results.json").read_text())
+    for task in ("elbo", "likelihood"):
+        assert f"{results[task]['bits_per_dim']:.4f}" in page
+    assert page.count("data:image/png;base64,") == sum(map(len, PICTURES.values()))
+    assert "sdn_num_dirs" in page and results["elbo"]["torch"] in page and results["elbo"]["weights"] in page
+
+
+def test_results_of_other_weights_are_left_out_of_a_report(evaluated, finished, tmp_path):
+    folder, _ = evaluated
+    mine = tmp_path / "figs/tiny"
+    mine.mkdir(parents=True)
+    results = json.loads((folder / "results.json").read_text())
+    results["elbo"]["weights"] = "0" * 12
+    (mine / "results.json").write_text(json.dumps({task: results[task] for task in ("elbo", "likelihood")}))
     best = finished / "checkpoints/tiny/best.ckpt"
-    again = run("evaluate.py", "--checkpoint", best, *arguments[2:], "--elbo", "--batch", 2)
+    done = run("evaluate.py", "--checkpoint", best, "--output_dir", tmp_path, "--report")
+    assert done.returncode == 0, done.stderr
+    page = (mine / "report.html").read_text()
+    assert f"{results['likelihood']['bits_per_dim']:.4f}" in page
+    assert f"{results['elbo']['bits_per_dim']:.4f}" not in page
+    assert "elbo is left out: it is of other weights" in page
+    (mine / "results.json").unlink()
+    empty = run("evaluate.py", "--checkpoint", best, "--output_dir", tmp_path, "--report")
+    assert_one_line_error(empty, "--report: there are no results of these weights")
+
+
+def test_the_batch_changes_no_number_and_other_results_stay(evaluated, finished, tmp_path):
+    folder, _ = evaluated
+    first = json.loads((folder / "results.json").read_text())
+    (tmp_path / "figs").mkdir()
+    shutil.copytree(folder, tmp_path / "figs/tiny")
+    best = finished / "checkpoints/tiny/best.ckpt"
+    options = ["--output_dir", tmp_path, "--limit", 5, "--seed", 3, "--batch", 2]
+    again = run("evaluate.py", "--checkpoint", best, *options, "--elbo")
     assert again.returncode == 0, again.stderr
-    second = json.loads((finished / "figs/tiny/results.json").read_text())
-    assert second["elbo"]["bits_per_dim"] == pytest.approx(results["elbo"]["bits_per_dim"], rel=1e-5)
-    assert second["likelihood"] == results["likelihood"], "other results stay"
+    second = json.loads((tmp_path / "figs/tiny/results.json").read_text())
+    assert second["elbo"]["bits_per_dim"] == pytest.approx(first["elbo"]["bits_per_dim"], rel=1e-5)
+    assert second["likelihood"] == first["likelihood"]
+
+
+def test_likelihood_goes_on_with_more_images_and_in_two_processes(evaluated, finished, tmp_path):
+    folder, _ = evaluated
+    first = json.loads((folder / "results.json").read_text())["likelihood"]
+    (tmp_path / "figs").mkdir()
+    shutil.copytree(folder, tmp_path / "figs/tiny")
+    (tmp_path / "checkpoints").symlink_to(finished / "checkpoints")
+    command = ["--model", "tiny", "--output_dir", tmp_path, "--likelihood", "--importance_samples", 6, "--seed", 3]
+
+    def result(*options) -> dict:
+        done = run("evaluate.py", *command, *options)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "figs/tiny/results.json").read_text())["likelihood"]
+
+    same = result("--limit", 5)
+    assert same["computed"] == 0 and same["bits_per_dim"] == first["bits_per_dim"]
+    all_images = result("--processes", 2)
+    assert (all_images["computed"], all_images["images"]) == (6, 11), "those after the first five"
+    for ledger in (tmp_path / "figs/tiny").glob("likelihood_*.csv"):
+        ledger.unlink()
+    alone = result("--chunk", all_images["chunk"])
+    assert alone["computed"] == 11
+    assert alone["bits_per_dim"] == pytest.approx(all_images["bits_per_dim"], rel=1e-6)
+
+
+def test_given_pictures_are_searched_for(evaluated, finished, images, tmp_path):
+    training = get_dataset("ImageNet32", images, "train")
+    copy = save_image(training[17], tmp_path / "copy.png")
+    command = ["--model", "tiny", "--output_dir", finished, "--overfitting", "--queries", copy, "--root", images]
+    kept = (finished / "figs/tiny/results.json").read_bytes()
+    done = run("evaluate.py", *command)
+    assert done.returncode == 0, done.stderr
+    ((nearest, *_),) = json.loads((finished / "figs/tiny/results.json").read_text())["overfitting"]["neighbours"]
+    assert nearest == {"index": 17, "mse": 0.0, "mirrored": False}
+    (finished / "figs/tiny/results.json").write_bytes(kept)
+    wrong = save_image(training[17][:, :20], tmp_path / "wrong.png")
+    assert_one_line_error(run("evaluate.py", *command[:-3], wrong, "--root", images), "wrong.png has 32x20 pixels")
+
+
+def test_the_authors_celeba_checkpoint_just_works(tmp_path):
+    """`checkpoints/CelebAHQ256.ckpt` in the authors' format, here a small one, is detected and evaluated."""
+    lmdb = pytest.importorskip("lmdb")
+    checkpoint = torch.load(GOLDEN / "tiny_5bit.ckpt", weights_only=True)
+    # SDN where the golden model has it: at half the image's scale.
+    checkpoint["hyper_parameters"] |= dict(dataset="CelebAHQ256", sdn_max_scale=128)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(checkpoint, tmp_path / "checkpoints/CelebAHQ256.ckpt")
+    (tmp_path / "data/CelebAHQ256").mkdir(parents=True)
+    environment = lmdb.open(str(tmp_path / "data/CelebAHQ256/validation.lmdb"), map_size=2**24)
+    with environment, environment.begin(write=True) as transaction:
+        for index in range(2):
+            pixels = torch.full((256, 256, 3), 60 * (index + 1), dtype=torch.uint8)
+            transaction.put(str(index).encode(), pixels.numpy().tobytes())
+    options = ["--output_dir", tmp_path, "--root", tmp_path / "data", "--count", 1, "--temperatures", 1]
+    done = run("evaluate.py", "--model", "CelebAHQ256", "--elbo", "--sampling", *options)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "figs/CelebAHQ256/results.json").read_text())
+    assert results["elbo"]["images"] == 2 and results["elbo"]["bits_per_dim"] > 0
+    assert Image.open(tmp_path / "figs/CelebAHQ256/samples_t1.00/0000.png").size == (256, 256)
 
 
 @pytest.mark.parametrize(
@@ -44,10 +193,16 @@ def test_elbo_likelihood_and_samples(finished):
     [
         ([], "one of the arguments --model --checkpoint is required"),
         (["--model", "a", "--checkpoint", "b"], "not allowed with argument"),
-        (["--model", "a"], "nothing to do: ask for --elbo, --likelihood or --sampling"),
+        (["--model", "a"], "nothing to do: ask for --elbo, --likelihood, --latents"),
         (["--model", "a", "--elbo", "--batch", "0"], "--batch must be at least 1; got 0"),
         (["--model", "a", "--elbo", "--limit", "0"], "--limit must be at least 1; got 0"),
-        (["--model", "a", "--sampling", "--temperatures", "-1"], "--temperatures must be 0 or more"),
+        (["--model", "a", "--sampling", "--temperatures", "-1"], "--temperatures must be 0 or more; got -1.0"),
+        (["--model", "a", "--sampling", "--temperatures", "nan"], "--temperatures must be 0 or more; got nan"),
+        (["--model", "a", "--likelihood", "--chunk", "0"], "--chunk must be at least 1; got 0"),
+        (["--model", "a", "--likelihood", "--processes", "0"], "--processes must be at least 1; got 0"),
+        (["--model", "a", "--interpolation", "--frames", "1"], "--frames must be at least 2; got 1"),
+        (["--model", "a", "--interpolation", "--images", "1"], "--interpolation takes --images in pairs; got 1"),
+        (["--model", "a", "--neighborhood", "--images", "-2"], "--images must be 0 or more; got -2"),
         (["--model", "a", "--elbo", "--device", "tpu9"], "--device must be auto, cpu, cuda or cuda:N; got tpu9"),
         (["--model", "a", "--elbo", "--device", "mps"], "--device must be auto, cpu, cuda or cuda:N; got mps"),
         (["--model", "a", "--elbo", "--device", "cuda:99"], "--device cuda:99: this machine has"),
@@ -73,6 +228,26 @@ def test_missing_data_are_one_line(finished, tmp_path, capfd):
     assert "bash data/ImageNet32/get_imagenet_data.sh" in capfd.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--interpolation", "--layers", "1", "3"], "--layers must be 1 ... 2 (the model's depth); got 3"),
+        (["--neighborhood", "--images", "4", "11"], "--images must be below 11, the number of validation images"),
+        (["--overfitting", "--neighbors", "33"], "--neighbors 33: ImageNet32 has 32 training images"),
+        (["--overfitting", "--queries", "absent.png"], "--queries: absent.png cannot be read as a picture"),
+    ],
+)
+def test_flags_that_do_not_fit_the_model_or_data_are_one_line(flags, message, finished, tmp_path, capfd):
+    best = str(finished / "checkpoints/tiny/best.ckpt")
+    count = ["--count", "1", "--temperatures", "1"]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--checkpoint", best, *flags, *count, "--output_dir", str(tmp_path)])
+    assert stop.value.code == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("evaluate.py: error: ") and message in last
+    assert not (tmp_path / "figs/tiny/results.json").exists()
+
+
 def test_damaged_results_are_not_overwritten(finished, tmp_path, capfd):
     (tmp_path / "figs/tiny").mkdir(parents=True)
     (tmp_path / "figs/tiny/results.json").write_text("{")
@@ -95,7 +270,6 @@ def test_files_that_are_no_checkpoint_are_one_line(finished, tmp_path, capfd):
     (tmp_path / "empty.ckpt").write_bytes(b"")
     torch.save({"state_dict": {}, "hyper_parameters": NotPlain()}, tmp_path / "unsafe.ckpt")
     torch.save({"state_dict": {}, "global_step": 0}, tmp_path / "other.ckpt")
-    shutil.copy(GOLDEN / "tiny_8bit.ckpt", tmp_path / "released.ckpt")
     checkpoint = torch.load(finished / "checkpoints/tiny/best.ckpt", weights_only=True)
     del checkpoint["state_dict"]["average.module.h"]
     torch.save(checkpoint, tmp_path / "lacking.ckpt")
@@ -105,7 +279,6 @@ def test_files_that_are_no_checkpoint_are_one_line(finished, tmp_path, capfd):
         "empty": "is not a checkpoint, or is cut off",
         "unsafe": "only tensors and plain values are loaded",
         "other": "is not a checkpoint of this project: it lacks hyper_parameters",
-        "released": "was not written by this version of train.py: the stored configuration has unknown fields",
         "lacking": 'Missing key(s) in state_dict: "h"',
     }
     for name, message in expected.items():

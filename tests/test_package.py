@@ -15,7 +15,8 @@ def python(code: str, cwd=REPOSITORY) -> subprocess.CompletedProcess:
 
 
 def test_the_models_need_torch_and_numpy_alone():
-    code = "import sys, lib.nn, lib.probability, lib.DensityVAE, lib.evaluation.likelihood, lib.evaluation.synthesis\n"
+    evaluation = ", ".join(f"lib.evaluation.{name}" for name in ("likelihood", "loading", "nearest", "synthesis"))
+    code = f"import sys, lib.nn, lib.probability, lib.DensityVAE, lib.released, {evaluation}\n"
     done = python(code + f"print([name for name in {HEAVY!r} if name in sys.modules])")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
@@ -32,7 +33,7 @@ def test_the_readme_example_runs():
 def test_an_installed_copy_is_called_sdn(tmp_path):
     """The same files under the package name that pyproject.toml gives them."""
     (tmp_path / "sdn").symlink_to(REPOSITORY / "lib")
-    code = "import sdn.evaluation.likelihood, sdn.DensityVAE, sdn.nn; print('ok')"
+    code = "import sdn.evaluation.likelihood, sdn.evaluation.report, sdn.DensityVAE, sdn.nn, sdn.released; print('ok')"
     done = python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "ok"
