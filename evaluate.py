@@ -28,6 +28,7 @@ from lib.config import ConfigError
 from lib.DensityVAE import DensityVAE
 from lib.evaluation import pictures
 from lib.evaluation.figures import load_image
+from lib.evaluation.importance import LikelihoodError
 from lib.evaluation.ledger import LedgerError
 from lib.evaluation.likelihood import negative_elbo, negative_log_likelihood
 from lib.evaluation.loading import LoadedModel, load_model
@@ -101,7 +102,7 @@ def make_parser() -> OneLineParser:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = make_parser().parse_args(arguments)
-    errors = (ConfigError, DataError, CheckpointError, LedgerError, WorkerError, ReportError)
+    errors = (ConfigError, DataError, CheckpointError, LedgerError, LikelihoodError, WorkerError, ReportError)
     with one_line_errors("evaluate.py", *errors):
         check(flags)
         device = choose_device(flags.device)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import GOLDEN, assert_one_line_error, run
+from helpers import GOLDEN, run
 from PIL import Image
 
 import evaluate
@@ -27,6 +27,21 @@ PICTURES = {
     "neighborhood": ["neighborhood_2.png", "neighborhood_7.png"],
     "overfitting": ["nearest_samples_t0.50.png", "nearest_samples_t1.00.png"],
 }
+
+
+def here(*arguments: object) -> None:
+    """evaluate.py in this process, which spares the time that importing takes."""
+    evaluate.main([str(argument) for argument in arguments])
+
+
+def refused_here(capfd, *arguments: object) -> str:
+    """The one line with which evaluate.py refuses."""
+    with pytest.raises(SystemExit) as stop:
+        here(*arguments)
+    assert stop.value.code == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("evaluate.py: error: ")
+    return last
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +110,7 @@ def test_the_report_holds_numbers_and_pictures(evaluated):
     assert "sdn_num_dirs" in page and results["elbo"]["torch"] in page and results["elbo"]["weights"] in page
 
 
-def test_results_of_other_weights_are_left_out_of_a_report(evaluated, finished, tmp_path):
+def test_results_of_other_weights_are_left_out_of_a_report(evaluated, finished, tmp_path, capfd):
     folder, _ = evaluated
     mine = tmp_path / "figs/tiny"
     mine.mkdir(parents=True)
@@ -103,15 +118,14 @@ def test_results_of_other_weights_are_left_out_of_a_report(evaluated, finished, 
     results["elbo"]["weights"] = "0" * 12
     (mine / "results.json").write_text(json.dumps({task: results[task] for task in ("elbo", "likelihood")}))
     best = finished / "checkpoints/tiny/best.ckpt"
-    done = run("evaluate.py", "--checkpoint", best, "--output_dir", tmp_path, "--report")
-    assert done.returncode == 0, done.stderr
+    here("--checkpoint", best, "--output_dir", tmp_path, "--report")
     page = (mine / "report.html").read_text()
     assert f"{results['likelihood']['bits_per_dim']:.4f}" in page
     assert f"{results['elbo']['bits_per_dim']:.4f}" not in page
     assert "elbo is left out: it is of other weights" in page
     (mine / "results.json").unlink()
-    empty = run("evaluate.py", "--checkpoint", best, "--output_dir", tmp_path, "--report")
-    assert_one_line_error(empty, "--report: there are no results of these weights")
+    refusal = refused_here(capfd, "--checkpoint", best, "--output_dir", tmp_path, "--report")
+    assert "--report: there are no results of these weights" in refusal
 
 
 def test_the_batch_changes_no_number_and_other_results_stay(evaluated, finished, tmp_path):
@@ -121,8 +135,7 @@ def test_the_batch_changes_no_number_and_other_results_stay(evaluated, finished,
     shutil.copytree(folder, tmp_path / "figs/tiny")
     best = finished / "checkpoints/tiny/best.ckpt"
     options = ["--output_dir", tmp_path, "--limit", 5, "--seed", 3, "--batch", 2]
-    again = run("evaluate.py", "--checkpoint", best, *options, "--elbo")
-    assert again.returncode == 0, again.stderr
+    here("--checkpoint", best, *options, "--elbo")
     second = json.loads((tmp_path / "figs/tiny/results.json").read_text())
     assert second["elbo"]["bits_per_dim"] == pytest.approx(first["elbo"]["bits_per_dim"], rel=1e-5)
     assert second["likelihood"] == first["likelihood"]
@@ -137,8 +150,7 @@ def test_likelihood_goes_on_with_more_images_and_in_two_processes(evaluated, fin
     command = ["--model", "tiny", "--output_dir", tmp_path, "--likelihood", "--importance_samples", 6, "--seed", 3]
 
     def result(*options) -> dict:
-        done = run("evaluate.py", *command, *options)
-        assert done.returncode == 0, done.stderr
+        here(*command, *options)
         return json.loads((tmp_path / "figs/tiny/results.json").read_text())["likelihood"]
 
     same = result("--limit", 5)
@@ -152,18 +164,16 @@ def test_likelihood_goes_on_with_more_images_and_in_two_processes(evaluated, fin
     assert alone["bits_per_dim"] == pytest.approx(all_images["bits_per_dim"], rel=1e-6)
 
 
-def test_given_pictures_are_searched_for(evaluated, finished, images, tmp_path):
+def test_given_pictures_are_searched_for(finished, images, tmp_path, capfd):
     training = get_dataset("ImageNet32", images, "train")
     copy = save_image(training[17], tmp_path / "copy.png")
-    command = ["--model", "tiny", "--output_dir", finished, "--overfitting", "--queries", copy, "--root", images]
-    kept = (finished / "figs/tiny/results.json").read_bytes()
-    done = run("evaluate.py", *command)
-    assert done.returncode == 0, done.stderr
-    ((nearest, *_),) = json.loads((finished / "figs/tiny/results.json").read_text())["overfitting"]["neighbours"]
+    (tmp_path / "checkpoints").symlink_to(finished / "checkpoints")
+    command = ["--model", "tiny", "--output_dir", tmp_path, "--root", images, "--overfitting", "--queries"]
+    here(*command, copy)
+    ((nearest, *_),) = json.loads((tmp_path / "figs/tiny/results.json").read_text())["overfitting"]["neighbours"]
     assert nearest == {"index": 17, "mse": 0.0, "mirrored": False}
-    (finished / "figs/tiny/results.json").write_bytes(kept)
     wrong = save_image(training[17][:, :20], tmp_path / "wrong.png")
-    assert_one_line_error(run("evaluate.py", *command[:-3], wrong, "--root", images), "wrong.png has 32x20 pixels")
+    assert "wrong.png has 32x20 pixels" in refused_here(capfd, *command, wrong)
 
 
 def test_the_authors_celeba_checkpoint_just_works(tmp_path):
@@ -181,8 +191,7 @@ def test_the_authors_celeba_checkpoint_just_works(tmp_path):
             pixels = torch.full((256, 256, 3), 60 * (index + 1), dtype=torch.uint8)
             transaction.put(str(index).encode(), pixels.numpy().tobytes())
     options = ["--output_dir", tmp_path, "--root", tmp_path / "data", "--count", 1, "--temperatures", 1]
-    done = run("evaluate.py", "--model", "CelebAHQ256", "--elbo", "--sampling", *options)
-    assert done.returncode == 0, done.stderr
+    here("--model", "CelebAHQ256", "--elbo", "--sampling", *options)
     results = json.loads((tmp_path / "figs/CelebAHQ256/results.json").read_text())
     assert results["elbo"]["images"] == 2 and results["elbo"]["bits_per_dim"] > 0
     assert Image.open(tmp_path / "figs/CelebAHQ256/samples_t1.00/0000.png").size == (256, 256)
@@ -222,10 +231,8 @@ def test_wrong_flags_are_one_line(flags, message, tmp_path, capfd):
 
 def test_missing_data_are_one_line(finished, tmp_path, capfd):
     best = str(finished / "checkpoints/tiny/best.ckpt")
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--checkpoint", best, "--elbo", "--root", str(tmp_path), "--output_dir", str(tmp_path)])
-    assert stop.value.code == 2
-    assert "bash data/ImageNet32/get_imagenet_data.sh" in capfd.readouterr().err.strip().splitlines()[-1]
+    refusal = refused_here(capfd, "--checkpoint", best, "--elbo", "--root", tmp_path, "--output_dir", tmp_path)
+    assert "bash data/ImageNet32/get_imagenet_data.sh" in refusal
 
 
 @pytest.mark.parametrize(
@@ -240,11 +247,7 @@ def test_missing_data_are_one_line(finished, tmp_path, capfd):
 def test_flags_that_do_not_fit_the_model_or_data_are_one_line(flags, message, finished, tmp_path, capfd):
     best = str(finished / "checkpoints/tiny/best.ckpt")
     count = ["--count", "1", "--temperatures", "1"]
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--checkpoint", best, *flags, *count, "--output_dir", str(tmp_path)])
-    assert stop.value.code == 2
-    last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("evaluate.py: error: ") and message in last
+    assert message in refused_here(capfd, "--checkpoint", best, *flags, *count, "--output_dir", tmp_path)
     assert not (tmp_path / "figs/tiny/results.json").exists()
 
 
@@ -252,10 +255,9 @@ def test_damaged_results_are_not_overwritten(finished, tmp_path, capfd):
     (tmp_path / "figs/tiny").mkdir(parents=True)
     (tmp_path / "figs/tiny/results.json").write_text("{")
     best = str(finished / "checkpoints/tiny/best.ckpt")
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--checkpoint", best, "--sampling", "--output_dir", str(tmp_path)])
-    assert stop.value.code == 2
-    assert "results.json is damaged" in capfd.readouterr().err
+    assert "results.json is damaged" in refused_here(
+        capfd, "--checkpoint", best, "--sampling", "--output_dir", tmp_path
+    )
     assert (tmp_path / "figs/tiny/results.json").read_text() == "{"
 
 

@@ -147,7 +147,7 @@ def reconstruction(
     """A grid of images, each with its reconstruction to its right, and the mean squared error of uint8 levels."""
     reconstructions = reconstruct(model, images, indices=indices, seed=seed, batch=batch)
     pairs = side_by_side(images, reconstructions)
-    path = save_grid(pairs, folder / "reconstructions.png", 2 * max(1, _square(len(images)) // 2))
+    path = save_grid(pairs, folder / "reconstructions.png", 2 * _square(len(images) / 2))
     error = (images.double() - reconstructions.double()).square().mean().item()
     caption = "Validation images, each beside its reconstruction"
     return {"images": len(images), "mse": error, "pictures": [_entry(path, folder, caption)]}
@@ -225,7 +225,7 @@ def latents(
     }
 
 
-def _square(count: int) -> int:
+def _square(count: float) -> int:
     """Columns of a nearly square grid."""
     return max(1, round(count**0.5))
 

@@ -1,0 +1,202 @@
+"""How fast are sampling, the likelihood and the search for nearest training images, and what do they gain?
+
+    python -m benchmarks.evaluation --output benchmarks/results/mine.json
+
+- sampling: 64 images drawn at once against one at a time;
+- likelihood: an importance sample of one image, with the bottom-up pass shared by all samples, against a full forward
+  pass for every sample, in chunks of the same size, and against full passes of one sample at a time as in the authors'
+  release;
+- nearest training images: images/s for 64 queries, against products in float64 and plain differences.
+
+Models have random weights and the architecture of the quickstart or of the authors' CIFAR10 recipe, with SDN and, as
+the baseline IAF-VAE+, without. Everything that is timed is first compared: equal images, equal likelihoods, equal
+neighbours; otherwise the program ends with status 1. Times are medians over rounds in which the contenders take turns,
+after one round that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.sdn_layer import machine
+from lib.DensityVAE import DensityVAE
+from lib.evaluation.importance import Group, ImportanceSampler
+from lib.evaluation.nearest import nearest_images
+from lib.evaluation.synthesis import sample_images
+from lib.utils import keyed_noise
+
+MODELS = {
+    "quickstart": dict(
+        h_size=32, z_size=4, depth=4, ds_list=[0, 2], downsample_first=True, mix_components=3,
+        sdn_max_scale=16, sdn_nfeat_0=32, sdn_nfeat_diff=128, sdn_num_dirs=2,
+    ),
+    "cifar": dict(
+        h_size=200, z_size=4, depth=15, ds_list=[5, 10], mix_components=5,
+        sdn_max_scale=32, sdn_nfeat_0=360, sdn_nfeat_diff=128, sdn_num_dirs=2,
+    ),
+}  # fmt: skip
+CNN = dict(sdn_max_scale=0)  # the baseline IAF-VAE+
+QUERIES = 64
+
+
+def compare(
+    contenders: dict[str, Callable[[], Tensor]], tolerance: float, rounds: int, device: str
+) -> dict[str, float]:
+    """Median seconds of each contender; SystemExit if a result differs from the first one's."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        results = {}
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            results[name] = run()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+        if turn == 0:
+            first, expected = next(iter(results.items()))
+            for name, result in results.items():
+                difference = (result.double() - expected.double()).abs().max().item()
+                if not difference <= tolerance:
+                    sys.exit(f"{name} is not timed: it differs from {first} by {difference:.1e}, allowed {tolerance:g}")
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def sampling(name: str, model: DensityVAE, options) -> list[dict]:
+    count = options.count
+
+    def draw(batch: int) -> Callable[[], Tensor]:
+        return lambda: sample_images(model, count, 0.9, seed=0, batch=batch)
+
+    # One level: another batch size may round differently.
+    times = compare({"one at a time": draw(1), f"{count} at once": draw(count)}, 1, options.rounds, options.device)
+    return rows(f"sampling, {name}", times, "one at a time", unit="images/s", amount=count)
+
+
+def likelihood(name: str, model: DensityVAE, options) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, model.image_shape, dtype=torch.uint8, generator=generator)
+    samples, chunk = options.samples, options.chunk
+
+    def shared() -> Tensor:
+        sampler = ImportanceSampler(model, [image], samples=samples, seed=0, chunk=chunk)
+        *_, finished = sampler(Group((0,), 0, (0.0,), chunk))
+        return torch.tensor(finished.log_likelihoods)
+
+    @torch.no_grad()
+    def full(rows_at_once: int) -> Tensor:
+        x = model.observation.encode(image.unsqueeze(0).to(model.h.device))
+        weights = []
+        for start in range(0, samples, rows_at_once):
+            numbers = range(start, min(start + rows_at_once, samples))
+            noise = keyed_noise(model.latent_shapes, 0, [0] * len(numbers), numbers)
+            output = model(x.expand(len(numbers), -1, -1, -1), [eps.to(model.h) for eps in noise])
+            weights.append(output.elbo.double())
+        return torch.logsumexp(torch.cat(weights), 0, keepdim=True).cpu() - math.log(samples)
+
+    contenders = {
+        "full passes, one at a time": lambda: full(1),
+        f"full passes, {chunk} at once": lambda: full(chunk),
+        f"shared bottom-up pass, {chunk} at once": shared,
+    }
+    tolerance = 1e-5 * math.prod(model.image_shape)  # nats
+    times = compare(contenders, tolerance, options.rounds, options.device)
+    return rows(f"likelihood, {name}", times, next(iter(contenders)), unit="samples/s", amount=samples)
+
+
+def nearest(size: int, images: int, options) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    training = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+    queries = torch.randint(0, 256, (QUERIES, 3, size, size), dtype=torch.uint8, generator=generator)
+    device, step = options.device, 256
+
+    def ours() -> Tensor:
+        batches = ((training[i : i + step], torch.arange(i, min(i + step, images))) for i in range(0, images, step))
+        return nearest_images(queries, batches, count=1, device=device).indices[:, 0]
+
+    def products() -> Tensor:
+        q = queries.to(device).flatten(1).double()
+        best = []
+        for part in training.split(step):
+            x = part.to(device).flatten(1).double()
+            best.append(x.square().sum(1) - 2 * q @ x.T)
+        return torch.cat(best, dim=1).argmin(1).cpu()
+
+    def differences() -> Tensor:
+        x = training.to(device).int()
+        return torch.stack(
+            [(x - query).square().flatten(1).sum(1).argmin() for query in queries.to(device).int()]
+        ).cpu()
+
+    names = {"differences": differences, "products in float64": products, "nearest_images": ours}
+    times = compare(names, 0, options.rounds, device)
+    return rows(f"nearest of {images} at {size}x{size}", times, "differences", unit="images/s", amount=images)
+
+
+def rows(question: str, times: dict[str, float], baseline: str, *, unit: str, amount: int) -> list[dict]:
+    return [
+        {
+            "question": question,
+            "contender": name,
+            "seconds": seconds,
+            "unit": unit,
+            "rate": amount / seconds,
+            "times_faster": times[baseline] / seconds,
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="quickstart")
+    parser.add_argument("--count", type=int, default=64, help="images to draw")
+    parser.add_argument("--samples", type=int, default=128, help="importance samples")
+    parser.add_argument("--chunk", type=int, default=32, help="importance samples at once")
+    parser.add_argument("--training_images", type=int, nargs=2, default=[10_000, 256], help="at 32x32 and at 256x256")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args(arguments)
+    if min(options.count, options.samples, options.chunk, options.rounds, *options.training_images) < 1:
+        parser.error("all numbers must be at least 1")
+
+    about = machine(options.device)
+    measured = []
+    for name, architecture in (("SDN", MODELS[options.model]), ("CNN", MODELS[options.model] | CNN)):
+        torch.manual_seed(0)
+        model = DensityVAE(32, **architecture).eval().to(options.device)
+        measured += sampling(name, model, options) + likelihood(name, model, options)
+    for size, images in zip((32, 256), options.training_images, strict=True):
+        measured += nearest(size, images, options)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m benchmarks.evaluation " + shlex.join(sys.argv[1:] if arguments is None else arguments),
+        "machine": about,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "rows": measured,
+    }
+    print("| question | contender | seconds | rate | times faster |\n|---|---|---|---|---|")
+    for row in measured:
+        print(
+            f"| {row['question']} | {row['contender']} | {row['seconds']:.3g} | {row['rate']:.4g} {row['unit']} | "
+            f"{row['times_faster']:.2f} |"
+        )
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
