@@ -28,7 +28,7 @@ from lib.config import ConfigError
 from lib.DensityVAE import DensityVAE
 from lib.evaluation import pictures
 from lib.evaluation.figures import load_image
-from lib.evaluation.importance import LikelihoodError
+from lib.evaluation.importance import LikelihoodError, pick_chunk
 from lib.evaluation.ledger import LedgerError
 from lib.evaluation.likelihood import negative_elbo, negative_log_likelihood
 from lib.evaluation.loading import LoadedModel, load_model
@@ -51,6 +51,7 @@ TASKS = {
 
 SAMPLING_TEMPERATURES = [0.6, 0.7, 0.8, 0.9, 1.0]
 LAYER_TEMPERATURES = [0.6, 0.8, 1.0]
+LARGEST_BATCH = 32
 SEARCH_BATCH = 256  # training images, which pass through no model
 
 
@@ -90,7 +91,7 @@ def make_parser() -> OneLineParser:
     options.add_argument("--neighbors", type=int, default=3, help="--overfitting: training images for each query")
 
     options = parser.add_argument_group("Options")
-    options.add_argument("--batch", type=int, default=32, help="images computed at a time")
+    options.add_argument("--batch", type=int, default=None, help="images at a time; default: what fits, at most 32")
     options.add_argument("--seed", type=int, default=0, help="of all noise")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     options.add_argument("--backend", choices=BACKENDS, default="auto", help="implementation of the sweeps")
@@ -110,6 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
         loaded = open_model(path, flags.backend, device)
         check_against_model(flags, loaded.model)
         flags.root = flags.root or loaded.config.root
+        if flags.batch is None:
+            flags.batch = min(LARGEST_BATCH, pick_chunk(loaded.model))
         folder = Path(flags.output_dir) / "figs" / name
         about = {
             "checkpoint": path.name,
@@ -117,6 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
             "step": loaded.step,
             "dataset": loaded.config.dataset,
             "seed": flags.seed,
+            "batch": flags.batch,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "torch": str(torch.__version__),
             "python": platform.python_version(),

@@ -68,6 +68,7 @@ PROVENANCE = {
     "step": "optimizer steps",
     "weights": "weights' fingerprint",
     "seed": "seed",
+    "batch": "batch size",
     "device": "device",
     "torch": "PyTorch",
     "python": "Python",
