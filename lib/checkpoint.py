@@ -1,4 +1,4 @@
-"""Reading the project's own checkpoints without executing anything that is stored in them."""
+"""Reading checkpoints without executing anything that is stored in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from .config import ConfigError, TrainConfig
-from .DensityVAE import DensityVAE
 
 AVERAGE_PREFIX = "average.module."
 RELEASED_AVERAGE = "ema.shadow_params."  # before a parameter's name, whose dots are carets; the authors' format
@@ -74,32 +73,3 @@ def stored_config(checkpoint: dict[str, Any], path: str | Path) -> TrainConfig:
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by this version of train.py: {error}") from None
     return config
-
-
-def load_model(
-    path: str | Path, image_sizes: dict[str, tuple[int, int]], backend: str = "auto"
-) -> tuple[DensityVAE, TrainConfig, int]:
-    """A run's model with its averaged weights, in evaluation mode on the CPU; its configuration; its optimizer steps.
-
-    Arguments:
-        path: Checkpoint written by `train.py`.
-        image_sizes: (height, width) of the images of each data set by its name.
-        backend: Of the sweeps, see `lib.nn.SDNLayer`.
-
-    Raises:
-        CheckpointError: if the file cannot be read or its tensors do not fit its configuration.
-    """
-    checkpoint = read_checkpoint(path)
-    config = stored_config(checkpoint, path)
-    if config.dataset not in image_sizes:
-        raise CheckpointError(f"{path} is of the data set {config.dataset}; known are {', '.join(image_sizes)}")
-    image_size = image_sizes[config.dataset]
-    model = DensityVAE(image_size, **config.architecture(), backend=backend, analytic_kl=config.analytic_kl)
-    state = checkpoint["state_dict"]
-    average = {k.removeprefix(AVERAGE_PREFIX): v for k, v in state.items() if k.startswith(AVERAGE_PREFIX)}
-    try:
-        model.load_state_dict(average)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} does not fit its own configuration: {reason[:300]}") from None
-    return model.eval(), config, checkpoint["global_step"]

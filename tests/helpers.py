@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor
-
-from lib.DensityVAE import DensityVAE
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,25 +27,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     difference = (actual.detach().double() - expected.double()).norm()
     scale = expected.double().norm()
     return (difference / scale if scale > 0 else difference).item()
-
-
-def released_tiny_model(name: str, **options) -> DensityVAE:
-    """A golden checkpoint's averaged weights in our model."""
-    checkpoint = torch.load(GOLDEN / f"{name}.ckpt", map_location="cpu", weights_only=True)
-    arguments = "h_size z_size depth ds_list downsample_first post_model prior_model obs_model nbits mix_components"
-    arguments += " sdn_min_scale sdn_max_scale sdn_nfeat_0 sdn_nfeat_diff sdn_num_dirs"
-    stored = checkpoint["hyper_parameters"]
-    model = DensityVAE(32, **{name: stored[name] for name in arguments.split()}, border="keep", **options)
-    prefix = "ema.shadow_params."
-    state = {}
-    for key, tensor in checkpoint["state_dict"].items():
-        if key.startswith(prefix):
-            key = key.removeprefix(prefix).replace("^", ".")
-            key = re.sub(r"^first_layer\.0", "first_layer", re.sub(r"^last_layer\.2", "last_layer.1", key))
-            key = re.sub(r"weight_([gv])$", lambda m: f"parametrizations.weight.original{'gv'.index(m[1])}", key)
-            state[key] = tensor
-    model.load_state_dict(state)
-    return model.eval()
 
 
 def run(script: str, *arguments: object, cwd: Path = REPOSITORY, timeout: int = 600, **environment: str):
