@@ -11,7 +11,6 @@ from helpers import SMALL, SMALL_SDN
 from lib.DensityVAE import DensityVAE
 from lib.DensityVAE.training import free_bits_objective
 from lib.evaluation.likelihood import negative_elbo
-from lib.evaluation.synthesis import reconstruct, sample_images
 from lib.nn import ResSDNLayer
 from lib.utils import keyed_noise
 
@@ -150,18 +149,6 @@ def test_evaluation_counts_real_images_once_whatever_the_batch():
     assert a["bits_per_dim"] == pytest.approx(b["bits_per_dim"], rel=1e-5)
     assert a["standard_error"] == pytest.approx(b["standard_error"], rel=1e-4)
     assert a["bits_per_dim"] == pytest.approx(a["distortion"] + sum(a["rate_per_layer"]), rel=1e-5)
-
-
-def test_samples_do_not_depend_on_the_batch_size():
-    model = small_model()
-    a, b = (sample_images(model, 5, 0.8, seed=3, batch=batch) for batch in (5, 2))
-    assert a.shape == (5, 3, 8, 8) and a.dtype == torch.uint8
-    assert (a.int() - b.int()).abs().max() <= 1
-    assert not torch.equal(a, sample_images(model, 5, 0.8, seed=4, batch=5))
-    draws = sample_images(model, 5, 0.8, seed=3, batch=5, output="sample")
-    assert not torch.equal(draws, a)
-    assert torch.equal(*(reconstruct(model, a, seed=0, batch=batch) for batch in (5, 5)))
-    assert reconstruct(model, a, seed=0, batch=2).shape == a.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
