@@ -107,42 +107,51 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors("evaluate.py", *errors):
         check(flags)
         device = choose_device(flags.device)
-        path, name = find_checkpoint(flags)
-        loaded = open_model(path, flags.backend, device)
-        check_against_model(flags, loaded.model)
-        flags.root = flags.root or loaded.config.root
-        if flags.batch is None:
-            flags.batch = min(LARGEST_BATCH, pick_chunk(loaded.model))
-        folder = Path(flags.output_dir) / "figs" / name
-        about = {
-            "checkpoint": path.name,
-            "weights": loaded.fingerprint,
-            "step": loaded.step,
-            "dataset": loaded.config.dataset,
-            "seed": flags.seed,
-            "batch": flags.batch,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-            "date": datetime.date.today().isoformat(),
-            "command": "evaluate.py " + shlex.join(sys.argv[1:] if arguments is None else map(str, arguments)),
-        }
-        results = read_results(folder / "results.json")
+        command = "evaluate.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
         try:
-            for task, result in evaluate(loaded, path, flags, folder):
-                results[task] = result | about
-                write_results(folder / "results.json", results)
-                for picture in result.get("pictures", ()):
-                    print(f"{task}: {folder / picture['file']}")
+            run(flags, device, command)
         except torch.OutOfMemoryError:
             raise ConfigError(f"out of memory on {device}: use a smaller --batch (now {flags.batch})") from None
+        except OSError as error:
+            raise ConfigError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
         except KeyboardInterrupt:
             print("\ninterrupted; what is finished is kept", file=sys.stderr)
             sys.exit(130)
-        if any(getattr(flags, task) for task in TASKS):
-            print(f"numbers in {folder / 'results.json'}")
-        if flags.report:
-            print(f"report: {report(results, loaded, name, folder)}")
+
+
+def run(flags: argparse.Namespace, device: torch.device, command: str) -> None:
+    """Opens the checkpoint, evaluates, and keeps each result as soon as it is there."""
+    path, name = find_checkpoint(flags)
+    loaded = open_model(path, flags.backend, device)
+    check_against_model(flags, loaded.model)
+    flags.root = flags.root or loaded.config.root
+    folder = Path(flags.output_dir) / "figs" / name
+    results = read_results(folder / "results.json")
+    tasks = [task for task in TASKS if getattr(flags, task)]
+    if tasks and flags.batch is None:
+        flags.batch = min(LARGEST_BATCH, pick_chunk(loaded.model))
+    about = {
+        "checkpoint": path.name,
+        "weights": loaded.fingerprint,
+        "step": loaded.step,
+        "dataset": loaded.config.dataset,
+        "seed": flags.seed,
+        "batch": flags.batch,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
+    for task, result in evaluate(loaded, path, flags, folder):
+        results[task] = result | about
+        write_results(folder / "results.json", results)
+        for picture in result.get("pictures", ()):
+            print(f"{task}: {folder / picture['file']}")
+    if tasks:
+        print(f"numbers in {folder / 'results.json'}")
+    if flags.report:
+        print(f"report: {report(results, loaded, name, folder)}")
 
 
 def check(flags: argparse.Namespace) -> None:
@@ -359,9 +368,12 @@ def read_results(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
+        results = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}): move it away") from None
+    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
+        raise ConfigError(f"{path} is damaged (it holds no results): move it away")
+    return results
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

@@ -261,6 +261,34 @@ def test_damaged_results_are_not_overwritten(finished, tmp_path, capfd):
     assert (tmp_path / "figs/tiny/results.json").read_text() == "{"
 
 
+@pytest.mark.parametrize("content", ["[]", '{"elbo": 3}'])
+def test_results_of_another_kind_are_not_overwritten(content, finished, tmp_path, capfd):
+    (tmp_path / "figs/tiny").mkdir(parents=True)
+    (tmp_path / "figs/tiny/results.json").write_text(content)
+    best = finished / "checkpoints/tiny/best.ckpt"
+    assert "holds no results" in refused_here(capfd, "--checkpoint", best, "--sampling", "--output_dir", tmp_path)
+    assert (tmp_path / "figs/tiny/results.json").read_text() == content
+
+
+def test_folders_that_cannot_be_written_are_one_line(finished, tmp_path, capfd):
+    (tmp_path / "figs").write_text("a file")
+    best = finished / "checkpoints/tiny/best.ckpt"
+    for task in ("--elbo", "--sampling", "--likelihood"):
+        options = ["--output_dir", tmp_path, "--limit", 1, "--count", 1, "--importance_samples", 1]
+        assert "Not a directory" in refused_here(capfd, "--checkpoint", best, task, *options)
+
+
+def test_weights_that_are_not_numbers_are_one_line(finished, tmp_path, capfd):
+    checkpoint = torch.load(finished / "checkpoints/tiny/best.ckpt", weights_only=True)
+    checkpoint["state_dict"]["average.module.h"].fill_(float("nan"))
+    torch.save(checkpoint, tmp_path / "diverged.ckpt")
+    for task, quantity in (("--elbo", "ELBO"), ("--likelihood", "log-likelihood")):
+        options = ["--output_dir", tmp_path, "--limit", 2, "--importance_samples", 2]
+        refusal = refused_here(capfd, "--checkpoint", tmp_path / "diverged.ckpt", task, *options)
+        assert f"the {quantity} of image 0 is nan" in refusal and "did training diverge?" in refusal
+    assert not (tmp_path / "figs/diverged/results.json").exists()
+
+
 class NotPlain:
     pass
 

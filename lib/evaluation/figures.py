@@ -33,8 +33,9 @@ def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
         with Image.open(path) as picture:
             pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
             width, height = picture.size
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+    except Exception as error:  # damaged files make PIL fail in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a picture: {reason}") from None
     if (3, height, width) != tuple(shape):
         raise ValueError(f"{path} has {width}x{height} pixels; the model's images have {shape[2]}x{shape[1]}")
     return pixels.view(height, width, 3).permute(2, 0, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..DensityVAE import DensityVAE
 from ..utils import keyed_noise, nats_to_bits_per_dim
-from .importance import Group, ImportanceSampler, pick_chunk
+from .importance import Group, ImportanceSampler, LikelihoodError, pick_chunk
 from .ledger import Ledger
 from .workers import open_workers
 
@@ -65,6 +65,9 @@ def negative_elbo(
     Returns:
         `bits_per_dim`, its `standard_error` over images, `distortion`, `rate`, `rate_per_layer` (topmost first), and
         the number of `images`.
+
+    Raises:
+        LikelihoodError: if the ELBO of an image is not finite.
     """
     total, distortion, rates = Estimate(), Estimate(), Estimate()
     for images, indices in batches:
@@ -73,6 +76,9 @@ def negative_elbo(
             continue
         noise = [eps.to(model.h) for eps in keyed_noise(model.latent_shapes, seed, indices)]
         output = model(x, noise)
+        for index, elbo in zip(indices, output.elbo.tolist(), strict=True):
+            if not math.isfinite(elbo):
+                raise LikelihoodError(f"the ELBO of image {index} is {elbo}: did training diverge?")
         total.add(nats_to_bits_per_dim(-output.elbo, model.image_shape))
         distortion.add(nats_to_bits_per_dim(output.distortion, model.image_shape))
         rates.add(nats_to_bits_per_dim(output.rates, model.image_shape))
