@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
+import importlib.util
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from lib.config import ConfigError
 from lib.DensityVAE import DensityVAE
 from lib.evaluation import pictures
 from lib.evaluation.figures import load_image
-from lib.evaluation.importance import LikelihoodError, pick_chunk
+from lib.evaluation.importance import LikelihoodError, memory_ran_out, pick_chunk
 from lib.evaluation.ledger import LedgerError
 from lib.evaluation.likelihood import negative_elbo, negative_log_likelihood
-from lib.evaluation.loading import LoadedModel, load_model
+from lib.evaluation.loading import LoadedModel, find_checkpoint, load_model
 from lib.evaluation.report import ReportError, write_report
+from lib.evaluation.results import add_result, read_results
 from lib.evaluation.synthesis import OUTPUTS, sample_images
 from lib.evaluation.workers import WorkerError
 from lib.nn import BACKENDS
@@ -52,6 +54,7 @@ TASKS = {
 SAMPLING_TEMPERATURES = [0.6, 0.7, 0.8, 0.9, 1.0]
 LAYER_TEMPERATURES = [0.6, 0.8, 1.0]
 LARGEST_BATCH = 32
+LARGEST_NUMBER = 10**9
 SEARCH_BATCH = 256  # training images, which pass through no model
 
 
@@ -72,19 +75,22 @@ def make_parser() -> OneLineParser:
     options.add_argument("--chunk", type=int, default=None, help="--likelihood: rows at a time; default: what fits")
     options.add_argument("--processes", type=int, default=1, help="--likelihood: processes; with GPUs one on each")
     options.add_argument("--count", type=int, default=64, help="samples at each temperature; reconstructions")
+    temperatures = "of what is drawn; default: 0.6 0.7 0.8 0.9 1 for samples, else 0.6 0.8 1"
+    options.add_argument("--temperatures", type=float, nargs="+", default=None, help=temperatures)
+    options.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="--sampling, --overfitting: pixels")
     options.add_argument(
-        "--temperatures",
-        type=float,
+        "--images",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3],
+        help="--interpolation (in pairs), --neighborhood: which images",
+    )
+    options.add_argument(
+        "--layers",
+        type=int,
         nargs="+",
         default=None,
-        help="of what is sampled; default 0.6 0.7 0.8 0.9 1 for samples, 0.6 0.8 1 where some layers are given",
-    )
-    options.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="--sampling: pixels to show")
-    options.add_argument(
-        "--images", type=int, nargs="+", default=[0, 1, 2, 3], help="--interpolation (pairs), --neighborhood: which"
-    )
-    options.add_argument(
-        "--layers", type=int, nargs="+", default=None, help="--interpolation, --neighborhood: numbers of top layers"
+        help="--interpolation, --neighborhood: how many top layers; default: an eighth, a quarter, half of them",
     )
     options.add_argument("--frames", type=int, default=8, help="--interpolation: images from one to the other")
     options.add_argument("--queries", nargs="+", metavar="PATH", help="--overfitting: pictures instead of samples")
@@ -110,7 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
         command = "evaluate.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
         try:
             run(flags, device, command)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not memory_ran_out(error):
+                raise
             raise ConfigError(f"out of memory on {device}: use a smaller --batch (now {flags.batch})") from None
         except OSError as error:
             raise ConfigError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
@@ -121,14 +129,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(flags: argparse.Namespace, device: torch.device, command: str) -> None:
     """Opens the checkpoint, evaluates, and keeps each result as soon as it is there."""
-    path, name = find_checkpoint(flags)
+    path, name = find_checkpoint(flags.model, flags.checkpoint, Path(flags.output_dir) / "checkpoints")
     loaded = open_model(path, flags.backend, device)
-    check_against_model(flags, loaded.model)
+    for remark in loaded.remarks:
+        print(f"{path.name}: {remark}", file=sys.stderr)
     flags.root = flags.root or loaded.config.root
     folder = Path(flags.output_dir) / "figs" / name
     results = read_results(folder / "results.json")
     tasks = [task for task in TASKS if getattr(flags, task)]
-    if tasks and flags.batch is None:
+    inputs = prepare(flags, loaded)
+    if tasks:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"{folder} cannot be written to")
+    if flags.batch is None and set(tasks) - {"likelihood"}:
         flags.batch = min(LARGEST_BATCH, pick_chunk(loaded.model))
     about = {
         "checkpoint": path.name,
@@ -143,9 +157,8 @@ def run(flags: argparse.Namespace, device: torch.device, command: str) -> None:
         "date": datetime.date.today().isoformat(),
         "command": command,
     }
-    for task, result in evaluate(loaded, path, flags, folder):
-        results[task] = result | about
-        write_results(folder / "results.json", results)
+    for task, result in evaluate(loaded, path, inputs, flags, folder):
+        results = add_result(folder / "results.json", task, result | about)
         for picture in result.get("pictures", ()):
             print(f"{task}: {folder / picture['file']}")
     if tasks:
@@ -160,6 +173,8 @@ def check(flags: argparse.Namespace) -> None:
     for name in ("importance_samples", "count", "batch", "processes", "neighbors", "limit", "chunk"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1; got {value}")
+        if value is not None and value > LARGEST_NUMBER:
+            raise ConfigError(f"--{name} must be at most {LARGEST_NUMBER}; got {value}")
     if flags.frames < 2:
         raise ConfigError(f"--frames must be at least 2; got {flags.frames}")
     if flags.num_workers < 0:
@@ -170,16 +185,60 @@ def check(flags: argparse.Namespace) -> None:
         raise ConfigError(f"--images must be 0 or more; got {min(flags.images)}")
     if flags.interpolation and len(flags.images) % 2:
         raise ConfigError(f"--interpolation takes --images in pairs; got {len(flags.images)}")
+    if flags.processes > 1 and flags.device.startswith("cuda:"):
+        raise ConfigError(f"--processes {flags.processes} uses all GPUs: give --device cuda; got {flags.device}")
+    if flags.model == "":
+        raise ConfigError("--model must be a name; got an empty one")
+    for name in ("temperatures", "layers"):
+        if getattr(flags, name):
+            setattr(flags, name, list(dict.fromkeys(getattr(flags, name))))
 
 
-def check_against_model(flags: argparse.Namespace, model: DensityVAE) -> None:
-    """Fills in `--layers` and checks it: default are an eighth, a quarter and half of the model's layers."""
+@dataclass
+class Inputs:
+    """The data that the evaluations asked for need; None where none does.
+
+    validation, training: uint8 images [3, H, W] by index. images: those of `--images`, uint8 [N, 3, H, W]. queries:
+    those of `--queries` in the model's bits.
+    """
+
+    validation: Dataset | None = None
+    training: Dataset | None = None
+    images: Tensor | None = None
+    queries: Tensor | None = None
+
+
+def prepare(flags: argparse.Namespace, loaded: LoadedModel) -> Inputs:
+    """Opens data and checks what depends on them and on the model, before anything is computed."""
+    model, dataset, inputs = loaded.model, loaded.config.dataset, Inputs()
     depth = len(model.latent_shapes)
     if flags.layers is None:
         flags.layers = sorted({max(1, depth // 8), max(1, depth // 4), max(1, depth // 2)})
     wrong = [k for k in flags.layers if k not in range(1, depth + 1)]
     if wrong:
         raise ConfigError(f"--layers must be 1 ... {depth} (the model's depth); got {' '.join(map(str, wrong))}")
+    for task, package in (("latents", "matplotlib"), ("report", "jinja2")):
+        if getattr(flags, task) and not importlib.util.find_spec(package):
+            raise ConfigError(f"--{task} needs the package {package}: pip install {package}")
+    if any(getattr(flags, task) for task in TASKS.keys() - {"sampling", "overfitting"}):
+        inputs.validation = get_dataset(dataset, flags.root, "validation")
+    if flags.interpolation or flags.neighborhood:
+        size = len(inputs.validation)
+        wrong = [index for index in flags.images if index >= size]
+        if wrong:
+            raise ConfigError(f"--images must be below {size}, the number of validation images; got {wrong[0]}")
+        inputs.images = torch.stack([inputs.validation[index] for index in flags.images])
+    if flags.overfitting:
+        inputs.training = get_dataset(dataset, flags.root, "train")
+        if len(inputs.training) < flags.neighbors:
+            raise ConfigError(f"--neighbors {flags.neighbors}: {dataset} has {len(inputs.training)} training images")
+    if flags.overfitting and flags.queries:
+        try:
+            queries = torch.stack([load_image(path, model.image_shape) for path in flags.queries])
+        except ValueError as error:
+            raise ConfigError(f"--queries: {error}") from None
+        inputs.queries = model.observation.to_uint8(model.observation.encode(queries))
+    return inputs
 
 
 def choose_device(name: str) -> torch.device:
@@ -196,22 +255,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def find_checkpoint(flags: argparse.Namespace) -> tuple[Path, str]:
-    """The checkpoint's path, and the name under which its results are kept."""
-    if flags.checkpoint:
-        path = Path(flags.checkpoint)
-        return path, path.resolve().parent.name if path.stem in ("best", "last") else path.stem
-    folder = Path(flags.output_dir) / "checkpoints"
-    names = (f"{flags.model}.ckpt", f"{flags.model}/best.ckpt", f"{flags.model}/last.ckpt")
-    candidates = [folder / name for name in names]
-    for path in candidates:
-        if path.is_file():
-            return path, flags.model
-    there = sorted({p.stem for p in folder.glob("*.ckpt")} | {p.parent.name for p in folder.glob("*/last.ckpt")})
-    known = ", ".join(there) or "none"
-    raise CheckpointError(f"--model {flags.model}: none of {', '.join(map(str, candidates))} exists; known: {known}")
-
-
 def open_model(path: Path, backend: str, device: torch.device | str) -> LoadedModel:
     """The model on its device, which computes in full precision and the same way every time."""
     torch.backends.cudnn.allow_tf32 = False
@@ -223,54 +266,51 @@ def open_model(path: Path, backend: str, device: torch.device | str) -> LoadedMo
 
 
 def evaluate(
-    loaded: LoadedModel, path: Path, flags: argparse.Namespace, folder: Path
+    loaded: LoadedModel, path: Path, inputs: Inputs, flags: argparse.Namespace, folder: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs what the flags ask for, one after another; prints and yields each result with its name."""
-    model, dataset = loaded.model, loaded.config.dataset
+    model, validation = loaded.model, inputs.validation
     noise = dict(seed=flags.seed, batch=flags.batch)
     if flags.elbo or flags.latents:
-        elbo = validation_elbo(model, dataset, flags)
+        elbo = validation_elbo(model, validation, flags)
         if flags.elbo:
             print(f"-ELBO: {shown(elbo)} bits/dim ({elbo['images']} images)")
             yield "elbo", elbo
     if flags.likelihood:
-        yield "likelihood", likelihood(loaded, path, flags, folder)
+        yield "likelihood", likelihood(loaded, path, len(validation), flags, folder)
     if flags.latents:
         yield "latents", pictures.latents(elbo["rate_per_layer"], model.latent_shapes, folder, images=elbo["images"])
     if flags.reconstruction:
-        validation = get_dataset(dataset, flags.root, "validation")
         indices = range(min(flags.count, len(validation)))
-        yield "reconstruction", pictures.reconstruction(model, chosen(validation, indices), indices, folder, **noise)
+        images = torch.stack([validation[index] for index in indices])
+        yield "reconstruction", pictures.reconstruction(model, images, indices, folder, **noise)
     if flags.sampling:
         drawn = dict(temperatures=flags.temperatures or SAMPLING_TEMPERATURES, count=flags.count, output=flags.output)
         yield "sampling", pictures.sampling(model, folder, **drawn, **noise, track=track)
     if flags.interpolation or flags.neighborhood:
-        images = chosen(get_dataset(dataset, flags.root, "validation"), flags.images)
         given = dict(layers=flags.layers, temperatures=flags.temperatures or LAYER_TEMPERATURES, track=track, **noise)
         if flags.interpolation:
             yield (
                 "interpolation",
-                pictures.interpolation(model, images, flags.images, folder, frames=flags.frames, **given),
+                pictures.interpolation(model, inputs.images, flags.images, folder, frames=flags.frames, **given),
             )
         if flags.neighborhood:
-            yield "neighborhood", pictures.neighborhoods(model, images, flags.images, folder, **given)
+            yield "neighborhood", pictures.neighborhoods(model, inputs.images, flags.images, folder, **given)
     if flags.overfitting:
-        yield "overfitting", overfitting(model, dataset, flags, folder)
+        yield "overfitting", overfitting(model, inputs, DATASETS[loaded.config.dataset].flip, flags, folder)
 
 
-def validation_elbo(model: DensityVAE, dataset: str, flags: argparse.Namespace) -> dict[str, Any]:
-    validation = get_dataset(dataset, flags.root, "validation")
+def validation_elbo(model: DensityVAE, validation: Dataset, flags: argparse.Namespace) -> dict[str, Any]:
     limit = min(len(validation), flags.limit or len(validation))
     with tqdm(total=limit, unit="image", desc="-ELBO") as bar:
         batches = in_batches(validation, limit, flags.batch, flags.num_workers)
         return negative_elbo(model, batches, seed=flags.seed, progress=partial(advance, bar))
 
 
-def likelihood(loaded: LoadedModel, path: Path, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def likelihood(loaded: LoadedModel, path: Path, images: int, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Goes on with what an earlier run of the same weights, seed and number of samples has finished."""
     dataset, device = loaded.config.dataset, loaded.model.h.device
-    validation = get_dataset(dataset, flags.root, "validation")
-    limit = min(len(validation), flags.limit or len(validation))
+    limit = min(images, flags.limit or images)
     devices = [str(device)]
     if flags.processes > 1:
         gpus = torch.cuda.device_count()
@@ -283,7 +323,7 @@ def likelihood(loaded: LoadedModel, path: Path, flags: argparse.Namespace, folde
             samples=flags.importance_samples,
             seed=flags.seed,
             ledger=finished,
-            identity={"weights": loaded.fingerprint, "dataset": dataset, "validation_images": len(validation)},
+            identity={"weights": loaded.fingerprint, "dataset": dataset, "validation_images": images},
             devices=devices,
             chunk=flags.chunk,
             progress=partial(advance, bar),
@@ -298,21 +338,18 @@ def open_for_likelihood(path: Path, backend: str, root: str, device: str) -> tup
     return loaded.model, get_dataset(loaded.config.dataset, root, "validation")
 
 
-def overfitting(model: DensityVAE, dataset: str, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    if flags.queries:
-        try:
-            queries = {"queries": torch.stack([load_image(path, model.image_shape) for path in flags.queries])}
-        except ValueError as error:
-            raise ConfigError(f"--queries: {error}") from None
+def overfitting(
+    model: DensityVAE, inputs: Inputs, mirror: bool, flags: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
+    training = inputs.training
+    if inputs.queries is not None:
+        queries = {"queries": inputs.queries}
     else:
         draw = dict(seed=flags.seed, batch=flags.batch, output=flags.output)
         queries = {
-            f"samples_t{temperature:.2f}": sample_images(model, flags.count, temperature, **draw)
+            pictures.samples_name(temperature): sample_images(model, flags.count, temperature, **draw)
             for temperature in track(flags.temperatures or SAMPLING_TEMPERATURES, "samples")
         }
-    training = get_dataset(dataset, flags.root, "train")
-    if len(training) < flags.neighbors:
-        raise ConfigError(f"--neighbors {flags.neighbors}: {dataset} has {len(training)} training images")
     with tqdm(total=len(training), unit="image", desc="training images") as bar:
         return pictures.overfitting(
             model,
@@ -320,7 +357,7 @@ def overfitting(model: DensityVAE, dataset: str, flags: argparse.Namespace, fold
             in_batches(training, len(training), SEARCH_BATCH, flags.num_workers),
             folder,
             neighbours=flags.neighbors,
-            mirror=DATASETS[dataset].flip,
+            mirror=mirror,
             progress=bar.update,
         )
 
@@ -329,13 +366,6 @@ def in_batches(dataset: Dataset, limit: int, batch: int, num_workers: int) -> It
     """The first `limit` images, nothing augmented: (uint8 images [B, 3, H, W], their indices [B])."""
     images = Subset(IndexedImages(dataset, augment=False, flip=False, seed=0), range(limit))
     return DataLoader(images, batch, num_workers=num_workers, pin_memory=torch.cuda.is_available())
-
-
-def chosen(dataset: Dataset, indices: Iterable[int]) -> Tensor:
-    wrong = [index for index in indices if index >= len(dataset)]
-    if wrong:
-        raise ConfigError(f"--images must be below {len(dataset)}, the number of validation images; got {wrong[0]}")
-    return torch.stack([dataset[index] for index in indices])
 
 
 def report(results: dict[str, Any], loaded: LoadedModel, name: str, folder: Path) -> Path:
@@ -361,27 +391,6 @@ def advance(bar: tqdm, images: int, estimate: str) -> None:
 def shown(result: dict[str, Any]) -> str:
     error = result["standard_error"]
     return f"{result['bits_per_dim']:.4f}" + (f" +- {error:.4f}" if error is not None else "")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """What earlier evaluations under this name found."""
-    if not path.is_file():
-        return {}
-    try:
-        results = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}): move it away") from None
-    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
-        raise ConfigError(f"{path} is damaged (it holds no results): move it away")
-    return results
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """The file is replaced as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_suffix(".partial")
-    partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    os.replace(partial_file, path)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from .cifar10 import Cifar10
 from .errors import DataError
 from .lmdb_datasets import LmdbImages
 from .photos32 import Photos32
+from .shapes3d import COMMAND as GET_3DSHAPES
+from .shapes3d import Shapes3D
+from .shapes3d_rendered import Shapes3DRendered
 
 SPLITS = ("train", "validation")
 
@@ -36,10 +39,18 @@ def _lmdb(name: str, size: int, flip: bool, script: str) -> DatasetSpec:
     shape, command = (3, size, size), f"bash data/{name}/{script}"
 
     def open_split(root: Path, split: str) -> LmdbImages:
-        environment = "" if root == Path("data") else f"SDN_DATA_ROOT={shlex.quote(str(root))} "
-        return LmdbImages(root / name / f"{split}.lmdb", shape, environment + command)
+        return LmdbImages(root / name / f"{split}.lmdb", shape, _in_folder(root, command))
 
     return DatasetSpec(name, shape, flip, command, open_split)
+
+
+def _shapes3d(root: Path, split: str) -> Shapes3D:
+    return Shapes3D(root / "3DShapes" / "3dshapes.h5", split, _in_folder(root, GET_3DSHAPES))
+
+
+def _in_folder(root: Path, command: str) -> str:
+    """The command that puts the data into the folder `root`."""
+    return command if root == Path("data") else f"SDN_DATA_ROOT={shlex.quote(str(root))} {command}"
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -52,6 +63,10 @@ DATASETS: dict[str, DatasetSpec] = {
         _lmdb("CelebAHQ256", 256, True, "get_celeb_data.sh"),
         DatasetSpec(
             "Photos32", (3, 32, 32), False, "pip install scikit-image scikit-learn", lambda root, split: Photos32(split)
+        ),
+        DatasetSpec("3DShapes", (3, 64, 64), False, GET_3DSHAPES, _shapes3d),
+        DatasetSpec(
+            "Shapes3DRendered", (3, 64, 64), False, "nothing to get", lambda root, split: Shapes3DRendered(split)
         ),
     )
 }

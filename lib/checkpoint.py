@@ -16,9 +16,11 @@ AVERAGE_PREFIX = "average.module."
 RELEASED_AVERAGE = "ema.shadow_params."  # before a parameter's name, whose dots are carets; the authors' format
 REQUIRED = {"state_dict", "hyper_parameters", "global_step"}
 
-# Numpy's numbers, which old checkpoints may hold among their settings, under the names that numpy 1 and 2 pickle them.
+# What old checkpoints may hold among their settings: pytorch-lightning 0.9's kind of dictionary, which becomes a plain
+# one (DEVIATIONS.md), and numpy's numbers, under the names that numpy 1 and 2 pickle them.
 _scalar = np.float64(0).__reduce__()[0]
-NUMPY_SCALARS = [
+PLAIN_VALUES = [
+    (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
     (_scalar, "numpy.core.multiarray.scalar"),
     (_scalar, "numpy._core.multiarray.scalar"),
     (np.dtype, "numpy.dtype"),
@@ -40,7 +42,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
+        with torch.serialization.safe_globals(PLAIN_VALUES):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         stored = re.search(r"GLOBAL (\S+)", str(error))
@@ -48,7 +50,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} holds a {stored[1]}; only tensors and plain values are loaded") from None
         raise CheckpointError(f"{path} is not a checkpoint, or is cut off") from None
     except Exception as error:  # damaged bytes can fail anywhere in the reader, in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
         raise CheckpointError(f"{path} is not a checkpoint, or is cut off ({reason})") from None
     lacking = sorted(REQUIRED - (checkpoint.keys() if isinstance(checkpoint, dict) else set()))
     if lacking:

@@ -10,11 +10,19 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there are any and the text does not name them itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.default in (None, False) or "default" in (action.help or "")
+        return action.help or "" if told else super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that reports a wrong flag as one line, without the usage, and takes no abbreviations."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

@@ -41,7 +41,7 @@ class TrainConfig:
     make_checkpoint: bool = _flag(False, "Run", "keep checkpoints: the best and the last")
     use_checkpoint: bool = _flag(False, "Run", "go on from the experiment's last checkpoint")
 
-    dataset: str = _flag("CIFAR10", "Data", "CIFAR10, ImageNet32, CelebAHQ256 or Photos32")
+    dataset: str = _flag("CIFAR10", "Data", "CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes or Shapes3DRendered")
     root: str = _flag("data", "Data", "folder that holds the data sets")
     num_workers: int = _flag(2, "Data", "loader processes of each training process")
     batch: int = _flag(32, "Data", "batch size of each device")

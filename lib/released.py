@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from .checkpoint import RELEASED_AVERAGE, CheckpointError, is_released, read_che
 from .cli import OneLineParser, one_line_errors
 from .config import ARCHITECTURE, ConfigError, TrainConfig, flag_default, flag_type
 from .DensityVAE import DensityVAE
+from .files import whole_file
 from .utils import MaskedConv2d
 
 IMAGE_SIZES = {"CIFAR10": (32, 32), "ImageNet32": (32, 32), "CelebAHQ256": (256, 256)}
@@ -39,7 +40,7 @@ OPTIONAL = {
     "sdn_nfeat_diff": 0,
 }
 # What else a run's configuration takes over; the rest (paths, GPUs, loaders) belongs to the authors' machines.
-TRAINING = ("dataset", "batch", "batch_val", "random_seed", "lrate", "lrate_decay", "free_bits", "ema_coef")
+TRAINING = ("batch", "batch_val", "random_seed", "lrate", "lrate_decay", "free_bits", "ema_coef")
 TRAINING += ("accumulate_grad_batches", "amp", "iters", "figsize", "sampling_temperature")
 
 # Names in the authors' two generations of files, and here.
@@ -61,7 +62,7 @@ class Released:
     config: The run's settings, with `border="keep"`.
     average, current: The averaged weights, which evaluation uses, and the trained ones, by parameter name.
     masks: The masks of masked convolutions by buffer name; only compared, since the model makes its own.
-    ignored: Stored tensors that are deliberately not used, by stored name, with the reason.
+    ignored: Stored tensors and settings that are deliberately not used, by stored name, with the reason.
     epoch, step: Finished epochs and optimizer steps.
     """
 
@@ -81,35 +82,48 @@ class Released:
         ]
 
 
-def translate(checkpoint: Mapping[str, Any], path: str | Path) -> Released:
+def translate(checkpoint: Mapping[str, Any], path: str | Path, *, training: bool = False) -> Released:
     """Sorts a released checkpoint's tensors and rebuilds its configuration.
 
     Arguments:
         checkpoint: What `read_checkpoint` returned.
         path: For messages.
+        training: Whether the settings of training must be usable, too; evaluation does without those that are not.
 
     Raises:
-        CheckpointError: if a setting is missing or out of range; if there is no average of the weights.
+        CheckpointError: if a setting is missing or out of range, a tensor is none or comes under two names, or there
+            is no average of the weights.
     """
     average, current, masks, ignored = {}, {}, {}, {}
+
+    def keep(tensors: dict[str, Tensor], stored: str, tensor: Tensor) -> None:
+        name = our_name(stored)
+        if name in tensors:
+            raise CheckpointError(f"{path}: {name} is stored twice, under names of two generations")
+        tensors[name] = tensor
+
     for stored, tensor in checkpoint["state_dict"].items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: {stored} is a {type(tensor).__name__}, not a tensor")
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise CheckpointError(f"{path}: {stored} is a {type(tensor).__name__}, not a dense tensor")
         if tensor.is_floating_point():
             tensor = tensor.float()
         if stored.startswith(RELEASED_AVERAGE):
-            average[our_name(stored.removeprefix(RELEASED_AVERAGE).replace("^", "."))] = tensor
+            keep(average, stored.removeprefix(RELEASED_AVERAGE).replace("^", "."), tensor)
         elif stored.startswith("ema.") and tensor.numel() == 1:
             ignored[stored] = "a counter of the average"
         elif stored.endswith(".mask"):
-            masks[our_name(stored)] = tensor
+            keep(masks, stored, tensor)
             ignored[stored] = "the model makes its own masks; compared"
         else:
-            current[our_name(stored)] = tensor
+            keep(current, stored, tensor)
     if not average:
         raise CheckpointError(f"{path} has no averaged weights ({RELEASED_AVERAGE}*), which evaluation needs")
-    config = rebuild_config(checkpoint["hyper_parameters"], path)
-    epoch, step = int(checkpoint.get("epoch", 0)), int(checkpoint["global_step"])
+    config, unusable = rebuild_config(checkpoint["hyper_parameters"], path, training=training)
+    ignored |= unusable
+    if checkpoint["hyper_parameters"].get("ema_coef") == 0:
+        average = dict(current)
+        ignored["ema.*"] = "with ema_coef 0 the average is the current weights"
+    epoch, step = (_count(checkpoint.get(name, 0), name, path) for name in ("epoch", "global_step"))
     return Released(config, average, current, masks, ignored, epoch, step)
 
 
@@ -120,19 +134,37 @@ def our_name(name: str) -> str:
     return name
 
 
-def rebuild_config(stored: Mapping[str, Any], path: str | Path) -> TrainConfig:
-    """The run's configuration from the stored hyper-parameters.
+def rebuild_config(
+    stored: Mapping[str, Any], path: str | Path, *, training: bool
+) -> tuple[TrainConfig, dict[str, str]]:
+    """The run's configuration from the stored hyper-parameters, and those left out, with the reason.
+
+    Arguments:
+        training: Whether a setting of training that cannot be is an error, rather than left out.
 
     Raises:
         CheckpointError: if one is missing that cannot be told from the tensors, or it has a value that cannot be.
     """
     architecture = [f.name for f in dataclasses.fields(TrainConfig) if f.metadata["group"] == ARCHITECTURE]
-    wanted = [*architecture, *TRAINING]
-    values = {name: _plain(stored[name], name, path) for name in wanted if stored.get(name) is not None}
-    values = {"border": "keep"} | OPTIONAL | values  # the release leaves a sweep's first line as it is
+    needed = [name for name in (*architecture, "dataset") if stored.get(name) is not None]
+    # The release leaves a sweep's first line as it is.
+    values = {"border": "keep"} | OPTIONAL | {name: _plain(stored[name], name, path) for name in needed}
     lacking = sorted({*architecture, "dataset"} - values.keys())
     if lacking:
         raise CheckpointError(f"{path}: its hyper-parameters lack {', '.join(lacking)}")
+    config, left_out = _checked(values, path), {}
+    for name in [name for name in TRAINING if stored.get(name) is not None]:
+        try:
+            config = _checked(values | {name: _plain(stored[name], name, path)}, path)
+            values[name] = getattr(config, name)
+        except CheckpointError:
+            if training:
+                raise
+            left_out[name] = "a setting of training that cannot be"
+    return config, left_out
+
+
+def _checked(values: dict[str, Any], path: str | Path) -> TrainConfig:
     try:
         config = TrainConfig(**values)
         config.validate()
@@ -141,40 +173,54 @@ def rebuild_config(stored: Mapping[str, Any], path: str | Path) -> TrainConfig:
     return config
 
 
+def _count(value: Any, name: str, path: str | Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise CheckpointError(f"{path}: its {name} cannot be {value!r}")
+    return int(value)
+
+
 def _plain(value: Any, name: str, path: str | Path) -> Any:
     """A stored value, which may be a numpy scalar or a number in a string, in its flag's type."""
     kind, is_list = flag_type(name)
+
+    def convert_one(item: Any) -> Any:
+        converted = kind(item)
+        fraction = kind is int and isinstance(item, float) and item != converted
+        if fraction or (kind is bool and str(item) != str(converted)):
+            raise ValueError  # half a layer, or the text "no"
+        return converted
+
     try:
-        return [kind(item) for item in value] if is_list else kind(value)
-    except (TypeError, ValueError):
+        return [convert_one(item) for item in value] if is_list else convert_one(value)
+    except (TypeError, ValueError, OverflowError):
         raise CheckpointError(f"{path}: its hyper-parameter {name} cannot be {value!r}") from None
 
 
 def load_weights(model: DensityVAE, released: Released, path: str | Path, *, averaged: bool = True) -> None:
-    """Loads the averaged weights, or the current ones, into a model and checks every tensor by name.
+    """Loads the averaged weights, or the current ones, into a model and checks every tensor of both by name.
 
     Raises:
         CheckpointError: naming the tensor that is missing, misshapen or unknown, or the mask that is another one.
     """
     expected = model.state_dict()
-    weights = released.average if averaged else released.current
-    where = "the averaged weights" if averaged else "the weights"
-    for name, tensor in expected.items():
-        if name not in weights:
-            raise CheckpointError(f"{path}: {where} lack {name}")
-        if weights[name].shape != tensor.shape:
-            shapes = f"{list(weights[name].shape)}, its hyper-parameters make it {list(tensor.shape)}"
-            raise CheckpointError(f"{path}: in {where} {name} is {shapes}")
-    unknown = sorted(weights.keys() - expected.keys())
-    if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise CheckpointError(f"{path}: {where} hold {unknown[0]}{more}, which its hyper-parameters have no place for")
+    for where, weights in (("the averaged weights", released.average), ("the weights", released.current)):
+        for name, tensor in expected.items():
+            if name not in weights:
+                raise CheckpointError(f"{path}: {where} lack {name}")
+            if weights[name].shape != tensor.shape:
+                shapes = f"{list(weights[name].shape)}, its hyper-parameters make it {list(tensor.shape)}"
+                raise CheckpointError(f"{path}: in {where} {name} is {shapes}")
+        if unknown := sorted(weights.keys() - expected.keys()):
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise CheckpointError(
+                f"{path}: {where} hold {unknown[0]}{more}, which its hyper-parameters have no place for"
+            )
     convolutions = {f"{name}.mask": m for name, m in model.named_modules() if isinstance(m, MaskedConv2d)}
     for name, mask in released.masks.items():
         shape = convolutions[name].weight.shape if name in convolutions else None
         if shape != mask.shape or not torch.equal(mask, convolutions[name].mask.to(mask.dtype).expand(shape)):
             raise CheckpointError(f"{path}: {name} is not the raster-order mask of this model")
-    model.load_state_dict(weights)
+    model.load_state_dict(released.average if averaged else released.current)
 
 
 def convert(source: str | Path, target: str | Path) -> list[str]:
@@ -195,20 +241,15 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
     checkpoint = read_checkpoint(source)
     if not is_released(checkpoint):
         raise CheckpointError(f"{source} is not in the authors' format (its state_dict has no {RELEASED_AVERAGE}*)")
-    released = translate(checkpoint, source)
+    released = translate(checkpoint, source, training=True)
     if released.config.dataset not in IMAGE_SIZES:
         raise CheckpointError(f"{source} is of the data set {released.config.dataset}; known: {', '.join(IMAGE_SIZES)}")
     converted = _training_checkpoint(released, checkpoint, source)
-    partial = target.with_name(target.name + ".partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(target) as partial:
             torch.save(converted, partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where the disk is full
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "is the disk full?"  # torch's own writer does not say
         raise CheckpointError(f"{target} cannot be written: {reason}") from None
     config = released.config
     moments = "kept" if converted["optimizer_states"][0]["state"] else "not in the file: they start anew"
@@ -286,6 +327,8 @@ def _moments(model: DensityVAE, checkpoint: Mapping[str, Any]) -> dict[int, dict
         stored = checkpoint["optimizer_states"][0]["state"]
     except (KeyError, IndexError, TypeError):
         return {}
+    if not isinstance(stored, dict):
+        return {}
     names = [name for name in checkpoint["state_dict"] if not name.startswith("ema.") and not name.endswith(".mask")]
     by_name = {our_name(name): stored.get(number) for number, name in enumerate(names)}
     moments = {}
@@ -293,9 +336,9 @@ def _moments(model: DensityVAE, checkpoint: Mapping[str, Any]) -> dict[int, dict
         state = by_name.get(name)
         if not isinstance(state, dict) or not {"step", "exp_avg", "exp_inf"} <= state.keys():
             return {}
-        if state["exp_avg"].shape != parameter.shape or state["exp_inf"].shape != parameter.shape:
+        if any(getattr(state[key], "shape", None) != parameter.shape for key in ("exp_avg", "exp_inf")):
             return {}
-        step = torch.as_tensor(float(state["step"]))
+        step = torch.as_tensor(state["step"], dtype=torch.float32)
         moments[number] = {"step": step, "exp_avg": state["exp_avg"].float(), "exp_inf": state["exp_inf"].float()}
     return moments
 

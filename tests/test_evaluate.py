@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 import evaluate
 from data.get_dataset import get_dataset
 from lib.evaluation.figures import save_image
+from lib.evaluation.results import add_result
 
 EVERYTHING = (
     "--elbo --likelihood --importance_samples 6 --latents --reconstruction --sampling --interpolation --neighborhood "
@@ -162,6 +164,32 @@ def test_likelihood_goes_on_with_more_images_and_in_two_processes(evaluated, fin
     alone = result("--chunk", all_images["chunk"])
     assert alone["computed"] == 11
     assert alone["bits_per_dim"] == pytest.approx(all_images["bits_per_dim"], rel=1e-6)
+
+
+def test_commands_at_the_same_time_keep_each_others_results(tmp_path):
+    """A result is added to what the file holds then, not to what it held when the command began."""
+    path = tmp_path / "results.json"
+    add_result(path, "elbo", {"images": 1})
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: add_result(path, f"task{number}", {"images": number}), range(40)))
+    results = json.loads(path.read_text())
+    assert results == {"elbo": {"images": 1}} | {f"task{number}": {"images": number} for number in range(40)}
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_samples_of_an_earlier_command_do_not_stay(finished, tmp_path):
+    best = finished / "checkpoints/tiny/best.ckpt"
+    for count in (3, 1):
+        here("--checkpoint", best, "--output_dir", tmp_path, "--sampling", "--count", count, "--temperatures", 0.701, 1)
+    for temperature in ("0.701", "1.00"):
+        assert [path.name for path in (tmp_path / f"figs/tiny/samples_t{temperature}").iterdir()] == ["0000.png"]
+
+
+def test_what_cannot_be_is_found_before_anything_is_computed(finished, tmp_path, capfd, monkeypatch):
+    best = finished / "checkpoints/tiny/best.ckpt"
+    monkeypatch.setattr(evaluate, "validation_elbo", lambda *_: pytest.fail("computed"))
+    for flags in (["--overfitting", "--queries", "absent.png"], ["--neighborhood", "--images", 99]):
+        refused_here(capfd, "--checkpoint", best, "--output_dir", tmp_path, "--elbo", *flags)
 
 
 def test_given_pictures_are_searched_for(finished, images, tmp_path, capfd):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import GOLDEN, TINY, assert_one_line_error, relative_error, run
 
+from data.get_dataset import DATASETS
 from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
 from lib.evaluation.loading import load_model
 from lib.released import IMAGE_SIZES, convert, translate
@@ -99,6 +100,51 @@ def test_settings_may_be_numpy_scalars(tmp_path):
     assert type(config.z_size) is int and type(config.free_bits) is float
 
 
+class AttributeDict(dict):
+    """Stands for the class that pytorch-lightning 0.9 stored hyper-parameters in."""
+
+
+AttributeDict.__module__ = "pytorch_lightning.utilities.parsing"
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["zip", "before torch 1.6"])
+def test_settings_may_be_the_dictionary_of_lightning_0_9(archive, tmp_path, monkeypatch):
+    import pytorch_lightning.utilities.parsing as parsing
+
+    monkeypatch.setattr(parsing, "AttributeDict", AttributeDict)
+    checkpoint = golden("tiny_8bit")
+    checkpoint["hyper_parameters"] = AttributeDict(checkpoint["hyper_parameters"])
+    path = tmp_path / "changed.ckpt"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=archive)
+    assert b"AttributeDict" in path.read_bytes()
+    assert type(read_checkpoint(path)["hyper_parameters"]) is dict
+    assert load_model(path, IMAGE_SIZES).config == load_model(GOLDEN / "tiny_8bit.ckpt", IMAGE_SIZES).config
+
+
+def test_settings_of_training_that_cannot_be_do_not_stop_an_evaluation(tmp_path):
+    checkpoint = golden("tiny_8bit")
+    checkpoint["hyper_parameters"] |= dict(ema_coef=1.0, figsize=(3, 4), accumulate_grad_batches={0: 2}, lrate=0.25)
+    path = saved(checkpoint, tmp_path)
+    loaded = load_model(path, IMAGE_SIZES)
+    assert loaded.config.lrate == 0.25
+    (remark,) = [line for line in loaded.remarks if "cannot be" in line]
+    assert remark.startswith("ignored: ema_coef, accumulate_grad_batches, figsize (")
+    with pytest.raises(CheckpointError, match="its hyper-parameters cannot be: --ema_coef must be"):
+        convert(path, tmp_path / "new.ckpt")
+
+
+def test_without_decay_the_average_is_the_current_weights(tmp_path):
+    checkpoint = golden("tiny_8bit")
+    checkpoint["hyper_parameters"]["ema_coef"] = 0.0
+    model = load_model(saved(checkpoint, tmp_path), IMAGE_SIZES).model
+    assert torch.equal(model.h, checkpoint["state_dict"]["h"])
+    assert not torch.equal(model.h, checkpoint["state_dict"]["ema.shadow_params.h"])
+
+
+def test_the_sizes_of_the_authors_data_sets_are_those_of_the_registry():
+    assert all(DATASETS[name].shape[1:] == size for name, size in IMAGE_SIZES.items())
+
+
 def test_counters_of_the_average_are_ignored_and_half_precision_is_widened(tmp_path):
     checkpoint = golden("tiny_8bit")
     checkpoint["state_dict"] |= {"ema.num_updates": torch.tensor(3), "ema.shadow_params.h": torch.ones(8).half()}
@@ -140,13 +186,23 @@ MASK = "ladder_layers.1.post_model.arnn.conv_a.mask"
         (changed("ema.shadow_params.new^weight", torch.zeros(2)), "the averaged weights hold new.weight"),
         (changed(MASK, torch.ones(100, 2, 3, 3)), f"{MASK} is not the raster-order mask of this model"),
         (changed("ladder_layers.9.arnn.mask", torch.ones(2)), "ladder_layers.9.arnn.mask is not the raster-order mask"),
-        (changed("h", 3), "h is a int, not a tensor"),
+        (changed("h", 3), "h is a int, not a dense tensor"),
         (without_average, r"has no averaged weights \(ema.shadow_params.\*\), which evaluation needs"),
         (lambda c: c["hyper_parameters"].pop("nbits"), "its hyper-parameters lack nbits"),
         (lambda c: c["hyper_parameters"].pop("dataset"), "its hyper-parameters lack dataset"),
         (setting("dataset", "LSUN"), "is of the data set LSUN; known are CIFAR10"),
         (setting("z_size", "many"), "its hyper-parameter z_size cannot be 'many'"),
         (setting("ds_list", 3), "its hyper-parameter ds_list cannot be 3"),
+        (setting("depth", float("inf")), "its hyper-parameter depth cannot be inf"),
+        (setting("depth", 2.5), "its hyper-parameter depth cannot be 2.5"),
+        (setting("downsample_first", "no"), "its hyper-parameter downsample_first cannot be 'no'"),
+        (lambda c: c.update(global_step="many"), "its global_step cannot be 'many'"),
+        (lambda c: c.update(epoch=-1), "its epoch cannot be -1"),
+        (without("h"), "the weights lack h"),
+        (changed("h", torch.zeros(3)), r"in the weights h is \[3\], its hyper-parameters make it \[8\]"),
+        (changed("scaler.scale", torch.zeros(())), "the weights hold scaler.scale, which its hyper-parameters"),
+        (changed("h", torch.zeros(8).to_sparse()), "h is a Tensor, not a dense tensor"),
+        (changed(GRU.replace("sdn_correction_stage", "sdn_update_network"), torch.zeros(1)), f"{GRU} is stored twice"),
         (setting("sdn_num_dirs", 7), "its hyper-parameters cannot be: --sdn_num_dirs must be at most 4; got 7"),
         (setting("depth", 3), "the averaged weights lack ladder_layers.2"),
     ],

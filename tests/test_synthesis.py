@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import SMALL_SDN
@@ -195,6 +197,20 @@ def test_nearest_training_images_of_copies_are_found(model, tmp_path):
     assert not torch.equal(shown, training[[3]])
     result = pictures.overfitting(five_bits, {"q": shown}, batches, tmp_path, **common)
     assert result["neighbours"][0][0] == {"index": 3, "mse": 0, "mirrored": False}
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    path = save_image(flat(1, 2, 3)[0], tmp_path / "image.png")
+    before = path.read_bytes()
+
+    def fails(picture, file, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(OSError, match="the disk is full"):
+        save_image(flat(3, 2, 1)[0], path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_grids_of_small_images_are_enlarged(tmp_path):

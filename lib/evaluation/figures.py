@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from ..files import whole_file
+
 SMALLEST = 64  # pixels of a picture's side; smaller images are enlarged
 FONT_SIZE = 16
 GAP = 8
@@ -17,10 +19,7 @@ GAP = 8
 
 def save_image(image: Tensor, path: str | Path, enlarge: int = 1) -> Path:
     """Writes a uint8 image [3, H, W] as PNG, each pixel `enlarge` x `enlarge` large; makes the folder if needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _picture(image, enlarge).save(path)
-    return path
+    return _save(_picture(image, enlarge), path)
 
 
 def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
@@ -31,12 +30,13 @@ def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
     """
     try:
         with Image.open(path) as picture:
-            pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
             width, height = picture.size
+            fits = (3, height, width) == tuple(shape)
+            pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes() if fits else b" "), dtype=torch.uint8)
     except Exception as error:  # damaged files make PIL fail in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a picture: {reason}") from None
-    if (3, height, width) != tuple(shape):
+    if not fits:
         raise ValueError(f"{path} has {width}x{height} pixels; the model's images have {shape[2]}x{shape[1]}")
     return pixels.view(height, width, 3).permute(2, 0, 1)
 
@@ -78,10 +78,7 @@ def save_table(
     for j, label in enumerate(column_labels):
         middle = left + sum(widths[:j]) + (widths[j] - GAP) // 2
         draw.text((middle, canvas.height - GAP), label, "black", font, anchor="mb")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
-    return path
+    return _save(canvas, path)
 
 
 def save_rates(rates: Sequence[float], scales: Sequence[Sequence[int]], path: str | Path) -> Path:
@@ -110,15 +107,20 @@ def save_rates(rates: Sequence[float], scales: Sequence[Sequence[int]], path: st
     axes.set_ylabel("KL (bits/dim)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title="scale of z", frameon=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    return path
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})
+    return Path(path)
 
 
 def side_by_side(left: Tensor, right: Tensor) -> Tensor:
     """Two batches [N, 3, H, W] interleaved to [2N, 3, H, W]: left[0], right[0], left[1], ..."""
     return torch.stack([left, right], dim=1).flatten(0, 1)
+
+
+def _save(picture: Image.Image, path: str | Path) -> Path:
+    with whole_file(path) as partial:
+        picture.save(partial, format="PNG")
+    return Path(path)
 
 
 def _enlarge(images: Tensor) -> int:

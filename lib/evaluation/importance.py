@@ -155,7 +155,7 @@ class ImportanceSampler:
             return function(*arguments)
         except (RuntimeError, MemoryError) as error:
             message = " ".join(str(error).split())[:200]
-            if not isinstance(error, MemoryError) and not any(words in message.lower() for words in OUT_OF_MEMORY):
+            if not memory_ran_out(error):
                 raise
         # Only now, past the except block, are the failed pass's tensors free.
         if rows == 1:
@@ -232,6 +232,11 @@ class _LiveBytes(TorchDispatchMode):
 def _repeated(x: Tensor, times: int) -> Tensor:
     """Each row `times` times in succession: [B, ...] -> [B * times, ...]; for one row without copying it."""
     return x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1)
+
+
+def memory_ran_out(error: Exception) -> bool:
+    """Whether an exception says that the memory of a CPU or GPU did not suffice."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -23,6 +23,7 @@ class LoadedModel:
     config: The run's configuration.
     step: Optimizer steps of the run.
     released: Whether the file is in the authors' format.
+    remarks: What of such a file is not used, a line for each reason.
     fingerprint: Of weights and architecture, 12 hexadecimal digits: results with another one are another model's.
     """
 
@@ -30,7 +31,31 @@ class LoadedModel:
     config: TrainConfig
     step: int
     released: bool
+    remarks: list[str]
     fingerprint: str
+
+
+def find_checkpoint(name: str | None, path: str | None, folder: Path) -> tuple[Path, str]:
+    """The checkpoint's path, and the name under which its results are kept.
+
+    Arguments:
+        name: Of a file NAME.ckpt or an experiment in `folder`, if there is no `path`.
+        path: Of a checkpoint.
+        folder: Where checkpoints are.
+
+    Raises:
+        CheckpointError: if there is none of that name.
+    """
+    if path:
+        found = Path(path)
+        return found, found.resolve().parent.name if found.stem in ("best", "last") else found.stem
+    candidates = [folder / f"{name}.ckpt", folder / f"{name}/best.ckpt", folder / f"{name}/last.ckpt"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate, name
+    there = sorted({p.stem for p in folder.glob("*.ckpt")} | {p.parent.name for p in folder.glob("*/last.ckpt")})
+    known = ", ".join(there) or "none"
+    raise CheckpointError(f"--model {name}: none of {', '.join(map(str, candidates))} exists; known: {known}")
 
 
 def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], backend: str = "auto") -> LoadedModel:
@@ -58,6 +83,8 @@ def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], bac
     if released:
         load_weights(model, released, path)
         step = released.step
+        remarks = [f"ignored: {len(released.current)} current weights (evaluation uses their average)"]
+        remarks += released.remarks()
     else:
         state = checkpoint["state_dict"]
         average = {k.removeprefix(AVERAGE_PREFIX): v for k, v in state.items() if k.startswith(AVERAGE_PREFIX)}
@@ -66,9 +93,9 @@ def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], bac
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path} does not fit its own configuration: {reason[:300]}") from None
-        step = checkpoint["global_step"]
+        step, remarks = checkpoint["global_step"], []
     model.eval()
-    return LoadedModel(model, config, step, released is not None, _fingerprint(model.state_dict(), config))
+    return LoadedModel(model, config, step, released is not None, remarks, _fingerprint(model.state_dict(), config))
 
 
 def _fingerprint(weights: Mapping[str, Tensor], config: TrainConfig) -> str:

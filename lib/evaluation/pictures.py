@@ -37,8 +37,10 @@ def sampling(
     pictures = []
     for temperature in track(temperatures, "samples"):
         images = sample_images(model, count, temperature, seed=seed, batch=batch, output=output)
-        name = f"samples_t{temperature:.2f}"
+        name = samples_name(temperature)
         grid = save_grid(images, folder / f"{name}.png", _square(count))
+        for earlier in (folder / name).glob("*.png"):
+            earlier.unlink()
         for i, image in enumerate(images):
             save_image(image, folder / name / f"{i:04d}.png")
         pictures.append(_entry(grid, folder, f"Samples from the prior at temperature {temperature:g}"))
@@ -223,6 +225,12 @@ def latents(
         "images": images,
         "pictures": [_entry(path, folder, "KL divergence of each layer's posterior from its prior, in bits/dim")],
     }
+
+
+def samples_name(temperature: float) -> str:
+    """Of the pictures of samples; different temperatures have different names."""
+    rounded = f"{temperature:.2f}"
+    return f"samples_t{rounded if float(rounded) == temperature else repr(temperature)}"
 
 
 def _square(count: float) -> int:

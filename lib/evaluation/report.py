@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..files import whole_file
 
 # title, place in the paper, what it is
 TASKS = {
@@ -158,20 +159,11 @@ def write_report(
         ignored=ignored,
     )
     try:
-        _replace(path, page)
+        with whole_file(path) as partial:
+            partial.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ReportError(f"cannot write {path}: {error.strerror}") from None
     return path
-
-
-def _replace(path: Path, page: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _summary(results: Mapping[str, Mapping[str, Any]]) -> Table | None:
@@ -244,6 +236,8 @@ def _neighbours(queries: Sequence[Sequence[Mapping[str, Any]]]) -> Table:
 
 
 def _picture(folder: Path, picture: Mapping[str, str], task: str) -> Picture:
+    if not isinstance(picture, Mapping) or "file" not in picture:
+        raise ReportError(f"the results of {task} name a picture without a file; evaluate.py --{task} makes them again")
     path = folder / picture["file"]
     again = f"evaluate.py --{task} makes it again"
     try:

@@ -1,0 +1,108 @@
+"""Shapes3DRendered: our own pictures of the 480,000 scenes of 3D-Shapes. Nothing is downloaded.
+
+python -m data.shapes3d_rendered OUT.h5 [--compression {gzip,lzf}] [--first N]
+
+writes them as an HDF5 file with the official one's names, order, shapes and types, which data.shapes3d reads.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import itertools
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+from tqdm import tqdm
+
+from lib.cli import OneLineParser, one_line_errors
+
+from .errors import DataError
+from .shapes3d import FACTOR_SIZES, IMAGE_SHAPE, SCENES, SIZE, Scenes, alone, write_hdf5
+from .shapes3d_raycast import MATERIALS, all_weights
+
+GEOMETRIES = 8 * 4 * 15
+SATURATION, VALUE = 0.9, 1.0
+LEVELS = 4096  # of a weight: with 256 levels of a colour, sums stay exact in float32, in any order
+
+
+class Shapes3DRendered(Scenes):
+    """The rendered images as uint8 [3, 64, 64].
+
+    The weights of the 480 geometries (31 MB) are computed once in a process, in a few seconds; workers share them. An
+    image is the product of its colours [3, 4] and its geometry's weights [4, 4096].
+
+    Arguments:
+        split: As in `Scenes`.
+    """
+
+    def __init__(self, split: str = "train"):
+        super().__init__(split)
+        self._weights, self._colours = geometry_weights(), hue_colours()
+
+    def _image(self, scene: int) -> Tensor:
+        hues, geometry = divmod(scene, GEOMETRIES)
+        image = (self._colours[hues] @ self._weights[geometry]).astype(np.uint8)
+        return torch.from_numpy(image).view(3, SIZE, SIZE)
+
+    def _images(self, scenes: Tensor) -> Tensor:
+        images = np.empty((len(scenes), 3, SIZE * SIZE), np.uint8)
+        for image, scene in zip(images, scenes.tolist(), strict=True):
+            hues, geometry = divmod(scene, GEOMETRIES)
+            image[:] = self._colours[hues] @ self._weights[geometry]
+        return torch.from_numpy(images).view(-1, 3, SIZE, SIZE)
+
+
+@lru_cache(maxsize=1)
+def geometry_weights() -> ndarray:
+    """Weights of the materials, whole numbers, for each scale, shape and orientation: float32 [480, 4, 4096]."""
+    return np.rint(all_weights().reshape(GEOMETRIES, len(MATERIALS), SIZE * SIZE) * (LEVELS - 1))
+
+
+@lru_cache(maxsize=1)
+def hue_colours() -> ndarray:
+    """Colours of the materials, over `LEVELS`, for each hue of floor, wall and object: float32 [1000, 3, 4]."""
+    size = FACTOR_SIZES[0]
+    hues = [colorsys.hsv_to_rgb(i / size, SATURATION, VALUE) for i in range(size)]
+    colours = np.array([[*materials, (1, 1, 1)] for materials in itertools.product(hues, repeat=3)], np.float32)
+    return np.rint(colours * 255).swapaxes(1, 2) / np.float32(LEVELS)
+
+
+def blocks(count: int) -> Iterator[ndarray]:
+    """The images of the first `count` scenes in the file's layout: uint8 [n, 64, 64, 3] at a time."""
+    weights, colours = geometry_weights(), hue_colours()
+    with tqdm(total=count, desc="rendered", unit=" images", disable=None) as bar:
+        for start in range(0, count, GEOMETRIES):
+            block = np.empty((min(GEOMETRIES, count - start), SIZE * SIZE, 3), np.uint8)
+            for scene, image in enumerate(block, start):
+                hues, geometry = divmod(scene, GEOMETRIES)
+                image[:] = weights[geometry].T @ colours[hues].T
+            yield block.reshape(-1, *IMAGE_SHAPE)
+            bar.update(len(block))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = OneLineParser("data.shapes3d_rendered", description="Writes the rendered images as an HDF5 file.")
+    parser.add_argument("path", type=Path, metavar="OUT.h5")
+    parser.add_argument("--compression", choices=("gzip", "lzf"), help="none: 5.9 GB, read without a copy")
+    parser.add_argument(
+        "--first", type=int, default=SCENES, help="only so many scenes, to look at; not to be trained on"
+    )
+    flags = parser.parse_args(arguments)
+    if not 1 <= flags.first <= SCENES:
+        parser.error(f"argument --first: {flags.first} is not in 1 ... {SCENES}")
+    with one_line_errors("data.shapes3d_rendered", DataError, OSError):
+        try:
+            with alone(flags.path):
+                write_hdf5(flags.path, blocks(flags.first), flags.first, flags.compression)
+        except KeyboardInterrupt:
+            raise DataError(f"interrupted; nothing is kept of {flags.path}") from None
+    print(f"{flags.path}: {flags.first} images, {flags.path.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The VAE of the disentanglement experiments, and scores of how far a representation separates the factors."""
