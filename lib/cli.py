@@ -14,7 +14,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Help with defaults, where there are any and the text does not name them itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        told = action.default in (None, False) or "default" in (action.help or "")
+        told = action.default is None or action.default is False or "default" in (action.help or "")
         return action.help or "" if told else super()._get_help_string(action)
 
 

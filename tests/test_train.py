@@ -162,7 +162,7 @@ WRONG_FLAGS = [
     (["--amp", "--precision", "32-true"], "--amp and --precision exclude each other"),
     (["--analytic_kl", "--post_model", "IAF"], "--analytic_kl needs --post_model IsoGaussian"),
     (["--exp_name", "a/b"], "--exp_name must be a plain folder name; got a/b"),
-    (["--dataset", "MNIST"], "--dataset must be one of CIFAR10, ImageNet32, CelebAHQ256, Photos32; got MNIST"),
+    (["--dataset", "MNIST"], "--dataset must be one of CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes, "),
     (["--gpus", "99"], "--gpus 99: this machine has"),
     (["--num_processes", "2", "--gpus", "1"], "--num_processes is for the CPU"),
     (["--task", "disentanglement"], "argument --task: invalid choice: 'disentanglement'"),
