@@ -57,6 +57,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks {', '.join(lacking)}")
     if not all(isinstance(checkpoint[name], dict) for name in ("state_dict", "hyper_parameters")):
         raise CheckpointError(f"{path} is not a checkpoint of this project: its tensors are no dictionary")
+    if not all(isinstance(name, str) for name in checkpoint["state_dict"]):
+        raise CheckpointError(f"{path} is not a checkpoint of this project: its tensors have no names")
     return checkpoint
 
 

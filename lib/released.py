@@ -199,8 +199,11 @@ def _plain(value: Any, name: str, path: str | Path) -> Any:
 def load_weights(model: DensityVAE, released: Released, path: str | Path, *, averaged: bool = True) -> None:
     """Loads the averaged weights, or the current ones, into a model and checks every tensor of both by name.
 
+    A current tensor that is neither averaged nor in the model goes to those that are ignored.
+
     Raises:
-        CheckpointError: naming the tensor that is missing, misshapen or unknown, or the mask that is another one.
+        CheckpointError: naming the tensor that is missing or misshapen, the average without a place, or the mask that
+            is another one.
     """
     expected = model.state_dict()
     for where, weights in (("the averaged weights", released.average), ("the weights", released.current)):
@@ -210,11 +213,14 @@ def load_weights(model: DensityVAE, released: Released, path: str | Path, *, ave
             if weights[name].shape != tensor.shape:
                 shapes = f"{list(weights[name].shape)}, its hyper-parameters make it {list(tensor.shape)}"
                 raise CheckpointError(f"{path}: in {where} {name} is {shapes}")
-        if unknown := sorted(weights.keys() - expected.keys()):
-            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-            raise CheckpointError(
-                f"{path}: {where} hold {unknown[0]}{more}, which its hyper-parameters have no place for"
-            )
+    if unknown := sorted(released.average.keys() - expected.keys()):
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise CheckpointError(
+            f"{path}: the averaged weights hold {unknown[0]}{more}, which its hyper-parameters have no place for"
+        )
+    for name in sorted(released.current.keys() - expected.keys()):
+        del released.current[name]
+        released.ignored[name] = "neither averaged nor a parameter of the model"
     convolutions = {f"{name}.mask": m for name, m in model.named_modules() if isinstance(m, MaskedConv2d)}
     for name, mask in released.masks.items():
         shape = convolutions[name].weight.shape if name in convolutions else None

@@ -133,6 +133,15 @@ def test_settings_of_training_that_cannot_be_do_not_stop_an_evaluation(tmp_path)
         convert(path, tmp_path / "new.ckpt")
 
 
+def test_what_is_neither_averaged_nor_a_parameter_is_listed(tmp_path):
+    checkpoint = golden("tiny_8bit")
+    checkpoint["state_dict"]["scaler.scale"] = torch.zeros(())
+    path = saved(checkpoint, tmp_path)
+    line = "ignored: scaler.scale (neither averaged nor a parameter of the model)"
+    assert line in load_model(path, IMAGE_SIZES).remarks
+    assert line in convert(path, tmp_path / "new.ckpt")
+
+
 def test_without_decay_the_average_is_the_current_weights(tmp_path):
     checkpoint = golden("tiny_8bit")
     checkpoint["hyper_parameters"]["ema_coef"] = 0.0
@@ -200,7 +209,7 @@ MASK = "ladder_layers.1.post_model.arnn.conv_a.mask"
         (lambda c: c.update(epoch=-1), "its epoch cannot be -1"),
         (without("h"), "the weights lack h"),
         (changed("h", torch.zeros(3)), r"in the weights h is \[3\], its hyper-parameters make it \[8\]"),
-        (changed("scaler.scale", torch.zeros(())), "the weights hold scaler.scale, which its hyper-parameters"),
+        (lambda c: c["state_dict"].update({7: torch.zeros(1)}), "its tensors have no names"),
         (changed("h", torch.zeros(8).to_sparse()), "h is a Tensor, not a dense tensor"),
         (changed(GRU.replace("sdn_correction_stage", "sdn_update_network"), torch.zeros(1)), f"{GRU} is stored twice"),
         (setting("sdn_num_dirs", 7), "its hyper-parameters cannot be: --sdn_num_dirs must be at most 4; got 7"),
