@@ -277,7 +277,7 @@ def evaluate(
             print(f"-ELBO: {shown(elbo)} bits/dim ({elbo['images']} images)")
             yield "elbo", elbo
     if flags.likelihood:
-        yield "likelihood", likelihood(loaded, path, len(validation), flags, folder)
+        yield "likelihood", likelihood(loaded, path, validation, flags, folder)
     if flags.latents:
         yield "latents", pictures.latents(elbo["rate_per_layer"], model.latent_shapes, folder, images=elbo["images"])
     if flags.reconstruction:
@@ -307,23 +307,26 @@ def validation_elbo(model: DensityVAE, validation: Dataset, flags: argparse.Name
         return negative_elbo(model, batches, seed=flags.seed, progress=partial(advance, bar))
 
 
-def likelihood(loaded: LoadedModel, path: Path, images: int, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def likelihood(
+    loaded: LoadedModel, path: Path, validation: Dataset, flags: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
     """Goes on with what an earlier run of the same weights, seed and number of samples has finished."""
     dataset, device = loaded.config.dataset, loaded.model.h.device
-    limit = min(images, flags.limit or images)
-    devices = [str(device)]
+    limit = min(len(validation), flags.limit or len(validation))
+    devices, open_by_worker = [str(device)], lambda device: (loaded.model, validation)
     if flags.processes > 1:
+        open_by_worker = partial(open_for_likelihood, path, flags.backend, flags.root)
         gpus = torch.cuda.device_count()
         devices = [f"cuda:{i % gpus}" if device.type == "cuda" else "cpu" for i in range(flags.processes)]
     finished = folder / f"likelihood_{loaded.fingerprint}_seed{flags.seed}_samples{flags.importance_samples}.csv"
     with tqdm(total=limit, unit="image", desc="-log p(x)", smoothing=0) as bar:
         result = negative_log_likelihood(
-            partial(open_for_likelihood, path, flags.backend, flags.root),
+            open_by_worker,
             range(limit),
             samples=flags.importance_samples,
             seed=flags.seed,
             ledger=finished,
-            identity={"weights": loaded.fingerprint, "dataset": dataset, "validation_images": images},
+            identity={"weights": loaded.fingerprint, "dataset": dataset, "validation_images": len(validation)},
             devices=devices,
             chunk=flags.chunk,
             progress=partial(advance, bar),

@@ -3,10 +3,9 @@
 python -m data.shapes3d {check,convert} 3dshapes.h5
 
 The official file is compressed in pieces of many images, so that one image at random costs the decompression of at
-least one piece: measured, of one thread, 300 images/s from pieces of 64 images and 4 from the pieces that h5py chooses,
-which cut each image into 768 parts. So `convert`, or the first use, writes 3dshapes.uncompressed.h5 (5.9 GB) beside it,
-of which an image is one read of 12 KB: 70,000 images/s. A file that is uncompressed already, such as
-data.shapes3d_rendered writes by default, is read as it is.
+least one piece, hundreds of times the work of reading it. So `convert`, or the first use, writes
+3dshapes.uncompressed.h5 (5.9 GB) beside it, of which an image is one read of 12 KB. A file that is not compressed, such
+as data.shapes3d_rendered writes by default, is read as it is.
 """
 
 from __future__ import annotations

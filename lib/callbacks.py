@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import os
 import resource
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from .DensityVAE.training import DensityTraining
 from .evaluation.figures import save_grid, side_by_side
 from .evaluation.synthesis import reconstruct, sample_images
+from .files import whole_file
 
 ROWS_BEFORE_WRITING = 50
 
@@ -31,13 +31,10 @@ class CsvFile:
             with path.open(newline="") as file:
                 whole = (row for row in csv.DictReader(file) if None not in row.values())  # a kill can cut the last
                 rows = [row for row in whole if int(row["step"]) <= resume_step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with whole_file(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, path)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         with self.path.open("a", newline="") as file:

@@ -7,7 +7,6 @@ writes a checkpoint from which `train.py --use_checkpoint` goes on. `evaluate.py
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import shlex
@@ -366,7 +365,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser("python -m lib.released", description="Converts a released checkpoint to this project's.")
     parser.add_argument("source", metavar="IN", help="checkpoint of the authors' release")
     parser.add_argument("target", metavar="OUT", help="where to write; checkpoints/NAME/last.ckpt can be trained on")
-    flags: argparse.Namespace = parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
     with one_line_errors(parser.prog, CheckpointError):
         print(*convert(flags.source, flags.target), sep="\n")
 

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 BLOCK = 1024
 # Queries, and training images, of one matrix product.
 ROWS = 256
-# Numbers in one operand of a matrix product. 1 MiB on a CPU, so that the float copies stay in its cache: twice as fast
-# at 256 x 256. There 64 queries are 1.4 times as fast as with float64 products in groups like these, 3 times as fast as
-# with one float64 product a batch, and 80 times as fast as by differences.
+# Numbers in one operand of a matrix product. 1 MiB on a CPU, so that the float copies stay in its cache
+# (benchmarks/evaluation.py compares with products in float64 and with differences).
 CPU_WORKSPACE, WORKSPACE = 2**18, 2**25
 
 EMPTY = torch.iinfo(torch.int64).max

@@ -5,7 +5,6 @@ import itertools
 import os
 import pickle
 import re
-import subprocess
 import sys
 import threading
 from collections import namedtuple
@@ -13,7 +12,6 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY
 from torch.utils.data import DataLoader
 
 from data import shapes3d
@@ -30,7 +28,6 @@ LAYOUTS = {
     "split images": dict(compression="gzip", compression_opts=1, chunks=(90, 4, 4, 1)),
     "uncompressed pieces": dict(chunks=(100, 64, 64, 3)),
 }
-SCRIPT = REPOSITORY / "data/3DShapes/get_3dshapes_data.sh"
 
 
 @pytest.fixture(scope="module")
@@ -395,51 +392,3 @@ def test_the_commands(small, make, capsys):
         assert stop.value.code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith(f"data.shapes3d: error: {path} is no whole HDF5 file")
-
-
-def run_script(root, **environment):
-    return subprocess.run(
-        ["bash", SCRIPT],
-        cwd="/",
-        env=os.environ | {"SDN_DATA_ROOT": str(root)} | environment,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_the_script_downloads_converts_and_names_the_recipe(tmp_path):
-    """With an interpreter that only notes what it is asked to run."""
-    fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\necho "$*"\n')
-    fake.chmod(0o755)
-    root = tmp_path / "root with spaces"
-    done = run_script(root, SDN_PYTHON=str(fake), SDN_DATA_URL="")
-    assert done.returncode == 0, done.stderr
-    file = root / "3DShapes/3dshapes.h5"
-    download, convert, following = done.stdout.splitlines()
-    assert download == f"-m data.download https://storage.googleapis.com/3d-shapes/3dshapes.h5 {file}"
-    assert convert == f"-m data.shapes3d convert {file}"
-    assert f"bash train_3dshapes.sh --root '{root}'" in following
-    uncompressed(file).touch()
-    done = run_script(root, SDN_PYTHON=str(fake), SDN_DATA_URL="")
-    assert done.stdout.splitlines() == [convert, following]
-
-
-def test_the_script_stops_where_something_fails(tmp_path, server):
-    real = dict(SDN_PYTHON=sys.executable, SDN_DATA_URL=server.url)
-    server.statuses = [404]
-    done = run_script(tmp_path, **real)
-    (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and "404" in line and "next" not in done.stdout
-    with h5py.File(tmp_path / "part.h5", "w") as file:
-        file.create_dataset("labels", data=LABELS, compression="gzip")
-        images = file.create_dataset("images", (SCENES, 64, 64, 3), "u1", chunks=(64, 64, 64, 3), compression="gzip")
-        images[:64] = np.arange(64, dtype=np.uint8)[:, None, None]
-    server.content = (tmp_path / "part.h5").read_bytes()
-    server.cuts = [100_000]  # and the connection breaks
-    done = run_script(tmp_path, **real)
-    *_, line = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and "nothing is to be seen on image 64" in line and "next" not in done.stdout
-    folder = tmp_path / "3DShapes"
-    assert (folder / "3dshapes.h5").read_bytes() == server.content
-    assert sorted(file.name for file in folder.iterdir()) == ["3dshapes.h5", "3dshapes.h5.sha256"]
