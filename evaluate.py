@@ -1,10 +1,11 @@
-"""Evaluates a trained density VAE, this project's or the authors': likelihoods, samples, pictures, a report."""
+"""Evaluates a trained VAE, this project's or the authors': likelihoods, scores, samples, pictures, a report."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import importlib.util
+import math
 import os
 import platform
 import shlex
@@ -24,92 +25,42 @@ from data.datamodule import IndexedImages
 from data.errors import DataError
 from data.get_dataset import DATASETS, get_dataset
 from lib.checkpoint import CheckpointError
-from lib.cli import OneLineParser, one_line_errors
+from lib.cli import one_line_errors
 from lib.config import ConfigError
-from lib.DensityVAE import DensityVAE
+from lib.DisentanglementVAE import DisentanglementVAE
+from lib.DisentanglementVAE.metrics import FactorData, MetricError
 from lib.evaluation import pictures
+from lib.evaluation.disentanglement import FewerLevels, disentanglement_scores
 from lib.evaluation.figures import load_image
 from lib.evaluation.importance import LikelihoodError, memory_ran_out, pick_chunk
 from lib.evaluation.ledger import LedgerError
 from lib.evaluation.likelihood import negative_elbo, negative_log_likelihood
 from lib.evaluation.loading import LoadedModel, find_checkpoint, load_model
+from lib.evaluation.options import ONLY_DISENTANGLEMENT, TASKS, check, make_parser
 from lib.evaluation.report import ReportError, write_report
 from lib.evaluation.results import add_result, read_results
-from lib.evaluation.synthesis import OUTPUTS, sample_images
+from lib.evaluation.synthesis import sample_images
 from lib.evaluation.workers import WorkerError
-from lib.nn import BACKENDS
-
-# In the order in which they run and are reported.
-TASKS = {
-    "elbo": "negative ELBO on the validation images, bits/dim",
-    "likelihood": "importance-weighted likelihood, bits/dim; interrupted, the same command goes on",
-    "latents": "KL of each layer, as a bar plot",
-    "reconstruction": "validation images beside their reconstructions",
-    "sampling": "samples from the prior: grids and single images",
-    "interpolation": "between pairs of validation images, in the top layers",
-    "neighborhood": "samples around validation images that share their top layers",
-    "overfitting": "training images nearest to samples",
-}
+from lib.models import VAE
 
 SAMPLING_TEMPERATURES = [0.6, 0.7, 0.8, 0.9, 1.0]
 LAYER_TEMPERATURES = [0.6, 0.8, 1.0]
 LARGEST_BATCH = 32
-LARGEST_NUMBER = 10**9
 SEARCH_BATCH = 256  # training images, which pass through no model
 
 
-def make_parser() -> OneLineParser:
-    parser = OneLineParser("evaluate.py", description=__doc__)
-    which = parser.add_argument_group("What to evaluate").add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="NAME", help="checkpoints/NAME.ckpt, or experiment NAME's best checkpoint")
-    which.add_argument("--checkpoint", metavar="PATH", help="a checkpoint file")
-
-    tasks = parser.add_argument_group("Evaluations")
-    for name, meaning in TASKS.items():
-        tasks.add_argument(f"--{name}", action="store_true", help=meaning)
-    tasks.add_argument("--report", action="store_true", help="an HTML page of these and earlier results")
-
-    options = parser.add_argument_group("Options of some evaluations")
-    options.add_argument("--limit", type=int, default=None, help="--elbo, --likelihood, --latents: first LIMIT images")
-    options.add_argument("--importance_samples", type=int, default=1024, help="--likelihood: samples of each image")
-    options.add_argument("--chunk", type=int, default=None, help="--likelihood: rows at a time; default: what fits")
-    options.add_argument("--processes", type=int, default=1, help="--likelihood: processes; with GPUs one on each")
-    options.add_argument("--count", type=int, default=64, help="samples at each temperature; reconstructions")
-    temperatures = "of what is drawn; default: 0.6 0.7 0.8 0.9 1 for samples, else 0.6 0.8 1"
-    options.add_argument("--temperatures", type=float, nargs="+", default=None, help=temperatures)
-    options.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="--sampling, --overfitting: pixels")
-    options.add_argument(
-        "--images",
-        type=int,
-        nargs="+",
-        default=[0, 1, 2, 3],
-        help="--interpolation (in pairs), --neighborhood: which images",
-    )
-    options.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        default=None,
-        help="--interpolation, --neighborhood: how many top layers; default: an eighth, a quarter, half of them",
-    )
-    options.add_argument("--frames", type=int, default=8, help="--interpolation: images from one to the other")
-    options.add_argument("--queries", nargs="+", metavar="PATH", help="--overfitting: pictures instead of samples")
-    options.add_argument("--neighbors", type=int, default=3, help="--overfitting: training images for each query")
-
-    options = parser.add_argument_group("Options")
-    options.add_argument("--batch", type=int, default=None, help="images at a time; default: what fits, at most 32")
-    options.add_argument("--seed", type=int, default=0, help="of all noise")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    options.add_argument("--backend", choices=BACKENDS, default="auto", help="implementation of the sweeps")
-    options.add_argument("--root", default=None, help="folder that holds the data sets; default: as in training")
-    options.add_argument("--num_workers", type=int, default=0, help="loader processes")
-    options.add_argument("--output_dir", default=".", help="where checkpoints/ and figs/ are")
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> None:
-    flags = make_parser().parse_args(arguments)
-    errors = (ConfigError, DataError, CheckpointError, LedgerError, LikelihoodError, WorkerError, ReportError)
+    flags = make_parser(__doc__).parse_args(arguments)
+    errors = (
+        ConfigError,
+        DataError,
+        CheckpointError,
+        LedgerError,
+        LikelihoodError,
+        WorkerError,
+        ReportError,
+        MetricError,
+    )
     with one_line_errors("evaluate.py", *errors):
         check(flags)
         device = choose_device(flags.device)
@@ -167,51 +118,30 @@ def run(flags: argparse.Namespace, device: torch.device, command: str) -> None:
         print(f"report: {report(results, loaded, name, folder)}")
 
 
-def check(flags: argparse.Namespace) -> None:
-    if not flags.report and not any(getattr(flags, task) for task in TASKS):
-        raise ConfigError(f"nothing to do: ask for {', '.join(f'--{task}' for task in TASKS)} or --report")
-    for name in ("importance_samples", "count", "batch", "processes", "neighbors", "limit", "chunk"):
-        if (value := getattr(flags, name)) is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1; got {value}")
-        if value is not None and value > LARGEST_NUMBER:
-            raise ConfigError(f"--{name} must be at most {LARGEST_NUMBER}; got {value}")
-    if flags.frames < 2:
-        raise ConfigError(f"--frames must be at least 2; got {flags.frames}")
-    if flags.num_workers < 0:
-        raise ConfigError(f"--num_workers must be 0 or more; got {flags.num_workers}")
-    if flags.temperatures and not all(0 <= temperature < float("inf") for temperature in flags.temperatures):
-        raise ConfigError(f"--temperatures must be 0 or more; got {' '.join(map(str, flags.temperatures))}")
-    if min(flags.images) < 0:
-        raise ConfigError(f"--images must be 0 or more; got {min(flags.images)}")
-    if flags.interpolation and len(flags.images) % 2:
-        raise ConfigError(f"--interpolation takes --images in pairs; got {len(flags.images)}")
-    if flags.processes > 1 and flags.device.startswith("cuda:"):
-        raise ConfigError(f"--processes {flags.processes} uses all GPUs: give --device cuda; got {flags.device}")
-    if flags.model == "":
-        raise ConfigError("--model must be a name; got an empty one")
-    for name in ("temperatures", "layers"):
-        if getattr(flags, name):
-            setattr(flags, name, list(dict.fromkeys(getattr(flags, name))))
-
-
 @dataclass
 class Inputs:
     """The data that the evaluations asked for need; None where none does.
 
     validation, training: uint8 images [3, H, W] by index. images: those of `--images`, uint8 [N, 3, H, W]. queries:
-    those of `--queries` in the model's bits.
+    those of `--queries` in the model's bits. scenes: images by their factors.
     """
 
     validation: Dataset | None = None
     training: Dataset | None = None
     images: Tensor | None = None
     queries: Tensor | None = None
+    scenes: FactorData | None = None
 
 
 def prepare(flags: argparse.Namespace, loaded: LoadedModel) -> Inputs:
     """Opens data and checks what depends on them and on the model, before anything is computed."""
     model, dataset, inputs = loaded.model, loaded.config.dataset, Inputs()
     depth = len(model.latent_shapes)
+    for task in ONLY_DISENTANGLEMENT:
+        if getattr(flags, task) and not isinstance(model, DisentanglementVAE):
+            raise ConfigError(f"--{task} is for models of --task disentanglement; this one is of {loaded.config.task}")
+    if flags.neighborhood and depth == 1:
+        raise ConfigError("--neighborhood keeps some layers of a model with several; this one has one")
     if flags.layers is None:
         flags.layers = sorted({max(1, depth // 8), max(1, depth // 4), max(1, depth // 2)})
     wrong = [k for k in flags.layers if k not in range(1, depth + 1)]
@@ -220,14 +150,18 @@ def prepare(flags: argparse.Namespace, loaded: LoadedModel) -> Inputs:
     for task, package in (("latents", "matplotlib"), ("report", "jinja2")):
         if getattr(flags, task) and not importlib.util.find_spec(package):
             raise ConfigError(f"--{task} needs the package {package}: pip install {package}")
-    if any(getattr(flags, task) for task in TASKS.keys() - {"sampling", "overfitting"}):
+    if any(getattr(flags, task) for task in TASKS.keys() - {"sampling", "overfitting", "disentanglement"}):
         inputs.validation = get_dataset(dataset, flags.root, "validation")
-    if flags.interpolation or flags.neighborhood:
+    if flags.interpolation or flags.traversal or flags.neighborhood:
         size = len(inputs.validation)
         wrong = [index for index in flags.images if index >= size]
         if wrong:
             raise ConfigError(f"--images must be below {size}, the number of validation images; got {wrong[0]}")
         inputs.images = torch.stack([inputs.validation[index] for index in flags.images])
+    if flags.disentanglement:
+        inputs.scenes = get_dataset(dataset, flags.root, "train")
+        if flags.levels:
+            inputs.scenes = FewerLevels(inputs.scenes, flags.levels)
     if flags.overfitting:
         inputs.training = get_dataset(dataset, flags.root, "train")
         if len(inputs.training) < flags.neighbors:
@@ -274,12 +208,14 @@ def evaluate(
     if flags.elbo or flags.latents:
         elbo = validation_elbo(model, validation, flags)
         if flags.elbo:
-            print(f"-ELBO: {shown(elbo)} bits/dim ({elbo['images']} images)")
+            print(f"-ELBO: {shown(elbo)} bits/dim, {elbo['nats']:.1f} nats ({elbo['images']} images)")
             yield "elbo", elbo
     if flags.likelihood:
         yield "likelihood", likelihood(loaded, path, validation, flags, folder)
+    if flags.disentanglement:
+        yield "disentanglement", disentanglement(model, inputs.scenes, flags)
     if flags.latents:
-        yield "latents", pictures.latents(elbo["rate_per_layer"], model.latent_shapes, folder, images=elbo["images"])
+        yield "latents", pictures.latents(elbo, model.latent_shapes, folder)
     if flags.reconstruction:
         indices = range(min(flags.count, len(validation)))
         images = torch.stack([validation[index] for index in indices])
@@ -287,12 +223,18 @@ def evaluate(
     if flags.sampling:
         drawn = dict(temperatures=flags.temperatures or SAMPLING_TEMPERATURES, count=flags.count, output=flags.output)
         yield "sampling", pictures.sampling(model, folder, **drawn, **noise, track=track)
-    if flags.interpolation or flags.neighborhood:
-        given = dict(layers=flags.layers, temperatures=flags.temperatures or LAYER_TEMPERATURES, track=track, **noise)
+    if flags.interpolation or flags.traversal or flags.neighborhood:
+        drawn = flags.temperatures or (LAYER_TEMPERATURES if len(model.latent_shapes) > 1 else [1.0])
+        given = dict(layers=flags.layers, temperatures=drawn, track=track, **noise)
         if flags.interpolation:
             yield (
                 "interpolation",
                 pictures.interpolation(model, inputs.images, flags.images, folder, frames=flags.frames, **given),
+            )
+        if flags.traversal:
+            yield (
+                "traversal",
+                pictures.traversals(model, inputs.images, flags.images, folder, frames=flags.frames, batch=flags.batch),
             )
         if flags.neighborhood:
             yield "neighborhood", pictures.neighborhoods(model, inputs.images, flags.images, folder, **given)
@@ -300,18 +242,28 @@ def evaluate(
         yield "overfitting", overfitting(model, inputs, DATASETS[loaded.config.dataset].flip, flags, folder)
 
 
-def validation_elbo(model: DensityVAE, validation: Dataset, flags: argparse.Namespace) -> dict[str, Any]:
+def validation_elbo(model: VAE, validation: Dataset, flags: argparse.Namespace) -> dict[str, Any]:
     limit = min(len(validation), flags.limit or len(validation))
     with tqdm(total=limit, unit="image", desc="-ELBO") as bar:
         batches = in_batches(validation, limit, flags.batch, flags.num_workers)
         return negative_elbo(model, batches, seed=flags.seed, progress=partial(advance, bar))
 
 
+def disentanglement(model: DisentanglementVAE, scenes: FactorData, flags: argparse.Namespace) -> dict[str, Any]:
+    with tqdm(total=math.prod(scenes.factor_sizes), unit="image", desc="encoded") as bar:
+        result = disentanglement_scores(model, scenes, flags.metrics, seed=flags.seed, progress=bar.update)
+    for remark in result["remarks"]:
+        print(f"note: {remark}", file=sys.stderr)
+    for name, values in result["scores"].items():
+        print(f"{name}: {values['score']:.4f}")
+    return result
+
+
 def likelihood(
     loaded: LoadedModel, path: Path, validation: Dataset, flags: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
     """Goes on with what an earlier run of the same weights, seed and number of samples has finished."""
-    dataset, device = loaded.config.dataset, loaded.model.h.device
+    dataset, device = loaded.config.dataset, loaded.model.device
     limit = min(len(validation), flags.limit or len(validation))
     devices, open_by_worker = [str(device)], lambda device: (loaded.model, validation)
     if flags.processes > 1:
@@ -335,15 +287,13 @@ def likelihood(
     return result
 
 
-def open_for_likelihood(path: Path, backend: str, root: str, device: str) -> tuple[DensityVAE, Dataset]:
+def open_for_likelihood(path: Path, backend: str, root: str, device: str) -> tuple[VAE, Dataset]:
     """What a process that computes likelihoods needs."""
     loaded = open_model(path, backend, device)
     return loaded.model, get_dataset(loaded.config.dataset, root, "validation")
 
 
-def overfitting(
-    model: DensityVAE, inputs: Inputs, mirror: bool, flags: argparse.Namespace, folder: Path
-) -> dict[str, Any]:
+def overfitting(model: VAE, inputs: Inputs, mirror: bool, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     training = inputs.training
     if inputs.queries is not None:
         queries = {"queries": inputs.queries}

@@ -1,7 +1,8 @@
-"""Trains a density VAE: flags -> configuration -> data and model -> Lightning Trainer. `python train.py --help`."""
+"""Trains a VAE: flags -> configuration -> data and model -> Lightning Trainer. `python train.py --help`."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 import netrc
@@ -27,9 +28,12 @@ from data.get_dataset import DATASETS
 from lib.callbacks import ImageGrids, MetricsLog, StepLimit
 from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
 from lib.cli import OneLineParser, one_line_errors
-from lib.config import ConfigError, TrainConfig, flag_default, flag_type
-from lib.DensityVAE import DensityVAE
+from lib.config import TASK_DEFAULTS, ConfigError, TrainConfig, flag_default, flag_type
 from lib.DensityVAE.training import DensityTraining
+from lib.DisentanglementVAE.training import DisentanglementTraining
+from lib.models import build_model
+
+TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
 
 def make_parser() -> OneLineParser:
@@ -41,8 +45,9 @@ def make_parser() -> OneLineParser:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         kind, is_list = flag_type(field.name)
-        default = flag_default(field)
-        options: dict[str, Any] = {"help": field.metadata["meaning"], "default": default}
+        # The defaults are the task's, and only the configuration knows which flags were given.
+        meaning = field.metadata["meaning"] + ("" if kind is bool else f" (default: {default_text(field)})")
+        options: dict[str, Any] = {"help": meaning, "default": argparse.SUPPRESS}
         if kind is bool:
             options["action"] = "store_true"
         else:
@@ -55,6 +60,27 @@ def make_parser() -> OneLineParser:
     return parser
 
 
+def default_text(field: dataclasses.Field) -> str:
+    """The default of a flag for people, with those of other tasks."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
+
+    others = [f"{task}: {text(of[field.name])}" for task, of in TASK_DEFAULTS.items() if field.name in of]
+    return "; ".join([text(flag_default(field)), *others])
+
+
+def parse(arguments: list[str] | None) -> TrainConfig:
+    """The configuration that flags ask for, checked; raises ConfigError."""
+    config = TrainConfig.for_task(**vars(make_parser().parse_args(arguments)))
+    config.validate()
+    if config.dataset not in DATASETS:
+        raise ConfigError(f"--dataset must be one of {', '.join(DATASETS)}; got {config.dataset}")
+    return config
+
+
 def flag_table() -> str:
     """All flags as the Markdown table of the README: `python -c "import train; print(train.flag_table())"`."""
     lines = ["| flag | type | default | meaning |", "|---|---|---|---|"]
@@ -64,9 +90,7 @@ def flag_table() -> str:
             group = field.metadata["group"]
             lines.append(f"| **{group}** | | | |")
         kind, is_list = flag_type(field.name)
-        default = flag_default(field)
-        shown = " ".join(map(str, default)) if is_list else "-" if default is None else default
-        shown = "off" if kind is bool else shown
+        shown = default_text(field)
         choices = field.metadata["choices"]
         type_name = " \\| ".join(choices) if choices else "flag" if kind is bool else kind.__name__ + " ..." * is_list
         lines.append(f"| `--{field.name}` | {type_name} | {shown} | {field.metadata['meaning']} |")
@@ -74,11 +98,8 @@ def flag_table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = TrainConfig(**vars(make_parser().parse_args(arguments)))
     with one_line_errors("train.py", ConfigError, DataError, CheckpointError):
-        config.validate()
-        if config.dataset not in DATASETS:
-            raise ConfigError(f"--dataset must be one of {', '.join(DATASETS)}; got {config.dataset}")
+        config = parse(arguments)
         devices = choose_devices(config)
         run_folder = Path(config.output_dir) / "checkpoints" / config.exp_name
         resume_from = find_checkpoint(config, run_folder)
@@ -127,16 +148,20 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
     quiet_lightning()
     pl.seed_everything(config.random_seed, workers=True, verbose=False)
     try:
-        model = DensityVAE(
-            DATASETS[config.dataset].shape[1:],
-            **config.architecture(),
-            backend=config.backend,
-            analytic_kl=config.analytic_kl,
-        )
+        model = build_model(config, DATASETS[config.dataset].shape[1:])
     except ValueError as error:
         raise ConfigError(str(error)) from None
     batch_val = config.batch_val if config.batch_val > 0 else config.batch
-    data = ImageDataModule(config.dataset, config.root, config.batch, batch_val, config.num_workers, config.random_seed)
+    data = ImageDataModule(
+        config.dataset,
+        config.root,
+        config.batch,
+        batch_val,
+        config.num_workers,
+        config.random_seed,
+        epoch_images=config.epoch_images,
+        val_images=config.val_images,
+    )
     data.prepare_data()
     data.check_batch(devices["devices"] * config.num_nodes)
 
@@ -151,12 +176,14 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
     callbacks = [StepLimit(config.iters), MetricsLog(run_folder), grids, TQDMProgressBar(refresh_rate=10)]
     if config.make_checkpoint:
         common = dict(dirpath=str(run_folder), enable_version_counter=False)
-        callbacks += [
-            ModelCheckpoint(filename="best", monitor="val/bpd", mode="min", **common),
-            ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common),
-        ]
+        if config.task == "density_estimation":  # the best ELBO of an annealed beta is that of a small beta
+            callbacks.append(ModelCheckpoint(filename="best", monitor="val/neg_elbo", mode="min", **common))
+        callbacks.append(ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common))
     else:
         say("note: without --make_checkpoint no weights of this run are kept")
+    if config.beta_rate * config.iters < 1:
+        reached = config.beta_rate * config.iters
+        say(f"note: with --beta_rate {config.beta_rate:g} beta is at {reached:.3g} of --beta_final after all --iters")
     precision = config.precision or ("16-mixed" if config.amp else "32-true")
     if precision == "16-mixed" and devices["accelerator"] == "cpu":
         say("note: float16 is for GPUs; on this CPU training runs in bf16-mixed")
@@ -182,7 +209,7 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{config.exp_name}: {parameters:,} parameters, {config.dataset}, {precision}")
     trainer.fit(
-        DensityTraining(model, config, provenance()),
+        TRAINING[config.task](model, config, provenance()),
         datamodule=data,
         ckpt_path=str(resume_from) if resume_from else None,
         weights_only=True,

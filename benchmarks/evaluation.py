@@ -96,12 +96,12 @@ def likelihood(name: str, model: DensityVAE, options) -> list[dict]:
 
     @torch.no_grad()
     def full(rows_at_once: int) -> Tensor:
-        x = model.observation.encode(image.unsqueeze(0).to(model.h.device))
+        x = model.observation.encode(image.unsqueeze(0).to(model.device))
         weights = []
         for start in range(0, samples, rows_at_once):
             numbers = range(start, min(start + rows_at_once, samples))
             noise = keyed_noise(model.latent_shapes, 0, [0] * len(numbers), numbers)
-            output = model(x.expand(len(numbers), -1, -1, -1), [eps.to(model.h) for eps in noise])
+            output = model(x.expand(len(numbers), -1, -1, -1), [eps.to(model.device, model.dtype) for eps in noise])
             weights.append(output.elbo.double())
         return torch.logsumexp(torch.cat(weights), 0, keepdim=True).cpu() - math.log(samples)
 

@@ -31,7 +31,8 @@ class IndexedImages(Dataset):
     """
 
     def __init__(self, dataset: Dataset, *, augment: bool, flip: bool, seed: int):
-        self.dataset, self.augment, self.flip, self.seed = dataset, augment, flip, seed
+        self.dataset, self.flip, self.seed = dataset, flip, seed
+        self.augment = augment and (flip or hasattr(dataset, "draw"))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -52,18 +53,21 @@ class IndexedImages(Dataset):
 class EpochSampler(Sampler[int]):
     """Yields a rank's share of an epoch's keys.
 
-    Shuffled (training): a permutation that depends on (seed, epoch), what goes beyond a multiple of the number of ranks
-    left out. In order (validation): filled up with -1, so that all ranks have equally many and every image counts once.
+    Shuffled (training): the next `length` entries of an endless row of permutations of the data set, each of which
+    depends on (seed, its number), what goes beyond a multiple of the number of ranks left out. In order (validation):
+    the first `length` images, filled up with -1, so that all ranks have equally many and every image counts once.
 
     Arguments:
         size: Length of the data set.
+        length: Images of an epoch; 0: the data set's.
         seed: Of the permutations.
         rank, world_size: This process and how many there are.
         shuffle: Whether for training.
     """
 
-    def __init__(self, size: int, *, seed: int, rank: int, world_size: int, shuffle: bool):
-        self.size, self.seed, self.rank, self.world_size, self.shuffle = size, seed, rank, world_size, shuffle
+    def __init__(self, size: int, *, length: int = 0, seed: int, rank: int, world_size: int, shuffle: bool):
+        self.size, self.length, self.seed, self.shuffle = size, length or size, seed, shuffle
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -71,15 +75,24 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size // self.world_size if self.shuffle else -(-self.size // self.world_size)
+        return self.length // self.world_size if self.shuffle else -(-self.length // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-            keys = (torch.randperm(self.size, generator=generator) + self.epoch * self.size).tolist()
+            keys = self._shuffled(self.epoch * self.length, (self.epoch + 1) * self.length)
         else:
-            keys = [*range(self.size), *[PADDING] * (len(self) * self.world_size - self.size)]
+            keys = [*range(self.length), *[PADDING] * (len(self) * self.world_size - self.length)]
         return iter(keys[self.rank : len(self) * self.world_size : self.world_size])
+
+    def _shuffled(self, start: int, stop: int) -> list[int]:
+        """Entries of the row of permutations."""
+        keys = []
+        for number in range(start // self.size, -(-stop // self.size)):
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, number))
+            first = number * self.size
+            permutation = torch.randperm(self.size, generator=generator) + first
+            keys += permutation[max(0, start - first) : stop - first].tolist()
+        return keys
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -91,16 +104,28 @@ class ImageDataModule(pl.LightningDataModule):
         batch, batch_val: Batch sizes of each process.
         num_workers: Loader processes of each process.
         seed: Of order and augmentation.
+        epoch_images, val_images: Images of a training epoch and of a validation; 0: all.
 
     Raises:
         DataError: if the data are missing or damaged, or too few for one batch on every process.
     """
 
-    def __init__(self, name: str, root: str, batch: int, batch_val: int, num_workers: int, seed: int):
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        batch: int,
+        batch_val: int,
+        num_workers: int,
+        seed: int,
+        *,
+        epoch_images: int = 0,
+        val_images: int = 0,
+    ):
         super().__init__()
         self.name, self.root, self.seed = name, root, seed
         self.batch, self.batch_val, self.num_workers = batch, batch_val, num_workers
-
+        self.epoch_images, self.val_images = epoch_images, val_images
         self._opened: dict[str, Dataset] = {}
 
     def prepare_data(self) -> None:
@@ -116,23 +141,26 @@ class ImageDataModule(pl.LightningDataModule):
 
     def check_batch(self, processes: int) -> None:
         """Raises DataError if the training images do not fill one batch on each of the processes."""
-        images = len(self._open("train"))
+        images = self.epoch_images or len(self._open("train"))
         if images < self.batch * processes:
+            has = "--epoch_images gives an epoch" if self.epoch_images else f"{self.name} has"
             raise DataError(
-                f"{self.name} has {images} training images, fewer than one batch of {self.batch} on each of "
+                f"{has} {images} training images, fewer than one batch of {self.batch} on each of "
                 f"{processes} processes: use a batch of at most {images // processes}"
             )
 
     def train_dataloader(self) -> DataLoader:
         self.check_batch(self._world_size)
-        return self._loader(self.train, self.batch, shuffle=True)
+        return self._loader(self.train, self.batch, self.epoch_images, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.validation, self.batch_val, shuffle=False)
+        length = min(self.val_images, len(self.validation))
+        return self._loader(self.validation, self.batch_val, length, shuffle=False)
 
-    def _loader(self, dataset: IndexedImages, batch: int, *, shuffle: bool) -> DataLoader:
+    def _loader(self, dataset: IndexedImages, batch: int, length: int, *, shuffle: bool) -> DataLoader:
         rank = self.trainer.global_rank if self.trainer else 0
-        sampler = EpochSampler(len(dataset), seed=self.seed, rank=rank, world_size=self._world_size, shuffle=shuffle)
+        ranks = dict(rank=rank, world_size=self._world_size)
+        sampler = EpochSampler(len(dataset), length=length, seed=self.seed, shuffle=shuffle, **ranks)
         if self.trainer and shuffle:
             # Loader workers read ahead before Lightning calls set_epoch for the first time in a resumed run.
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)

@@ -13,10 +13,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from .DensityVAE.training import DensityTraining
+from .DisentanglementVAE import DisentanglementVAE
 from .evaluation.figures import save_grid, side_by_side
-from .evaluation.synthesis import reconstruct, sample_images
+from .evaluation.synthesis import encode, interpolate, reconstruct, sample_images, traverse
 from .files import whole_file
+from .training import VAETraining
 
 ROWS_BEFORE_WRITING = 50
 
@@ -44,9 +45,10 @@ class CsvFile:
 class MetricsLog(pl.Callback):
     """Writes steps.csv (one row per optimizer step) and epochs.csv (one row per validation), and feeds the dashboard.
 
-    Bits per dimension throughout; layers are numbered from the topmost. steps.csv holds rank 0's own batches,
-    epochs.csv the validation over all ranks, computed with the averaged weights. Values stay on the device until
-    `ROWS_BEFORE_WRITING` rows have come together, so that training is not synchronized at every step.
+    In the unit of the training, bits/dim or nats per image, throughout. kl_0, kl_1, ... are of the layers from the
+    topmost, or of the latent dimensions; beta_kl is β times the rate. steps.csv holds rank 0's own batches, epochs.csv
+    the validation over all ranks, computed with the averaged weights where there are such. Values stay on the device
+    until `ROWS_BEFORE_WRITING` rows have come together, so that training is not synchronized at every step.
 
     Arguments:
         folder: Where the two files are.
@@ -55,7 +57,7 @@ class MetricsLog(pl.Callback):
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self._batches: list[dict[str, Tensor]] = []
         self._grad_norm = torch.tensor(float("nan"))
@@ -66,33 +68,34 @@ class MetricsLog(pl.Callback):
         self._epoch_neg_elbo: list[float] = []
         if not trainer.is_global_zero:
             return
-        kl = [f"kl_{layer}" for layer in range(pl_module.config.depth)]
-        parts = ["neg_elbo", "distortion", "rate", *kl]
-        step = ["step", "epoch", *parts, "grad_norm", "lr", "loss_scale", "images_per_second"]
+        kl = [f"kl_{part}" for part in range(pl_module.model.num_rates)]
+        parts = ["neg_elbo", "distortion", "rate", "beta_kl", *kl]
+        step = ["step", "epoch", *parts, "beta", "grad_norm", "lr", "loss_scale", "images_per_second"]
         epoch = ["step", "epoch", *(f"val_{name}" for name in parts), "train_neg_elbo", "lr"]
         epoch += ["images_per_second", "seconds", "peak_memory_mib"]
         self._steps = CsvFile(self.folder / "steps.csv", step, trainer.global_step)
         self._epochs = CsvFile(self.folder / "epochs.csv", epoch, trainer.global_step)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: DensityTraining, optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: VAETraining, optimizer) -> None:
         grads = [p.grad for p in pl_module.model.parameters() if p.grad is not None]
         self._grad_norm = torch.nn.utils.get_total_norm(grads)
         self._lr = optimizer.param_groups[0]["lr"]  # the scheduler may step before the batch ends
+        self._beta = pl_module.beta  # that of this step, and after it that of the next
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: DensityTraining, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: VAETraining, outputs, batch, batch_idx) -> None:
         self._batches.append(outputs)
         self._images += len(batch[0]) * trainer.world_size
         if trainer.global_step == self._last_step:
             return  # gradients are still being accumulated
         self._last_step = trainer.global_step
-        mean = {
-            name: torch.stack([b[name] for b in self._batches]).mean(0) for name in ("neg_elbo", "distortion", "rates")
-        }
+        names = ("neg_elbo", "distortion", "beta_kl", "rates")
+        mean = {name: torch.stack([b[name] for b in self._batches]).mean(0) for name in names}
         now = time.perf_counter()
         row = {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
             "lr": self._lr,
+            "beta": self._beta,
             "images_per_second": round(self._images / (now - self._step_start), 2),
         }
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -119,16 +122,16 @@ class MetricsLog(pl.Callback):
                 for row in rows:
                     trainer.logger.log_metrics({f"train/{k}": v for k, v in row.items()}, step=row["step"])
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         if not trainer.sanity_checking:
             self._training_seconds = time.perf_counter() - self._epoch_start
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         if trainer.sanity_checking:
             return
         self._write(trainer)
         metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        row = {"step": trainer.global_step, "epoch": trainer.current_epoch, "val_neg_elbo": metrics.pop("val/bpd")}
+        row = {"step": trainer.global_step, "epoch": trainer.current_epoch, "val_neg_elbo": metrics.pop("val/neg_elbo")}
         row |= {name.replace("/", "_"): value for name, value in metrics.items()}
         if self._epoch_neg_elbo:
             row["train_neg_elbo"] = sum(self._epoch_neg_elbo) / len(self._epoch_neg_elbo)
@@ -138,7 +141,7 @@ class MetricsLog(pl.Callback):
         if trainer.is_global_zero:
             self._epochs.append([row])
             print(
-                f"\nstep {row['step']}: validation -ELBO {row['val_neg_elbo']:.3f} bits/dim "
+                f"\nstep {row['step']}: validation -ELBO {row['val_neg_elbo']:.3f} {pl_module.unit} "
                 f"(distortion {row['val_distortion']:.3f}, rate {row['val_rate']:.3f})",
                 flush=True,
             )
@@ -148,21 +151,22 @@ class MetricsLog(pl.Callback):
         self._epoch_neg_elbo, self._epoch_images = [], 0
         self._epoch_start = self._step_start = time.perf_counter()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         self._write(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: DensityTraining, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: VAETraining, exception: BaseException) -> None:
         with contextlib.suppress(RuntimeError):  # a failed GPU has no values left; the first exception counts
             if hasattr(self, "_pending"):
                 self._write(trainer)
 
 
 class ImageGrids(pl.Callback):
-    """At each validation, with the averaged weights: a grid of samples and one of images beside their reconstructions.
+    """At each validation, with the weights that are validated: a grid of samples, and one of images beside their
+    reconstructions; of a disentanglement VAE also traversals of its dimensions and interpolations between images.
 
     Arguments:
-        folder: Where samples_STEP.png and reconstructions_STEP.png go.
-        columns: The grids have `columns` x `columns` images, that of reconstructions `columns // 2` pairs in a row.
+        folder: Where samples_STEP.png, reconstructions_STEP.png, ... go.
+        columns: Grids are `columns` images wide; that of reconstructions has `columns // 2` pairs in a row.
         temperature: Of the samples.
         batch: Images computed at a time.
         seed: The noise is the same at every validation, so that grids can be compared.
@@ -170,7 +174,8 @@ class ImageGrids(pl.Callback):
 
     def __init__(self, folder: str | Path, *, columns: int, temperature: float, batch: int, seed: int):
         self.folder = Path(folder)
-        self.columns, self.temperature, self.batch, self.seed = columns, temperature, batch, seed
+        self.columns, self.temperature = columns, temperature
+        self._noise = dict(seed=seed, batch=batch)
         self._images: list[Tensor] = []
         self._pairs = max(1, columns // 2) * columns
 
@@ -179,19 +184,34 @@ class ImageGrids(pl.Callback):
             images, indices = batch
             self._images.append(images[indices >= 0].cpu())
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: DensityTraining) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         images, self._images = self._images, []
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        model, step = pl_module.averaged_model, trainer.global_step
-        samples = sample_images(model, self.columns**2, self.temperature, seed=self.seed, batch=self.batch)
+        model, step = pl_module.evaluated_model, trainer.global_step
         originals = torch.cat(images)[: self._pairs]
-        pairs = side_by_side(originals, reconstruct(model, originals, seed=self.seed, batch=self.batch))
-        grids = {"samples": (samples, self.columns), "reconstructions": (pairs, 2 * max(1, self.columns // 2))}
+        pairs = side_by_side(originals, reconstruct(model, originals, **self._noise))
+        grids = {
+            "samples": (sample_images(model, self.columns**2, self.temperature, **self._noise), self.columns),
+            "reconstructions": (pairs, 2 * max(1, self.columns // 2)),
+        }
+        if isinstance(model, DisentanglementVAE):
+            frames = max(2, self.columns)
+            grids["traversals"] = (traverse(model, originals[:1], values=frames, batch=self._noise["batch"]), frames)
+            grids["interpolations"] = (self._interpolations(model, originals, frames), frames)
         for name, (grid, columns) in grids.items():
             path = save_grid(grid, self.folder / f"{name}_{step:07d}.png", columns)
             if hasattr(trainer.logger, "log_image"):
                 trainer.logger.log_image(key=f"val/{name}", images=[str(path)], step=step)
+
+    def _interpolations(self, model: DisentanglementVAE, images: Tensor, frames: int) -> Tensor:
+        """A row from each image to the next."""
+        (z,) = encode(model, images[: self.columns + 1], range(len(images)), **self._noise)
+        rows = [
+            interpolate(model, [start], [end], layers=1, temperature=1.0, frames=frames, **self._noise)
+            for start, end in zip(z[:-1].split(1), z[1:].split(1), strict=True)
+        ]
+        return torch.cat(rows) if rows else images[:1]
 
 
 class StepLimit(pl.Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -11,6 +12,31 @@ from .probability import OBSERVATIONS, POSTERIORS, PRIORS
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 ARCHITECTURE = "Architecture"
+
+# What differs from the fields' defaults for a task, and the fields that say nothing to it.
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "density_estimation": {},
+    "disentanglement": dict(
+        dataset="3DShapes",
+        iters=300_000,
+        batch=128,
+        z_size=10,
+        post_model="IsoGaussian",
+        obs_model="DL",
+        sdn_nfeat_0=200,
+        sdn_num_dirs=1,
+        lrate=0.001,
+        lrate_decay=1.0,
+        free_bits=0.0,
+        beta_rate=1e-5,
+        analytic_kl=True,
+        sampling_temperature=1.0,
+    ),
+}
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "density_estimation": (),
+    "disentanglement": ("depth", "ds_list", "downsample_first", "h_size", "sdn_nfeat_diff", "ema_coef"),
+}
 
 
 class ConfigError(ValueError):
@@ -28,11 +54,13 @@ def _flag(default: Any, group: str, meaning: str, choices: tuple[str, ...] | Non
 class TrainConfig:
     """All settings of `train.py`; names are the authors' release's, defaults the CIFAR10 recipe on one device.
 
+    The defaults of the other task, disentanglement on 3D-Shapes, are what `for_task` gives.
+
     Raises:
         ConfigError: from `validate`, before anything is touched.
     """
 
-    task: str = _flag("density_estimation", "Run", "what to train", ("density_estimation",))
+    task: str = _flag("density_estimation", "Run", "what to train", tuple(TASK_DEFAULTS))
     exp_name: str = _flag("sdn", "Run", "name of the experiment: its folder under checkpoints/ and figs/")
     random_seed: int = _flag(1234, "Run", "seed of weights, data order, augmentation and noise")
     iters: int = _flag(1_000_000, "Run", "stop after this many optimizer steps")
@@ -46,12 +74,14 @@ class TrainConfig:
     num_workers: int = _flag(2, "Data", "loader processes of each training process")
     batch: int = _flag(32, "Data", "batch size of each device")
     batch_val: int = _flag(0, "Data", "batch size of validation on each device; 0 or less: the same as batch")
+    epoch_images: int = _flag(0, "Data", "images of an epoch, at whose end checkpoints are written; 0: all")
+    val_images: int = _flag(0, "Data", "validate on the first val_images images; 0: all")
 
     depth: int = _flag(15, ARCHITECTURE, "number of ladder layers; layer 0 is at the image's scale")
     ds_list: list[int] = _flag([5, 10], ARCHITECTURE, "layers that halve the scale, each in 0 ... depth-1")
     downsample_first: bool = _flag(False, ARCHITECTURE, "halve the scale in the first convolution already")
     h_size: int = _flag(200, ARCHITECTURE, "deterministic channels")
-    z_size: int = _flag(4, ARCHITECTURE, "latent channels of each layer")
+    z_size: int = _flag(4, ARCHITECTURE, "latent channels of each layer; disentanglement: latent dimensions")
     post_model: str = _flag("IAF", ARCHITECTURE, "posterior", tuple(POSTERIORS))
     prior_model: str = _flag("IsoGaussian", ARCHITECTURE, "prior", tuple(PRIORS))
     obs_model: str = _flag("DML", ARCHITECTURE, "observation model", OBSERVATIONS)
@@ -66,7 +96,9 @@ class TrainConfig:
 
     lrate: float = _flag(0.002, "Optimization", "learning rate of Adamax")
     lrate_decay: float = _flag(0.999, "Optimization", "multiplies the learning rate after each epoch; 1: constant")
-    free_bits: float = _flag(0.01, "Optimization", "nats of KL that each layer has for free")
+    free_bits: float = _flag(0.01, "Optimization", "nats of KL that each layer (dimension) has for free")
+    beta_final: float = _flag(1.0, "Optimization", "weight of the KL, once annealed")
+    beta_rate: float = _flag(1.0, "Optimization", "part of beta_final that is added each step, from 0; 1: no annealing")
     ema_coef: float = _flag(0.999, "Optimization", "decay per step of the weight average used to evaluate and sample")
     analytic_kl: bool = _flag(False, "Optimization", "closed-form KL; needs --post_model IsoGaussian")
     accumulate_grad_batches: int = _flag(1, "Optimization", "batches per optimizer step")
@@ -95,18 +127,20 @@ class TrainConfig:
             choices, value = field.metadata["choices"], getattr(self, field.name)
             if choices and value is not None and value not in choices:
                 raise ConfigError(f"--{field.name} must be one of {', '.join(choices)}; got {value}")
+            self._require(field.name, not isinstance(value, float) or math.isfinite(value), "a finite number")
         for name in ("iters", "batch", "depth", "h_size", "z_size", "mix_components", "accumulate_grad_batches"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("num_processes", "num_nodes", "check_val_every_n_epoch", "figsize"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("num_workers", "free_bits", "sampling_temperature", "sdn_max_scale", "sdn_min_scale"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("sdn_nfeat_0", "sdn_nfeat_diff", "random_seed"):
+        for name in ("sdn_nfeat_0", "sdn_nfeat_diff", "random_seed", "beta_final", "epoch_images", "val_images"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("gpus", self.gpus is None or self.gpus >= 0, "0 (the CPU) or more")
         self._require("max_epochs", self.max_epochs == -1 or self.max_epochs >= 1, "-1 (no limit) or at least 1")
         self._require("lrate", self.lrate > 0, "above 0")
         self._require("lrate_decay", 0 < self.lrate_decay <= 1, "above 0 and at most 1")
+        self._require("beta_rate", 0 < self.beta_rate <= 1, "above 0 and at most 1")
         self._require("ema_coef", 0 <= self.ema_coef < 1, "at least 0 and below 1")
         self._require("nbits", 1 <= self.nbits <= 8, "1 to 8")
         name_ok = self.exp_name not in ("", ".", "..") and not set(self.exp_name) & set("/\\\0")
@@ -126,6 +160,8 @@ class TrainConfig:
             raise ConfigError("--amp and --precision exclude each other; --amp is --precision 16-mixed")
         if self.analytic_kl and self.post_model != "IsoGaussian":
             raise ConfigError(f"--analytic_kl needs --post_model IsoGaussian; got {self.post_model}")
+        if self.task == "disentanglement" and self.post_model != "IsoGaussian":
+            raise ConfigError(f"--task disentanglement needs --post_model IsoGaussian; got {self.post_model}")
         if self.gpus and self.num_processes > 1:
             raise ConfigError("--num_processes is for the CPU; with --gpus N there are N processes")
 
@@ -140,6 +176,20 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, as a checkpoint stores them."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def for_task(cls, **given: Any) -> TrainConfig:
+        """The fields that are given, the others with the defaults of the task.
+
+        Raises:
+            ConfigError: if the task is unknown, or one of the fields has no effect on it.
+        """
+        task = given.get("task", cls.task)
+        if task not in TASK_DEFAULTS:
+            raise ConfigError(f"--task must be one of {', '.join(TASK_DEFAULTS)}; got {task}")
+        if wrong := [f"--{name}" for name in WITHOUT_EFFECT[task] if name in given]:
+            raise ConfigError(f"{', '.join(wrong)}: without effect on --task {task}, leave it out")
+        return cls(**TASK_DEFAULTS[task] | given)
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> TrainConfig:

@@ -283,7 +283,7 @@ def _training_checkpoint(released: Released, checkpoint: Mapping[str, Any], path
         raise CheckpointError(f"{path}: its hyper-parameters cannot be: {error}") from None
     training = DensityTraining(model, config)
     load_weights(training.model, released, path, averaged=False)
-    load_weights(training.averaged_model, released, path)
+    load_weights(training.evaluated_model, released, path)
     training.average.n_averaged.fill_(released.step)
     optimization = training.configure_optimizers()
     optimizer, scheduler = optimization["optimizer"], optimization["lr_scheduler"]["scheduler"]

@@ -9,9 +9,9 @@ import torch
 from helpers import SMALL, SMALL_SDN
 
 from lib.DensityVAE import DensityVAE
-from lib.DensityVAE.training import free_bits_objective
 from lib.evaluation.likelihood import negative_elbo
 from lib.nn import ResSDNLayer
+from lib.training import objective
 from lib.utils import keyed_noise
 
 
@@ -50,7 +50,7 @@ def test_every_parameter_learns_and_shapes_fit(variant):
     assert [tuple(z.shape) for z in output.latents] == [(2, *shape) for shape in model.latent_shapes]
     assert output.params.shape == (2, model.observation.param_channels, *model.image_shape[1:])
     torch.testing.assert_close(output.elbo, -output.distortion - output.rates.sum(1))
-    free_bits_objective(output, 0.0).backward()
+    objective(output, free_bits=0.0).backward()
     for name, parameter in model.named_parameters():
         one_position = variant == "to scale 1" and name.split(".")[:2] in [["ladder_layers", i] for i in "1234"]
         if parameter.requires_grad and one_position:
@@ -122,8 +122,8 @@ def test_free_bits_follow_the_paper():
         distortion = torch.tensor([10.0, 20.0])
         rates = torch.tensor([[0.0, 3.0], [0.5, 5.0]])  # means 0.25 and 4
 
-    assert free_bits_objective(Fixed, 1.0) == 15 + 1 + 4
-    assert free_bits_objective(Fixed, 0.0) == 15 + 0.25 + 4
+    assert objective(Fixed, free_bits=1.0) == 15 + 1 + 4
+    assert objective(Fixed, free_bits=0.0) == 15 + 0.25 + 4
 
 
 def test_analytic_kl_is_the_expectation_of_the_estimate():
@@ -161,7 +161,7 @@ def test_autocast_is_close_to_float32_with_likelihoods_in_float32(dtype):
         output = model(x, noise)
     assert output.distortion.dtype == output.rates.dtype == torch.float32
     torch.testing.assert_close(output.elbo, exact.elbo, rtol=0.02, atol=0)
-    free_bits_objective(output, 0.0).backward()
+    objective(output, free_bits=0.0).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 

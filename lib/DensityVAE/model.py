@@ -143,6 +143,19 @@ class DensityVAE(nn.Module):
         # them (DEVIATIONS.md).
         self.ladder_layers[-1].up_b.requires_grad_(False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.h.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.h.dtype
+
+    @property
+    def num_rates(self) -> int:
+        """How many parts the KL has: one for each layer."""
+        return len(self.latent_shapes)
+
     def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Output:
         """Encodes and decodes a batch.
 

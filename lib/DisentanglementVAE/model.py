@@ -12,6 +12,7 @@ from ..nn import SDNLayer, make_convolution
 from ..probability import IsoGaussian, make_observation
 
 IMAGE_SIZE = 64
+SDN_SCALE = 32  # to which the layer leads that may be an SDN layer
 HALF_SCALE = (4, 2, 1)  # kernel size, stride, padding
 
 
@@ -98,6 +99,11 @@ class DisentanglementVAE(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.encoder[0].weight.dtype
+
+    @property
+    def num_rates(self) -> int:
+        """How many parts the KL has: one for each latent dimension."""
+        return self.latent_shapes[0][0]
 
     def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Output:
         """Encodes and decodes a batch; the rates are those of the latent dimensions, [B, Z].

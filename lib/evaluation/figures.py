@@ -81,17 +81,17 @@ def save_table(
     return _save(canvas, path)
 
 
-def save_rates(rates: Sequence[float], scales: Sequence[Sequence[int]], path: str | Path) -> Path:
-    """Writes a bar plot of the KL of each layer as PNG.
+def save_rates(rates: Sequence[float], path: str | Path, scales: Sequence[Sequence[int]] = ()) -> Path:
+    """Writes a bar plot of the KL of each layer, or each latent dimension, as PNG.
 
     Arguments:
-        rates: In bits/dim, topmost layer first.
-        scales: (H, W) of each layer's latent.
+        rates: In bits/dim; of layers, the topmost first.
+        scales: (H, W) of each layer's latent; nothing if the rates are of dimensions.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [f"{height}x{width}" for height, width in scales]
+    names = [f"{height}x{width}" for height, width in scales] or [""] * len(rates)
     figure = Figure(figsize=(max(5, 0.55 * len(rates) + 2), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -102,11 +102,12 @@ def save_rates(rates: Sequence[float], scales: Sequence[Sequence[int]], path: st
     for i, rate in enumerate(rates):
         share = f"{100 * rate / total:.0f}%" if total > 0 else ""
         axes.annotate(share, (i, max(rate, 0)), ha="center", va="bottom", fontsize=8)
-    axes.set_xticks(range(len(rates)), [str(i + 1) for i in range(len(rates))])
-    axes.set_xlabel("layer, topmost first")
+    axes.set_xticks(range(len(rates)), [str(i + bool(scales)) for i in range(len(rates))])
+    axes.set_xlabel("layer, topmost first" if scales else "latent dimension")
     axes.set_ylabel("KL (bits/dim)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="scale of z", frameon=False)
+    if scales:
+        axes.legend(title="scale of z", frameon=False)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})
     return Path(path)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..DensityVAE import DensityVAE
+from ..models import VAE
 from ..utils import keyed_noise
 
 try:
@@ -81,7 +81,7 @@ class ImportanceSampler:
         chunk: Rows of one top-down pass.
     """
 
-    def __init__(self, model: DensityVAE, images: Sequence[Tensor], *, samples: int, seed: int, chunk: int):
+    def __init__(self, model: VAE, images: Sequence[Tensor], *, samples: int, seed: int, chunk: int):
         self.model = model
         self.images = images
         self.samples = samples
@@ -117,8 +117,8 @@ class ImportanceSampler:
 
     def encode(self, images: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """The images as data [B, 3, H, W] and their posterior parameters of each layer, top-down order."""
-        levels = torch.stack([self.images[image] for image in images]).to(self.model.h.device)
-        x = self.model.observation.encode(levels).to(self.model.h.dtype)
+        levels = torch.stack([self.images[image] for image in images]).to(self.model.device)
+        x = self.model.observation.encode(levels).to(self.model.dtype)
         return x, self.model.bottom_up(x)[0]
 
     def log_sums(self, images: Sequence[int], encoded: tuple[Tensor, list[Tensor]], numbers: range) -> Tensor:
@@ -129,7 +129,7 @@ class ImportanceSampler:
         _, rates, params = self.model.top_down(
             len(keys),
             posterior=[_repeated(q, len(numbers)) for q in posterior],
-            noise=[eps.to(self.model.h) for eps in noise],
+            noise=[eps.to(self.model.device, self.model.dtype) for eps in noise],
             one_sample_kl=True,
         )
         log_prob = self.model.observation.log_prob(params, _repeated(x, len(numbers)))
@@ -160,16 +160,16 @@ class ImportanceSampler:
         # Only now, past the except block, are the failed pass's tensors free.
         if rows == 1:
             raise LikelihoodError(
-                f"out of memory on {self.model.h.device} with a single importance sample of a single image: free "
+                f"out of memory on {self.model.device} with a single importance sample of a single image: free "
                 f"memory there, or use another device ({message})"
             )
         self.chunk = min(self.chunk, rows // 2)
-        if self.model.h.device.type == "cuda":
+        if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
 
 
-def pick_chunk(model: DensityVAE, sharing: int = 1) -> int:
+def pick_chunk(model: VAE, sharing: int = 1) -> int:
     """Rows of one top-down pass: the largest power of two that should fit into half of the device's free memory.
 
     Arguments:
@@ -181,14 +181,14 @@ def pick_chunk(model: DensityVAE, sharing: int = 1) -> int:
     Raises:
         LikelihoodError: if a single row does not fit.
     """
-    device = model.h.device
+    device = model.device
     largest = LARGEST_CHUNK_CPU if device.type == "cpu" else LARGEST_CHUNK_GPU
     rows = int(_free_memory(device) / 2 / sharing / bytes_per_row(model))
     return min(largest, 2 ** int(math.log2(max(1, rows))))
 
 
 @torch.no_grad()
-def bytes_per_row(model: DensityVAE) -> int:
+def bytes_per_row(model: VAE) -> int:
     """Memory that a row of a pass takes beside the weights: the peak of a pass of one row.
 
     `n` rows take at most `n` times as much: of the tensors alive at any moment, each is in proportion to the rows or

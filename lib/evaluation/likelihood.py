@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..DensityVAE import DensityVAE
+from ..models import VAE
 from ..utils import keyed_noise, nats_to_bits_per_dim
 from .importance import Group, ImportanceSampler, LikelihoodError, pick_chunk
 from .ledger import Ledger
@@ -48,12 +48,12 @@ class Estimate:
 
 
 Progress = Callable[[int, str], None]
-OpenModel = Callable[[str], tuple[DensityVAE, Sequence[Tensor]]]
+OpenModel = Callable[[str], tuple[VAE, Sequence[Tensor]]]
 
 
 @torch.no_grad()
 def negative_elbo(
-    model: DensityVAE, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int, progress: Progress | None = None
+    model: VAE, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int, progress: Progress | None = None
 ) -> dict[str, float | int | list[float]]:
     """Negative ELBO and its parts over a data set, in bits per dimension.
 
@@ -63,8 +63,8 @@ def negative_elbo(
         progress: Called with (images done, running estimate) after each batch.
 
     Returns:
-        `bits_per_dim`, its `standard_error` over images, `distortion`, `rate`, `rate_per_layer` (topmost first), and
-        the number of `images`.
+        `bits_per_dim`, its `standard_error` over images, `nats` for each image, `distortion`, `rate`, the number of
+        `images`, and `rate_per_layer` (topmost first) or, of a disentanglement VAE, `rate_per_dimension`.
 
     Raises:
         LikelihoodError: if the ELBO of an image is not finite.
@@ -74,7 +74,7 @@ def negative_elbo(
         x, indices = _real_images(model, images, indices)
         if not len(indices):
             continue
-        noise = [eps.to(model.h) for eps in keyed_noise(model.latent_shapes, seed, indices)]
+        noise = [eps.to(model.device, model.dtype) for eps in keyed_noise(model.latent_shapes, seed, indices)]
         output = model(x, noise)
         for index, elbo in zip(indices, output.elbo.tolist(), strict=True):
             if not math.isfinite(elbo):
@@ -84,13 +84,14 @@ def negative_elbo(
         rates.add(nats_to_bits_per_dim(output.rates, model.image_shape))
         if progress:
             progress(len(indices), str(total))
-    rate_per_layer = torch.cat(rates.values).mean(0)
+    parts = torch.cat(rates.values).mean(0)
     return {
         "bits_per_dim": total.mean,
         "standard_error": total.standard_error,
+        "nats": total.mean / nats_to_bits_per_dim(1.0, model.image_shape),
         "distortion": distortion.mean,
-        "rate": rate_per_layer.sum().item(),
-        "rate_per_layer": rate_per_layer.tolist(),
+        "rate": parts.sum().item(),
+        "rate_per_layer" if len(model.latent_shapes) == model.num_rates else "rate_per_dimension": parts.tolist(),
         "images": total.count,
     }
 
@@ -266,7 +267,7 @@ class _Job:
             self.write_at[group.images] = now + PARTIAL_SECONDS
 
 
-def _real_images(model: DensityVAE, images: Tensor, indices: Tensor) -> tuple[Tensor, list[int]]:
+def _real_images(model: VAE, images: Tensor, indices: Tensor) -> tuple[Tensor, list[int]]:
     """Encoded images on the model's device without those that pad the batch, and their indices."""
     real = indices >= 0
-    return model.observation.encode(images[real].to(model.h.device)), indices[real].tolist()
+    return model.observation.encode(images[real].to(model.device)), indices[real].tolist()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ..checkpoint import AVERAGE_PREFIX, CheckpointError, is_released, read_checkpoint, stored_config
 from ..config import TrainConfig
-from ..DensityVAE import DensityVAE
+from ..models import VAE, build_model
 from ..released import load_weights, translate
 
 
@@ -19,7 +19,7 @@ from ..released import load_weights, translate
 class LoadedModel:
     """A model for evaluation and where it is from.
 
-    model: With the averaged weights, in evaluation mode, on the CPU.
+    model: With the weights to evaluate, in evaluation mode, on the CPU.
     config: The run's configuration.
     step: Optimizer steps of the run.
     released: Whether the file is in the authors' format.
@@ -27,7 +27,7 @@ class LoadedModel:
     fingerprint: Of weights and architecture, 12 hexadecimal digits: results with another one are another model's.
     """
 
-    model: DensityVAE
+    model: VAE
     config: TrainConfig
     step: int
     released: bool
@@ -59,7 +59,7 @@ def find_checkpoint(name: str | None, path: str | None, folder: Path) -> tuple[P
 
 
 def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], backend: str = "auto") -> LoadedModel:
-    """A run's model with its averaged weights.
+    """A run's model with its averaged weights, or the last ones where training keeps no average.
 
     Arguments:
         path: Checkpoint written by `train.py`, or in the authors' format.
@@ -75,9 +75,7 @@ def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], bac
     if config.dataset not in image_sizes:
         raise CheckpointError(f"{path} is of the data set {config.dataset}; known are {', '.join(image_sizes)}")
     try:
-        model = DensityVAE(
-            image_sizes[config.dataset], **config.architecture(), backend=backend, analytic_kl=config.analytic_kl
-        )
+        model = build_model(replace(config, backend=backend), image_sizes[config.dataset])
     except ValueError as error:
         raise CheckpointError(f"{path}: its configuration cannot be: {error}") from None
     if released:
@@ -87,9 +85,9 @@ def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], bac
         remarks += released.remarks()
     else:
         state = checkpoint["state_dict"]
-        average = {k.removeprefix(AVERAGE_PREFIX): v for k, v in state.items() if k.startswith(AVERAGE_PREFIX)}
+        prefix = AVERAGE_PREFIX if config.task == "density_estimation" else "model."
         try:
-            model.load_state_dict(average)
+            model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path} does not fit its own configuration: {reason[:300]}") from None

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..DensityVAE import DensityVAE
+from ..DisentanglementVAE import DisentanglementVAE
+from ..models import VAE
 from .figures import save_grid, save_image, save_rates, save_table, side_by_side
 from .nearest import nearest_images
-from .synthesis import encode, interpolate, neighborhood, reconstruct, sample_images
+from .synthesis import encode, interpolate, neighborhood, reconstruct, sample_images, traverse
 
 Result = dict[str, Any]
 Track = Callable[[Iterable[Any], str], Iterable[Any]]  # wraps a loop to show its progress under a title
 
 
 def sampling(
-    model: DensityVAE,
+    model: VAE,
     folder: Path,
     *,
     count: int,
@@ -48,7 +49,7 @@ def sampling(
 
 
 def interpolation(
-    model: DensityVAE,
+    model: VAE,
     images: Tensor,
     indices: Sequence[int],
     folder: Path,
@@ -96,8 +97,23 @@ def interpolation(
     }
 
 
+def traversals(
+    model: DisentanglementVAE, images: Tensor, indices: Sequence[int], folder: Path, *, frames: int, batch: int
+) -> Result:
+    """For each image a table with a row for each latent dimension, which goes from -2 to 2 while the others stay."""
+    pictures = []
+    for image, index in zip(images.split(1), indices, strict=True):
+        frames_of = traverse(model, image, values=frames, batch=batch).split(frames)
+        rows = [[image, of_dimension] for of_dimension in frames_of]
+        labels = [f"z{dimension}" for dimension in range(len(rows))]
+        path = save_table(rows, folder / f"traversal_{index}.png", row_labels=labels, columns=frames)
+        caption = f"Validation image {index} (left), and each latent dimension of it from -2 to 2"
+        pictures.append(_entry(path, folder, caption))
+    return {"images": list(indices), "frames": frames, "pictures": pictures}
+
+
 def neighborhoods(
-    model: DensityVAE,
+    model: VAE,
     images: Tensor,
     indices: Sequence[int],
     folder: Path,
@@ -144,7 +160,7 @@ def neighborhoods(
 
 
 def reconstruction(
-    model: DensityVAE, images: Tensor, indices: Sequence[int], folder: Path, *, seed: int, batch: int
+    model: VAE, images: Tensor, indices: Sequence[int], folder: Path, *, seed: int, batch: int
 ) -> Result:
     """A grid of images, each with its reconstruction to its right, and the mean squared error of uint8 levels."""
     reconstructions = reconstruct(model, images, indices=indices, seed=seed, batch=batch)
@@ -156,7 +172,7 @@ def reconstruction(
 
 
 def overfitting(
-    model: DensityVAE,
+    model: VAE,
     queries: dict[str, Tensor],
     training: Iterable[tuple[Tensor, Tensor]],
     folder: Path,
@@ -178,7 +194,7 @@ def overfitting(
         torch.cat(list(queries.values())),
         training,
         count=neighbours,
-        device=model.h.device,
+        device=model.device,
         mirror=mirror,
         prepare=lambda images: observation.to_uint8(observation.encode(images)),
         progress=progress,
@@ -207,23 +223,29 @@ def overfitting(
     }
 
 
-def latents(
-    rate_per_layer: Sequence[float], latent_shapes: Sequence[Sequence[int]], folder: Path, *, images: int
-) -> Result:
-    """How much each layer carries: its KL in bits/dim, as numbers and as a bar plot.
+def latents(elbo: Result, latent_shapes: Sequence[Sequence[int]], folder: Path) -> Result:
+    """How much each layer, or latent dimension, carries: its KL in bits/dim, as numbers and as a bar plot.
 
     Arguments:
-        rate_per_layer: From `negative_elbo` over `images` images.
+        elbo: What `negative_elbo` found.
         latent_shapes: (z_size, H, W) of each layer.
     """
-    path = save_rates(rate_per_layer, [shape[1:] for shape in latent_shapes], folder / "latents.png")
-    total = sum(rate_per_layer)
+    path = folder / "latents.png"
+    if "rate_per_dimension" in elbo:
+        part, facts = "dimension", {}
+        save_rates(elbo["rate_per_dimension"], path)
+    else:
+        scales = [list(shape[1:]) for shape in latent_shapes]
+        part, facts = "layer", {"scale_per_layer": scales}
+        save_rates(elbo["rate_per_layer"], path, scales)
+    rates = elbo[f"rate_per_{part}"]
+    total = sum(rates)
     return {
-        "rate_per_layer": list(rate_per_layer),
-        "share_per_layer": [rate / total if total else 0.0 for rate in rate_per_layer],
-        "scale_per_layer": [list(shape[1:]) for shape in latent_shapes],
-        "images": images,
-        "pictures": [_entry(path, folder, "KL divergence of each layer's posterior from its prior, in bits/dim")],
+        f"rate_per_{part}": list(rates),
+        f"share_per_{part}": [rate / total if total else 0.0 for rate in rates],
+        **facts,
+        "images": elbo["images"],
+        "pictures": [_entry(path, folder, f"KL divergence of each {part}'s posterior from its prior, in bits/dim")],
     }
 
 

@@ -1,4 +1,4 @@
-"""Images from a density VAE: drawn from its prior, reconstructed, interpolated, and drawn around given ones.
+"""Images from a VAE: drawn from its prior, reconstructed, interpolated, traversed, and drawn around given ones.
 
 All noise depends on (seed, image, sample) only, so every function gives the same images again, to the bit on one
 machine with one batch size; another batch size changes nothing but rounding. Layers are counted from the topmost.
@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..DensityVAE import DensityVAE
+from ..DisentanglementVAE import DisentanglementVAE
+from ..models import VAE
 from ..utils import keyed_noise, mixed_seed
 
 OUTPUTS = ("most_probable", "sample")
@@ -19,7 +20,7 @@ OUTPUTS = ("most_probable", "sample")
 
 @torch.no_grad()
 def sample_images(
-    model: DensityVAE, count: int, temperature: float, *, seed: int, batch: int, output: str = "most_probable"
+    model: VAE, count: int, temperature: float, *, seed: int, batch: int, output: str = "most_probable"
 ) -> Tensor:
     """`count` images drawn from the prior, uint8 [count, 3, H, W] on the CPU (paper, Figures 6 left and 10).
 
@@ -44,9 +45,7 @@ def sample_images(
 
 
 @torch.no_grad()
-def reconstruct(
-    model: DensityVAE, images: Tensor, *, seed: int, batch: int, indices: Sequence[int] | None = None
-) -> Tensor:
+def reconstruct(model: VAE, images: Tensor, *, seed: int, batch: int, indices: Sequence[int] | None = None) -> Tensor:
     """Most probable reconstructions of uint8 images [N, 3, H, W], the latents drawn from the posterior; on the CPU.
 
     Arguments:
@@ -62,7 +61,7 @@ def reconstruct(
 
 
 @torch.no_grad()
-def encode(model: DensityVAE, images: Tensor, indices: Sequence[int], *, seed: int, batch: int) -> list[Tensor]:
+def encode(model: VAE, images: Tensor, indices: Sequence[int], *, seed: int, batch: int) -> list[Tensor]:
     """Latents of uint8 images [N, 3, H, W] drawn from the posterior, as in `reconstruct`.
 
     Returns:
@@ -77,7 +76,7 @@ def encode(model: DensityVAE, images: Tensor, indices: Sequence[int], *, seed: i
 
 @torch.no_grad()
 def interpolate(
-    model: DensityVAE,
+    model: VAE,
     start: Sequence[Tensor],
     end: Sequence[Tensor],
     *,
@@ -102,10 +101,13 @@ def interpolate(
     if frames < 2:
         raise ValueError(f"frames must be at least 2, got {frames}")
     images = []
-    weights = torch.linspace(0, 1, frames, dtype=model.h.dtype, device=model.h.device)
+    weights = torch.linspace(0, 1, frames, dtype=model.dtype, device=model.device)
     for part in _batches(range(frames), batch):
-        weight = weights[part.start : part.stop].view(-1, 1, 1, 1)
-        latents = [torch.lerp(a, b, weight) for a, b in zip(start[:layers], end[:layers], strict=True)]
+        weight = weights[part.start : part.stop]
+        latents = [
+            torch.lerp(a, b, weight.view(-1, *[1] * (a.dim() - 1)))
+            for a, b in zip(start[:layers], end[:layers], strict=True)
+        ]
         noise = _noise(model, seed, [0] * len(part), [1] * len(part))
         images.append(_given(model, latents, len(part), temperature, noise))
     return torch.cat(images)
@@ -113,7 +115,7 @@ def interpolate(
 
 @torch.no_grad()
 def neighborhood(
-    model: DensityVAE,
+    model: VAE,
     latents: Sequence[Tensor],
     *,
     index: int,
@@ -135,13 +137,32 @@ def neighborhood(
     _check_layers(model, layers)
     images = []
     for part in _batches(range(count), batch):
-        kept = [z.expand(len(part), -1, -1, -1) for z in latents[:layers]]
+        kept = [z.expand(len(part), *z.shape[1:]) for z in latents[:layers]]
         noise = _noise(model, seed, [index] * len(part), [1 + i for i in part])
         images.append(_given(model, kept, len(part), temperature, noise))
     return torch.cat(images)
 
 
-def _given(model: DensityVAE, latents: list[Tensor], count: int, temperature: float, noise: list[Tensor]) -> Tensor:
+@torch.no_grad()
+def traverse(model: DisentanglementVAE, image: Tensor, *, values: int, batch: int, span: float = 2.0) -> Tensor:
+    """What each latent dimension changes in an image: uint8 [Z * values, 3, H, W] on the CPU, `values` for each.
+
+    One dimension at a time goes from -span to span; the others stay at the image's posterior means.
+
+    Arguments:
+        image: uint8 [1, 3, H, W].
+        values: At least 2.
+    """
+    if values < 2:
+        raise ValueError(f"values must be at least 2, got {values}")
+    means = model.represent(_encoded(model, image))
+    z = means.repeat_interleave(means.shape[1] * values, dim=0).view(-1, values, means.shape[1])
+    dimensions = torch.arange(means.shape[1], device=model.device)
+    z[dimensions, :, dimensions] = torch.linspace(-span, span, values, dtype=model.dtype, device=model.device)
+    return torch.cat([_most_probable(model, model.decode([part])) for part in z.flatten(0, 1).split(batch)])
+
+
+def _given(model: VAE, latents: list[Tensor], count: int, temperature: float, noise: list[Tensor]) -> Tensor:
     """Images whose top layers have the given latents, the others drawn from the prior with `noise`."""
     below = [None] * (len(model.latent_shapes) - len(latents))
     params, _ = model.sample(count, temperature, latents=[*latents, *below], noise=noise)
@@ -152,23 +173,23 @@ def _batches(numbers: range, batch: int) -> Iterator[range]:
     return (numbers[start : start + batch] for start in range(0, len(numbers), batch))
 
 
-def _noise(model: DensityVAE, seed: int, images: Sequence[int], samples: Sequence[int] | None = None) -> list[Tensor]:
-    return [eps.to(model.h) for eps in keyed_noise(model.latent_shapes, seed, images, samples)]
+def _noise(model: VAE, seed: int, images: Sequence[int], samples: Sequence[int] | None = None) -> list[Tensor]:
+    return [eps.to(model.device, model.dtype) for eps in keyed_noise(model.latent_shapes, seed, images, samples)]
 
 
-def _encoded(model: DensityVAE, images: Tensor) -> Tensor:
-    return model.observation.encode(images.to(model.h.device)).to(model.h.dtype)
+def _encoded(model: VAE, images: Tensor) -> Tensor:
+    return model.observation.encode(images.to(model.device)).to(model.dtype)
 
 
-def _most_probable(model: DensityVAE, params: Tensor) -> Tensor:
+def _most_probable(model: VAE, params: Tensor) -> Tensor:
     return model.observation.to_uint8(model.observation.most_probable(params)).cpu()
 
 
-def _draw(model: DensityVAE, params: Tensor, seed: int, index: int) -> Tensor:
+def _draw(model: VAE, params: Tensor, seed: int, index: int) -> Tensor:
     generator = torch.Generator(params.device).manual_seed(mixed_seed(seed, index, -1))
     return model.observation.to_uint8(model.observation.sample(params, generator)).cpu()
 
 
-def _check_layers(model: DensityVAE, layers: int) -> None:
+def _check_layers(model: VAE, layers: int) -> None:
     if layers not in range(1, len(model.latent_shapes) + 1):
         raise ValueError(f"layers must be 1 ... {len(model.latent_shapes)} (the model's depth), got {layers}")
