@@ -208,7 +208,8 @@ def evaluate(
     if flags.elbo or flags.latents:
         elbo = validation_elbo(model, validation, flags)
         if flags.elbo:
-            print(f"-ELBO: {shown(elbo)} bits/dim, {elbo['nats']:.1f} nats ({elbo['images']} images)")
+            nats = f", {elbo['nats']:.1f} nats" if isinstance(model, DisentanglementVAE) else ""
+            print(f"-ELBO: {shown(elbo)} bits/dim{nats} ({elbo['images']} images)")
             yield "elbo", elbo
     if flags.likelihood:
         yield "likelihood", likelihood(loaded, path, validation, flags, folder)

@@ -176,7 +176,7 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
     callbacks = [StepLimit(config.iters), MetricsLog(run_folder), grids, TQDMProgressBar(refresh_rate=10)]
     if config.make_checkpoint:
         common = dict(dirpath=str(run_folder), enable_version_counter=False)
-        if config.task == "density_estimation":  # the best ELBO of an annealed beta is that of a small beta
+        if config.task == "density_estimation":  # the best ELBO of an annealed β is that of a small β (DEVIATIONS.md)
             callbacks.append(ModelCheckpoint(filename="best", monitor="val/neg_elbo", mode="min", **common))
         callbacks.append(ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common))
     else:

@@ -162,7 +162,7 @@ def carry_out(experiment: Experiment, jobs: int) -> list[str]:
         try:
             outcome = one_run(experiment, run, surroundings)
             done += 1
-        except RunError as error:
+        except (RunError, CheckpointError, ConfigError) as error:
             if experiment.stopping.is_set():
                 return
             failed.append(run.folder)

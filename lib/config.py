@@ -158,10 +158,10 @@ class TrainConfig:
             raise ConfigError(f"--sdn_min_scale {self.sdn_min_scale} is above --sdn_max_scale {self.sdn_max_scale}")
         if self.amp and self.precision is not None:
             raise ConfigError("--amp and --precision exclude each other; --amp is --precision 16-mixed")
-        if self.analytic_kl and self.post_model != "IsoGaussian":
-            raise ConfigError(f"--analytic_kl needs --post_model IsoGaussian; got {self.post_model}")
         if self.task == "disentanglement" and self.post_model != "IsoGaussian":
             raise ConfigError(f"--task disentanglement needs --post_model IsoGaussian; got {self.post_model}")
+        if self.analytic_kl and self.post_model != "IsoGaussian":
+            raise ConfigError(f"--analytic_kl needs --post_model IsoGaussian; got {self.post_model}")
         if self.gpus and self.num_processes > 1:
             raise ConfigError("--num_processes is for the CPU; with --gpus N there are N processes")
 

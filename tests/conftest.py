@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import TINY, run
+from helpers import TINY, TINY_BETA, run
 
 
 @pytest.fixture(scope="session")
@@ -30,5 +30,15 @@ def finished(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("run")
     arguments = ["--root", images, "--exp_name", "tiny", "--iters", 6, "--make_checkpoint", "--output_dir", folder]
     done = run("train.py", *TINY, *arguments)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def beta_run(tmp_path_factory):
+    """The output folder of a disentanglement run of 8 steps in two epochs, called beta; β rises to 8 in 4 steps."""
+    folder = tmp_path_factory.mktemp("beta_run")
+    arguments = ["--exp_name", "beta", "--iters", 8, "--beta_final", 8, "--beta_rate", 0.25, "--make_checkpoint"]
+    done = run("train.py", *TINY_BETA, *arguments, "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -20,6 +21,15 @@ TINY = (
     "--post_model IsoGaussian --mix_components 1 --sdn_nfeat_0 6 --sdn_num_dirs 1 --num_workers 0 --gpus 0 "
     "--logger none --figsize 2"
 ).split()
+TINY_BETA = (
+    "--task disentanglement --dataset Shapes3DRendered --batch 4 --batch_val 8 --z_size 3 --sdn_nfeat_0 4 "
+    "--epoch_images 16 --val_images 11 --num_workers 0 --gpus 0 --logger none --figsize 2"
+).split()
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
-import select
 import shutil
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from browser import Browser
 from helpers import REPOSITORY
 from PIL import Image
 
@@ -41,6 +38,7 @@ def all_results(folder) -> dict[str, dict]:
         "elbo": {
             "bits_per_dim": 4.81747,
             "standard_error": 0.08102,
+            "nats": 10257.64,
             "distortion": 4.69808,
             "rate": 0.11939,
             "rate_per_layer": [0.01994, 0.0, 0.09945],
@@ -57,7 +55,13 @@ def all_results(folder) -> dict[str, dict]:
         },
         "sampling": {"temperatures": [0.65, 1.0], "count": 66, "output": "most_probable"},
         "interpolation": {"images": [17, 40], "layers": [2, 1], "temperatures": [0.95], "frames": 9},
+        "disentanglement": {
+            "scores": {"beta_vae": {"score": 0.98765, "train_accuracy": 0.99}, "dci": {"score": 0.5}},
+            "levels": [5, 5, 4],
+            "seconds_per_metric": {"encoding": 6.52, "beta_vae": 0.7},
+        },
         "neighborhood": {"images": [41], "layers": [3], "temperatures": [0.55]},
+        "traversal": {"images": [6], "frames": 11, "rate_per_dimension": [0.02, 0.06]},
         "reconstruction": {"images": 35, "mse": 123.46},
         "overfitting": {
             "searched": 8192,
@@ -140,7 +144,13 @@ def test_every_number_is_in_a_table(tmp_path):
         ["pixels", "most probable"],
         ["images", "17, 40"],
         ["top layers", "2, 1"],
-        ["interpolations in a row", "9"],
+        ["images in a row", "9"],
+        ["BetaVAE", "0.9877 train accuracy 0.99"],
+        ["DCI", "0.5000"],
+        ["levels of each factor", "5, 5, 4"],
+        ["seconds", "encoding 6.52, beta vae 0.7"],
+        ["nats for each image", "10257.6"],
+        ["z1", "0.0600", "75.0%", ""],
         ["mean squared error of levels 0 to 255", "123.5"],
         ["training images searched", "8,192"],
         ["1", "1000 412.3", "1001 500.0, mirrored"],
@@ -262,88 +272,6 @@ def test_an_installed_copy_has_its_template(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x/r.html").is_file()
-
-
-class Browser:
-    """A headless browser without a network; DevTools messages, ended by a zero byte, on its descriptors 3 and 4."""
-
-    OFFLINE = ("--proxy-server=127.0.0.1:9", "--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking")
-
-    def __init__(self, program: str, folder: Path):
-        commands, self.write_end = os.pipe()
-        self.read_end, answers = os.pipe()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
-        self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "bash", program]
-            + [*flags, f"--user-data-dir={folder}", *self.OFFLINE],
-            pass_fds=(commands, answers),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"HOME": str(folder)},
-        )
-        os.close(commands)
-        os.close(answers)
-        self.received, self.events, self.number, self.session = b"", [], 0, {}
-        target = self("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Network", "Log"):
-            self(f"{domain}.enable")
-
-    def __call__(self, method: str, **parameters) -> dict:
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters} | self.session
-        os.write(self.write_end, json.dumps(message).encode() + b"\0")
-        answer = self.wait(lambda message: message.get("id") == self.number)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def wait(self, wanted, timeout: float = 60) -> dict:
-        """The first message that is wanted; those before it are kept as events."""
-        until = time.monotonic() + timeout
-        while True:
-            while b"\0" not in self.received:
-                ready, _, _ = select.select([self.read_end], [], [], max(0, until - time.monotonic()))
-                assert ready, f"the browser has not answered in {timeout} s"
-                part = os.read(self.read_end, 2**20)
-                assert part, "the browser has ended"
-                self.received += part
-            first, self.received = self.received.split(b"\0", 1)
-            message = json.loads(first)
-            if wanted(message):
-                return message
-            self.events.append(message)
-
-    def show(self, path: Path, width: int, height: int, scheme: str) -> None:
-        self.events.clear()
-        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self("Page.navigate", url=path.as_uri())
-        self.wait(lambda message: message.get("method") == "Page.loadEventFired")
-
-    def evaluate(self, expression: str):
-        return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
-
-    def screenshot(self, path: Path) -> Image.Image:
-        """The whole page, also what is below the window."""
-        width, height = self.evaluate("[innerWidth, document.documentElement.scrollHeight]")
-        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-        data = self("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)["data"]
-        path.write_bytes(base64.b64decode(data))
-        return Image.open(path).convert("RGB")
-
-    def said(self, method: str) -> list[dict]:
-        return [event["params"] for event in self.events if event.get("method") == method]
-
-    def close(self) -> None:
-        try:
-            self.session = {}
-            self("Browser.close")
-            self.process.wait(timeout=30)
-        finally:
-            self.process.kill()
-            self.process.wait()
-            os.close(self.write_end)
-            os.close(self.read_end)
 
 
 @pytest.fixture

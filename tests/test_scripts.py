@@ -1,4 +1,4 @@
-"""The shell scripts: recipes as specified, flags passed through, and what is not there yet says so."""
+"""The shell scripts: recipes as specified, flags passed through."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from helpers import REPOSITORY
 
 import train
+from experiments import disentanglement
 from lib.config import TrainConfig
 
 COMMON = dict(batch=32, lrate_decay=0.999, obs_model="DML", nbits=8, z_size=4, h_size=200, free_bits=0.01, gpus=8)
@@ -43,9 +44,7 @@ def flags_of(script: str, *arguments: str, tmp_path, cwd=REPOSITORY) -> TrainCon
     assert done.returncode == 0, done.stderr
     program, *flags = done.stdout.splitlines()
     assert program == "train.py"
-    config = TrainConfig(**vars(train.make_parser().parse_args(flags)))
-    config.validate()
-    return config
+    return train.parse(flags)
 
 
 @pytest.mark.parametrize("script", RECIPES)
@@ -67,11 +66,21 @@ def test_further_flags_win(script, tmp_path):
     assert "expected: unknown" in header and "hardware" in header
 
 
-def test_3dshapes_says_that_it_is_not_there_yet():
-    done = subprocess.run(["bash", str(REPOSITORY / "train_3dshapes.sh")], capture_output=True, text=True)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert "the disentanglement task is not part of this version" in line
+def test_3dshapes_is_the_paper_s_experiment(tmp_path):
+    """5 weights, 2 decoders, 10 seeds; its flags are those of the experiment."""
+    done = subprocess.run(
+        ["bash", str(REPOSITORY / "train_3dshapes.sh"), "--betas", "1", "--iters", "5"],
+        env=os.environ | {"SDN_PYTHON": "echo"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "-m experiments.disentanglement --betas 1 --iters 5\n", done.stderr
+    flags = disentanglement.make_parser().parse_args([])
+    assert flags.betas == [1, 32, 100, 300, 500] and flags.seeds == list(range(10))
+    assert flags.decoders == ["cnn", "sdn"] and flags.jobs == 1 and flags.levels is None
+    header = (REPOSITORY / "train_3dshapes.sh").read_text()
+    assert "expected: unknown" in header and "hardware" in header
 
 
 def test_the_quickstart_promises_what_the_readme_promises():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import re
@@ -10,20 +9,15 @@ import sys
 
 import pytest
 import torch
-from helpers import REPOSITORY, TINY, assert_one_line_error, run
+from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
 
 import train
 from lib.checkpoint import read_checkpoint
 from lib.config import ConfigError, TrainConfig
 
 
-def rows(path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_run_leaves_metrics_pictures_and_a_safe_checkpoint(finished):
-    steps, epochs = (rows(finished / f"checkpoints/tiny/{name}.csv") for name in ("steps", "epochs"))
+    steps, epochs = (csv_rows(finished / f"checkpoints/tiny/{name}.csv") for name in ("steps", "epochs"))
     assert [int(row["step"]) for row in steps] == [1, 2, 3, 4, 5, 6]
     for row in steps:
         parts = float(row["distortion"]) + float(row["kl_0"]) + float(row["kl_1"])
@@ -72,7 +66,7 @@ def test_resuming_equals_never_stopping(tmp_path, images, workers):
     whole, parts = (tmp_path / "checkpoints" / name for name in ("whole", "parts"))
     for file in ("steps.csv", "epochs.csv"):
         columns = ("step", "epoch", "lr", "neg_elbo" if file == "steps.csv" else "val_neg_elbo")
-        a, b = ([[row[c] for c in columns] for row in rows(folder / file)] for folder in (whole, parts))
+        a, b = ([[row[c] for c in columns] for row in csv_rows(folder / file)] for folder in (whole, parts))
         assert a == b, file
     a, b = (read_checkpoint(folder / "last.ckpt")["state_dict"] for folder in (whole, parts))
     for name in a:
@@ -85,7 +79,7 @@ def test_a_resumed_run_takes_the_learning_rate_of_its_flags(tmp_path, images):
     done = run("train.py", *common, "--max_epochs", 3, "--use_checkpoint", "--lrate", 0.001)
     assert done.returncode == 0, done.stderr
     assert "--lrate is now 0.001, was 0.002" in done.stderr
-    rates = [float(row["lr"]) for row in rows(tmp_path / "checkpoints/sdn/steps.csv")]
+    rates = [float(row["lr"]) for row in csv_rows(tmp_path / "checkpoints/sdn/steps.csv")]
     assert rates == [0.002] * 8 + [0.0005] * 8 + [0.00025] * 8
 
 
@@ -95,11 +89,11 @@ def test_a_run_that_ended_inside_an_epoch_goes_on_with_the_next(tmp_path, images
     done = run("train.py", *common, "--iters", 14, "--use_checkpoint")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "checkpoints/sdn"
-    steps = [(int(row["step"]), int(row["epoch"])) for row in rows(folder / "steps.csv")]
+    steps = [(int(row["step"]), int(row["epoch"])) for row in csv_rows(folder / "steps.csv")]
     assert steps == [(step, 0 if step <= 5 else 1 if step <= 13 else 2) for step in range(1, 15)]
     again = run("train.py", *common, "--iters", 14, "--use_checkpoint")
     assert again.returncode == 0, again.stderr
-    assert len(rows(folder / "steps.csv")) == 14, "a run that has all its steps takes none"
+    assert len(csv_rows(folder / "steps.csv")) == 14, "a run that has all its steps takes none"
 
 
 def test_two_processes_train_together(tmp_path, images):
@@ -109,12 +103,12 @@ def test_two_processes_train_together(tmp_path, images):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "checkpoints/pair"
-    assert [int(row["step"]) for row in rows(folder / "steps.csv")] == [1, 2, 3, 4]
+    assert [int(row["step"]) for row in csv_rows(folder / "steps.csv")] == [1, 2, 3, 4]
     last = ["--checkpoint", folder / "last.ckpt", "--seed", 1234]
     alone = run("evaluate.py", *last, "--elbo", "--output_dir", tmp_path)
     assert alone.returncode == 0, alone.stderr
     mean = float(re.search(r"-ELBO: ([\d.]+)", alone.stdout)[1])
-    assert float(rows(folder / "epochs.csv")[-1]["val_neg_elbo"]) == pytest.approx(mean, abs=1e-4), (
+    assert float(csv_rows(folder / "epochs.csv")[-1]["val_neg_elbo"]) == pytest.approx(mean, abs=1e-4), (
         "validation over two ranks counts every image once"
     )
 
@@ -139,7 +133,7 @@ def test_options_run(flags, tmp_path, images):
     assert done.returncode == 0, done.stderr
     assert "no weights of this run are kept" in done.stderr
     assert not list(tmp_path.rglob("*.ckpt"))
-    assert math.isfinite(float(rows(tmp_path / "checkpoints/sdn/epochs.csv")[-1]["val_neg_elbo"]))
+    assert math.isfinite(float(csv_rows(tmp_path / "checkpoints/sdn/epochs.csv")[-1]["val_neg_elbo"]))
     if "--amp" in flags:
         assert "training runs in bf16-mixed" in done.stderr
     if "--profiler_mode" in flags:
@@ -165,7 +159,9 @@ WRONG_FLAGS = [
     (["--dataset", "MNIST"], "--dataset must be one of CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes, "),
     (["--gpus", "99"], "--gpus 99: this machine has"),
     (["--num_processes", "2", "--gpus", "1"], "--num_processes is for the CPU"),
-    (["--task", "disentanglement"], "argument --task: invalid choice: 'disentanglement'"),
+    (["--task", "classification"], "argument --task: invalid choice: 'classification'"),
+    (["--task", "disentanglement"], "--depth, --ds_list, --downsample_first, --h_size: without effect on --task"),
+    (["--lrate", "inf"], "--lrate must be a finite number; got inf"),
     (["--depth", "9", "--ds_list", "1", "2", "3", "4", "5", "--z_size", "0"], "--z_size must be at least 1"),
 ]
 
@@ -298,7 +294,7 @@ def test_help_groups_the_flags_with_their_defaults(capsys):
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name}" in text
         assert f"{field.metadata['group']}:" in text
-    assert "(default: 0.002)" in text
+    assert "(default: 0.002; disentanglement: 0.001)" in " ".join(text.split())
 
 
 def test_readme_table_of_flags_matches_the_parser():

@@ -20,4 +20,4 @@ url=${SDN_DATA_URL:-https://storage.googleapis.com/3d-shapes/3dshapes.h5}
 [ -f "${file%.h5}.uncompressed.h5" ] || "$python" -m data.download "$url" "$file"
 "$python" -m data.shapes3d convert "$file"
 [ "$root" = "$repository/data" ] && flags= || flags=" --root '$root'"
-echo "next: cd '$repository' && '$python' train.py --dataset 3DShapes$flags"
+echo "next: bash '$repository/train_3dshapes.sh'$flags"

@@ -33,8 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Points whose images are drawn at a time. No argument, since the draws depend on it, and a seed is to give the same
-# score whatever the batch size.
+# Points drawn at a time; no argument, since the draws, and so the score of a seed, depend on it.
 GROUP = 256
 # Standard deviation up to which a dimension counts as constant.
 CONSTANT = 1e-6
@@ -71,7 +70,7 @@ def encode_all(represent: Represent, data: FactorData, *, batch_size: int = 512)
     batches. On 3D-Shapes' 480,000 images this is cheaper even for a single score: at the default sizes BetaVAE encodes
     1,920,000 images and FactorVAE 970,000.
     """
-    sizes = _factor_sizes(data)
+    sizes = factor_sizes(data)
     _check_at_least(1, batch_size=batch_size)
     codes = []
     for start in range(0, math.prod(sizes), batch_size):
@@ -313,13 +312,14 @@ METRICS: dict[str, Callable[..., dict[str, float]]] = {
     "dci": dci,
     "sap": sap,
 }
+TITLES = {"beta_vae": "BetaVAE", "factor_vae": "FactorVAE", "mig": "MIG", "dci": "DCI", "sap": "SAP"}
 
 
 class _Source:
     """Random factors and their codes."""
 
     def __init__(self, represent: Represent | Codes, data: FactorData, seed: int, batch_size: int):
-        self.sizes = _factor_sizes(data)
+        self.sizes = factor_sizes(data)
         self.rng = np.random.default_rng(seed)
         self._represent, self._data, self._batch_size = represent, data, batch_size
         self._table = None if callable(represent) else _as_codes(represent, math.prod(self.sizes))
@@ -343,7 +343,8 @@ class _Source:
         return self.codes(factors), factors
 
 
-def _factor_sizes(data: FactorData) -> tuple[int, ...]:
+def factor_sizes(data: FactorData) -> tuple[int, ...]:
+    """Levels of each factor; raises MetricError if `data` has none that metrics can use."""
     if not isinstance(data, FactorData):
         raise MetricError(
             f"{type(data).__name__} has no factors of variation; a metric needs a data set with factor_sizes and "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..DisentanglementVAE import DisentanglementVAE
-from ..DisentanglementVAE.metrics import METRICS, FactorData, MetricError, encode_all
+from ..DisentanglementVAE.metrics import METRICS, FactorData, MetricError, encode_all, factor_sizes
 
 
 class FewerLevels:
@@ -27,7 +27,7 @@ class FewerLevels:
     """
 
     def __init__(self, data: FactorData, levels: Sequence[int]):
-        sizes = data.factor_sizes
+        sizes = factor_sizes(data)
         if len(levels) != len(sizes) or not all(2 <= n <= size for n, size in zip(levels, sizes, strict=True)):
             shown = [" ".join(map(str, numbers)) for numbers in (sizes, levels)]
             raise MetricError(f"--levels must be {len(sizes)} numbers from 2 to {shown[0]}; got {shown[1]}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..DisentanglementVAE.metrics import TITLES
 from ..files import whole_file
 
 # title, place in the paper, what it is
@@ -26,6 +27,17 @@ TASKS = {
         "Table 1",
         "A tighter upper bound on −log p(x) than the negative ELBO, from many weighted posterior samples for each "
         "validation image (Burda et al. 2015); less is better.",
+    ),
+    "disentanglement": (
+        "Disentanglement",
+        "Figure 7",
+        "How well the posterior means separate the factors that the scenes were made from, 1 being best and, for "
+        "BetaVAE and FactorVAE, one over the number of factors chance (Locatello et al. 2019).",
+    ),
+    "traversal": (
+        "Latent traversals",
+        "",
+        "What a latent dimension means: it alone changes along a row, the others stay at the image's posterior means.",
     ),
     "sampling": (
         "Samples",
@@ -199,10 +211,14 @@ def _tables(entry: Mapping[str, Any]) -> list[Table]:
     """Everything in a task's entry but its pictures and where it is from."""
     facts, tables = [], []
     for key, value in entry.items():
-        if key in PROVENANCE or key in ("command", "pictures", "share_per_layer", "scale_per_layer"):
+        if key in PROVENANCE or key in ("command", "pictures", "scale_per_layer") or key.startswith("share_per_"):
             continue
         if key == "rate_per_layer":
             tables.append(_layers(value, entry.get("share_per_layer"), entry.get("scale_per_layer")))
+        elif key == "rate_per_dimension":
+            tables.append(_dimensions(value))
+        elif key == "scores":
+            tables.append(_scores(value))
         elif key == "neighbours":
             tables.append(_neighbours(value))
         else:
@@ -223,6 +239,24 @@ def _layers(rates: Sequence[float], shares: Sequence[float] | None, scales: Sequ
     }
     columns = {name: cells for name, cells in columns.items() if cells}
     return Table("Rate of each layer", list(columns), list(zip(*columns.values(), strict=True)), shares)
+
+
+def _dimensions(rates: Sequence[float]) -> Table:
+    """The rate of each latent dimension, as a number and as a share of the total."""
+    total = sum(rates)
+    shares = [rate / total if total else 0.0 for rate in rates]
+    rows = [(f"z{i}", _bits(rate), f"{share:.1%}") for i, (rate, share) in enumerate(zip(rates, shares, strict=True))]
+    return Table("Rate of each latent dimension", ("dimension", "bits/dim", "share"), rows, shares)
+
+
+def _scores(metrics: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row for each metric: its score, and what else it found."""
+    rows = []
+    for name, values in metrics.items():
+        others = ", ".join(f"{_words(key)} {_shown(value)}" for key, value in values.items() if key != "score")
+        score = _bits(values.get("score"))
+        rows.append((TITLES.get(name, name), (score, others) if others else score))
+    return Table("Scores", ("metric", "score"), rows)
 
 
 def _neighbours(queries: Sequence[Sequence[Mapping[str, Any]]]) -> Table:
@@ -321,6 +355,9 @@ def _words(value: str) -> str:
 FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "bits_per_dim": ("bits/dim", _bits),
     "standard_error": ("standard error over images", _bits),
+    "nats": ("nats for each image", _error),
+    "levels": ("levels of each factor", _shown),
+    "seconds_per_metric": ("seconds", lambda times: ", ".join(f"{_words(k)} {v:g}" for k, v in times.items())),
     "distortion": ("distortion, bits/dim", _bits),
     "rate": ("rate, bits/dim", _bits),
     "images": ("images", _count),
@@ -332,7 +369,7 @@ FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "count": ("samples at each temperature", _count),
     "output": ("pixels", _words),
     "layers": ("top layers", _shown),
-    "frames": ("interpolations in a row", _shown),
+    "frames": ("images in a row", _shown),
     "mse": ("mean squared error of levels 0 to 255", _error),
     "searched": ("training images searched", _count),
     "mirrored_too": ("compared with their mirror images, too", _shown),

@@ -133,6 +133,49 @@ def test_epochs_and_seeds_give_other_orders():
     assert len(orders) == 6
 
 
+@pytest.mark.parametrize("length, world_size", [(4, 1), (5, 1), (7, 2), (13, 1), (25, 1)])
+def test_epochs_of_another_length_go_through_the_same_permutations(length, world_size):
+    """Shorter or longer than the data set of 10: nothing comes twice before everything has come once."""
+    samplers = [
+        EpochSampler(10, length=length, seed=5, rank=rank, world_size=world_size, shuffle=True)
+        for rank in range(world_size)
+    ]
+    keys = []
+    for epoch in range(6):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            assert len(list(sampler)) == len(sampler) == length // world_size
+        share = length // world_size * world_size
+        rows = [key for row in zip(*samplers, strict=True) for key in row]
+        keys += [*rows, *[None] * (length - share)]
+    whole = EpochSampler(10, seed=5, rank=0, world_size=1, shuffle=True)
+    expected = []
+    for epoch in range(-(-6 * length // 10)):
+        whole.set_epoch(epoch)
+        expected += list(whole)
+    assert all(key in (None, other) for key, other in zip(keys, expected, strict=False))
+    assert len(keys) == 6 * length
+
+
+def test_validation_of_the_first_images():
+    shares = [EpochSampler(10, length=5, seed=0, rank=rank, world_size=2, shuffle=False) for rank in (0, 1)]
+    assert [list(share) for share in shares] == [[0, 2, 4], [1, 3, PADDING]]
+
+
+@pytest.mark.usefixtures("few_photos")
+def test_epoch_and_validation_can_be_shortened():
+    data = ImageDataModule("Photos32", "data", 20, 64, num_workers=0, seed=3, epoch_images=70, val_images=40)
+    data.prepare_data()
+    data.setup()
+    assert [len(indices) for _, indices in data.train_dataloader()] == [20, 20, 20]
+    assert [indices.tolist() for _, indices in data.val_dataloader()] == [list(range(40))]
+    data.val_images = 10_000
+    assert sum(len(indices) for _, indices in data.val_dataloader()) == 130, "there are no more"
+    data.epoch_images = 19
+    with pytest.raises(DataError, match="--epoch_images gives an epoch 19 training images, fewer than one batch of 20"):
+        data.train_dataloader()
+
+
 @pytest.mark.parametrize("size, world_size", [(12, 1), (12, 4), (13, 4), (15, 4), (3, 2), (3, 5)])
 def test_validation_counts_each_index_once_over_the_ranks(size, world_size):
     shares = []

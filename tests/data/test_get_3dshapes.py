@@ -36,7 +36,7 @@ def test_the_script_downloads_converts_and_names_the_data_set(tmp_path):
     download, convert, following = done.stdout.splitlines()
     assert download == f"-m data.download https://storage.googleapis.com/3d-shapes/3dshapes.h5 {file}"
     assert convert == f"-m data.shapes3d convert {file}"
-    assert following.endswith(f"train.py --dataset 3DShapes --root '{root}'")
+    assert following == f"next: bash '{REPOSITORY}/train_3dshapes.sh' --root '{root}'"
     uncompressed(file).touch()
     done = run_script(root, SDN_PYTHON=str(fake), SDN_DATA_URL="")
     assert done.stdout.splitlines() == [convert, following]
