@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from data.datamodule import IndexedImages
+from data.datamodule import IndexedImages, as_it_is
 from data.errors import DataError
 from data.get_dataset import DATASETS, get_dataset
 from lib.checkpoint import CheckpointError
@@ -147,9 +147,10 @@ def prepare(flags: argparse.Namespace, loaded: LoadedModel) -> Inputs:
     wrong = [k for k in flags.layers if k not in range(1, depth + 1)]
     if wrong:
         raise ConfigError(f"--layers must be 1 ... {depth} (the model's depth); got {' '.join(map(str, wrong))}")
-    for task, package in (("latents", "matplotlib"), ("report", "jinja2")):
+    for task, package in (("latents", "matplotlib"), ("report", "jinja2"), ("disentanglement", "sklearn")):
         if getattr(flags, task) and not importlib.util.find_spec(package):
-            raise ConfigError(f"--{task} needs the package {package}: pip install {package}")
+            name = {"sklearn": "scikit-learn"}.get(package, package)
+            raise ConfigError(f"--{task} needs the package {name}: pip install {name}")
     if any(getattr(flags, task) for task in TASKS.keys() - {"sampling", "overfitting", "disentanglement"}):
         inputs.validation = get_dataset(dataset, flags.root, "validation")
     if flags.interpolation or flags.traversal or flags.neighborhood:
@@ -319,7 +320,8 @@ def overfitting(model: VAE, inputs: Inputs, mirror: bool, flags: argparse.Namesp
 def in_batches(dataset: Dataset, limit: int, batch: int, num_workers: int) -> Iterable[tuple[Tensor, Tensor]]:
     """The first `limit` images, nothing augmented: (uint8 images [B, 3, H, W], their indices [B])."""
     images = Subset(IndexedImages(dataset, augment=False, flip=False, seed=0), range(limit))
-    return DataLoader(images, batch, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    pin = torch.cuda.is_available()
+    return DataLoader(images, batch, collate_fn=as_it_is, num_workers=num_workers, pin_memory=pin)
 
 
 def report(results: dict[str, Any], loaded: LoadedModel, name: str, folder: Path) -> Path:

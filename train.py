@@ -31,7 +31,7 @@ from lib.cli import OneLineParser, one_line_errors
 from lib.config import TASK_DEFAULTS, ConfigError, TrainConfig, flag_default, flag_type
 from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
-from lib.models import build_model
+from lib.models import VAE, build_model
 
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
@@ -46,10 +46,12 @@ def make_parser() -> OneLineParser:
             groups[title] = parser.add_argument_group(title)
         kind, is_list = flag_type(field.name)
         # The defaults are the task's, and only the configuration knows which flags were given.
-        meaning = field.metadata["meaning"] + ("" if kind is bool else f" (default: {default_text(field)})")
+        default = default_text(field)
+        meaning = field.metadata["meaning"] + ("" if default == "off" else f" (default: {default})")
         options: dict[str, Any] = {"help": meaning, "default": argparse.SUPPRESS}
         if kind is bool:
-            options["action"] = "store_true"
+            on_in_some = any(of.get(field.name) for of in TASK_DEFAULTS.values())
+            options["action"] = argparse.BooleanOptionalAction if on_in_some else "store_true"
         else:
             options |= {"type": kind, "choices": field.metadata["choices"], "metavar": kind.__name__.upper()}
             if field.metadata["choices"]:
@@ -98,7 +100,7 @@ def flag_table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    with one_line_errors("train.py", ConfigError, DataError, CheckpointError):
+    with one_line_errors("train.py", ConfigError, DataError, CheckpointError, OSError):
         config = parse(arguments)
         devices = choose_devices(config)
         run_folder = Path(config.output_dir) / "checkpoints" / config.exp_name
@@ -143,25 +145,32 @@ def find_checkpoint(config: TrainConfig, run_folder: Path) -> Path | None:
     return last
 
 
-def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume_from: Path | None) -> None:
-    """Trains, from `resume_from` if given."""
-    quiet_lightning()
-    pl.seed_everything(config.random_seed, workers=True, verbose=False)
+def make_model(config: TrainConfig) -> VAE:
+    """The model with new weights; raises ConfigError if it cannot be."""
     try:
-        model = build_model(config, DATASETS[config.dataset].shape[1:])
+        return build_model(config, DATASETS[config.dataset].shape[1:])
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    batch_val = config.batch_val if config.batch_val > 0 else config.batch
-    data = ImageDataModule(
+
+
+def make_data(config: TrainConfig) -> ImageDataModule:
+    return ImageDataModule(
         config.dataset,
         config.root,
         config.batch,
-        batch_val,
+        config.batch_val if config.batch_val > 0 else config.batch,
         config.num_workers,
         config.random_seed,
         epoch_images=config.epoch_images,
         val_images=config.val_images,
     )
+
+
+def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume_from: Path | None) -> None:
+    """Trains, from `resume_from` if given."""
+    quiet_lightning()
+    pl.seed_everything(config.random_seed, workers=True, verbose=False)
+    model, data = make_model(config), make_data(config)
     data.prepare_data()
     data.check_batch(devices["devices"] * config.num_nodes)
 
@@ -170,7 +179,7 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         figures,
         columns=config.figsize,
         temperature=config.sampling_temperature,
-        batch=batch_val,
+        batch=data.batch_val,
         seed=config.random_seed,
     )
     callbacks = [StepLimit(config.iters), MetricsLog(run_folder), grids, TQDMProgressBar(refresh_rate=10)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lib.utils import mixed_seed
 
@@ -24,7 +24,8 @@ class IndexedImages(Dataset):
     before. The key -1 gives some image with index -1: it only fills a batch and must not count.
 
     Arguments:
-        dataset: Images; its `draw(index, generator)`, if it has one, is its own augmentation.
+        dataset: Images; its `draw(index, generator)`, if it has one, is its own augmentation, and its `batch(indices)`
+            gives the images of a list of indices at once, faster than one by one.
         augment: Whether to augment at all.
         flip: Whether augmentation flips images left to right with probability 1/2.
         seed: Of the augmentation.
@@ -48,6 +49,19 @@ class IndexedImages(Dataset):
         if self.flip and torch.rand((), generator=generator) < 0.5:
             image = image.flip(-1)
         return image, index
+
+    def __getitems__(self, keys: list[int]) -> tuple[Tensor, Tensor]:
+        """The items of several keys as one batch; torch's loader asks for this where it exists."""
+        if self.augment or not hasattr(self.dataset, "batch"):
+            images, indices = default_collate([self[key] for key in keys])
+            return images, indices
+        indices = torch.tensor([key if key == PADDING else key % len(self.dataset) for key in keys])
+        return self.dataset.batch(indices.clamp(min=0).tolist()), indices
+
+
+def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What `IndexedImages` gives the loader is a batch already."""
+    return batch
 
 
 class EpochSampler(Sampler[int]):
@@ -169,6 +183,7 @@ class ImageDataModule(pl.LightningDataModule):
             batch_size=batch,
             sampler=sampler,
             drop_last=shuffle,
+            collate_fn=as_it_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -76,6 +76,14 @@ class Scenes(Dataset):
             raise IndexError(f"3D-Shapes has {len(self)} images for {self.split}, there is no image {index}")
         return self._image(index if self._listed is None else self._listed[index])
 
+    def batch(self, indices: list[int]) -> Tensor:
+        """The items at `indices` [N] at once: uint8 [N, 3, 64, 64]."""
+        if wrong := [index for index in indices if not 0 <= index < len(self)]:
+            raise IndexError(f"3D-Shapes has {len(self)} images for {self.split}, there is no image {wrong[0]}")
+        scenes = indices if self._listed is None else [self._listed[index] for index in indices]
+        # Contiguous as from torch.stack: convolutions would follow another order of dimensions, and round differently.
+        return self._images(torch.tensor(scenes, dtype=torch.int64)).contiguous()
+
     def factors(self, indices: Tensor) -> Tensor:
         """The factors of scenes [N] as positions in their lists of values: int64 [N, 6]."""
         indices = torch.as_tensor(indices, dtype=torch.int64)

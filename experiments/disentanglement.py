@@ -8,7 +8,9 @@ continue from their last checkpoint.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fcntl
+import importlib.util
 import os
 import queue
 import shlex
@@ -27,7 +29,7 @@ import torch
 import train
 from data.errors import DataError
 from data.get_dataset import get_dataset
-from lib.checkpoint import CheckpointError, read_checkpoint
+from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import ConfigError, TrainConfig
 from lib.DisentanglementVAE.metrics import FactorData, MetricError
@@ -42,6 +44,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BETAS = [1.0, 32.0, 100.0, 300.0, 500.0]
 SEEDS = list(range(10))
 ANNEALED = 1 / 3  # part of the iterations in which β rises: the paper's 100,000 of 300,000
+# Flags of train.py, beside those of its groups Run, Hardware and Logging, that runs of one experiment may differ in.
+FREE = ("num_workers", "root", "batch_val", "epoch_images", "val_images", "beta_final", "sdn_max_scale")
 OURS = {
     "task": "it is disentanglement",
     "exp_name": "use --name",
@@ -82,8 +86,8 @@ def make_parser() -> OneLineParser:
     parser = OneLineParser("train_3dshapes.sh", description=__doc__)
     parser.add_argument("--name", default="3dshapes", help="of the experiment: runs are NAME_cnn_beta1_seed0, ...")
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS, help="weights of the KL, once annealed")
-    parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS), help="networks to compare")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the runs of each beta and decoder")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; several GPUs are given out in turn")
     parser.add_argument("--limit", type=int, default=10_000, help="validation images of the final ELBO")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=DEFAULT_METRICS, help="scores to compute")
@@ -98,13 +102,13 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             experiment = prepare(flags, train_flags)
             failed = carry_out(experiment, flags.jobs)
+            if failed:
+                print(f"train_3dshapes.sh: error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
+            disentanglement_results.main(["--name", flags.name, "--output_dir", experiment.config.output_dir])
         except KeyboardInterrupt:
             print("\ninterrupted: the same command goes on", file=sys.stderr)
             sys.exit(130)
-    disentanglement_results.main(["--name", flags.name, "--output_dir", experiment.config.output_dir])
-    if failed:
-        print(f"train_3dshapes.sh: error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(1 if failed else 0)
 
 
 def prepare(flags: argparse.Namespace, train_flags: list[str]) -> Experiment:
@@ -130,16 +134,46 @@ def prepare(flags: argparse.Namespace, train_flags: list[str]) -> Experiment:
         ]
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    config = train.parse([*train_flags, "--exp_name", runs[0].folder])
+    config = train.parse([*train_flags, "--exp_name", runs[0].folder, "--random_seed", str(max(flags.seeds))])
     train.choose_devices(config)
     if config.gpus and config.gpus > 1:
         raise ConfigError(f"--gpus {config.gpus}: each run is on one GPU; --jobs {config.gpus} uses as many")
+    for package, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
+        if not importlib.util.find_spec(package):
+            raise ConfigError(f"the evaluation needs the package {name}: pip install {name}")
     scenes = get_dataset(config.dataset, config.root, "train")
     if not isinstance(scenes, FactorData):
         raise ConfigError(f"--dataset {config.dataset} has no factors: use 3DShapes or Shapes3DRendered")
     levels = FewerLevels(scenes, flags.levels or scenes.factor_sizes).factor_sizes
+    train.make_data(config).check_batch(1)
+    train.make_model(config)
     limit = min(flags.limit, len(get_dataset(config.dataset, config.root, "validation")))
-    return Experiment(runs, config, train_flags, flags.metrics, list(levels), limit)
+    experiment = Experiment(runs, config, train_flags, flags.metrics, list(levels), limit)
+    for run in runs:
+        check_settings(experiment, run)
+    try:
+        (Path(config.output_dir) / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {config.output_dir}: {error.strerror}") from None
+    return experiment
+
+
+def check_settings(experiment: Experiment, run: Run) -> None:
+    """Raises ConfigError if the run was begun with other settings: their results must not be averaged."""
+    path = experiment.weights(run)
+    if not path.exists():
+        return
+    now, before = experiment.config.to_dict(), stored_config(read_checkpoint(path), path).to_dict()
+    fields = [
+        f.name for f in dataclasses.fields(TrainConfig) if f.metadata["group"] not in ("Run", "Hardware", "Logging")
+    ]
+    wrong = [
+        f"--{name} {before[name]} (now {now[name]})"
+        for name in fields
+        if name not in FREE and now[name] != before[name]
+    ]
+    if wrong:
+        raise ConfigError(f"{path} was trained with {', '.join(wrong)}: give these to go on, or another --name")
 
 
 def carry_out(experiment: Experiment, jobs: int) -> list[str]:
@@ -151,7 +185,7 @@ def carry_out(experiment: Experiment, jobs: int) -> list[str]:
         print(f"{done} of {total} runs are finished already", flush=True)
     slots: queue.Queue[dict[str, str]] = queue.Queue()
     for slot in range(jobs):
-        slots.put(environment(slot, jobs))
+        slots.put(environment(slot, jobs, gpus=0 if experiment.config.gpus == 0 else torch.cuda.device_count()))
     failed = []
 
     def work(run: Run) -> None:
@@ -162,7 +196,9 @@ def carry_out(experiment: Experiment, jobs: int) -> list[str]:
         try:
             outcome = one_run(experiment, run, surroundings)
             done += 1
-        except (RunError, CheckpointError, ConfigError) as error:
+        except LeftToOther:
+            outcome = "left to another process, which is at it"
+        except (RunError, CheckpointError, ConfigError, OSError) as error:
             if experiment.stopping.is_set():
                 return
             failed.append(run.folder)
@@ -188,6 +224,10 @@ class RunError(Exception):
     """A run that failed; the message says why and where its log is."""
 
 
+class LeftToOther(Exception):
+    """A run that another process is at."""
+
+
 def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> str:
     """Trains, goes on with or only evaluates a run; what there is to say of it."""
     folder = experiment.weights(run).parent
@@ -197,7 +237,9 @@ def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> s
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError("another process is at it") from None
+            raise LeftToOther from None
+        if is_evaluated(experiment, run):
+            return "finished by another process"
         story = ""
         if (step := trained_steps(experiment, run)) < experiment.config.iters:
             start = time.perf_counter()
@@ -263,20 +305,21 @@ def is_evaluated(experiment: Experiment, run: Run) -> bool:
     results = experiment.results(run)
     elbo, scores = results.get("elbo", {}), results.get("disentanglement", {})
     return (
-        min(elbo.get("step", -1), scores.get("step", -1)) >= experiment.config.iters
+        experiment.weights(run).exists()
+        and min(elbo.get("step", -1), scores.get("step", -1)) >= experiment.config.iters
+        and elbo["weights"] == scores["weights"]
         and elbo["images"] == experiment.limit
         and scores["levels"] == experiment.levels
         and set(experiment.metrics) <= set(scores["scores"])
     )
 
 
-def environment(slot: int, jobs: int) -> dict[str, str]:
-    """Of the runs in one of the slots: its GPU, or its share of the cores."""
-    count = torch.cuda.device_count()
-    if count > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % count]}
-    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+def environment(slot: int, jobs: int, gpus: int) -> dict[str, str]:
+    """Of the runs in one of the slots: its GPU of several, or its share of the cores if there is none."""
+    if gpus > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
+    if jobs > 1 and not gpus and "OMP_NUM_THREADS" not in os.environ:
         return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     return {}
 

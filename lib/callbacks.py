@@ -151,6 +151,9 @@ class MetricsLog(pl.Callback):
         self._epoch_neg_elbo, self._epoch_images = [], 0
         self._epoch_start = self._step_start = time.perf_counter()
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
+        self._write(trainer)  # before the checkpoint, from which a run goes on with the next step
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         self._write(trainer)
 
@@ -198,7 +201,8 @@ class ImageGrids(pl.Callback):
         if isinstance(model, DisentanglementVAE):
             frames = max(2, self.columns)
             grids["traversals"] = (traverse(model, originals[:1], values=frames, batch=self._noise["batch"]), frames)
-            grids["interpolations"] = (self._interpolations(model, originals, frames), frames)
+            if len(originals) > 1:
+                grids["interpolations"] = (self._interpolations(model, originals, frames), frames)
         for name, (grid, columns) in grids.items():
             path = save_grid(grid, self.folder / f"{name}_{step:07d}.png", columns)
             if hasattr(trainer.logger, "log_image"):
@@ -207,11 +211,9 @@ class ImageGrids(pl.Callback):
     def _interpolations(self, model: DisentanglementVAE, images: Tensor, frames: int) -> Tensor:
         """A row from each image to the next."""
         (z,) = encode(model, images[: self.columns + 1], range(len(images)), **self._noise)
-        rows = [
-            interpolate(model, [start], [end], layers=1, temperature=1.0, frames=frames, **self._noise)
-            for start, end in zip(z[:-1].split(1), z[1:].split(1), strict=True)
-        ]
-        return torch.cat(rows) if rows else images[:1]
+        ends = zip(z[:-1].split(1), z[1:].split(1), strict=True)
+        given = dict(layers=1, temperature=1.0, frames=frames, **self._noise)
+        return torch.cat([interpolate(model, [start], [end], **given) for start, end in ends])
 
 
 class StepLimit(pl.Callback):

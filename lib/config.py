@@ -66,7 +66,7 @@ class TrainConfig:
     iters: int = _flag(1_000_000, "Run", "stop after this many optimizer steps")
     max_epochs: int = _flag(-1, "Run", "stop after this many epochs, if that comes first; -1: no limit")
     output_dir: str = _flag(".", "Run", "where checkpoints/ and figs/ are")
-    make_checkpoint: bool = _flag(False, "Run", "keep checkpoints: the best and the last")
+    make_checkpoint: bool = _flag(False, "Run", "keep checkpoints: the best (density estimation only) and the last")
     use_checkpoint: bool = _flag(False, "Run", "go on from the experiment's last checkpoint")
 
     dataset: str = _flag("CIFAR10", "Data", "CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes or Shapes3DRendered")
@@ -100,7 +100,7 @@ class TrainConfig:
     beta_final: float = _flag(1.0, "Optimization", "weight of the KL, once annealed")
     beta_rate: float = _flag(1.0, "Optimization", "part of beta_final that is added each step, from 0; 1: no annealing")
     ema_coef: float = _flag(0.999, "Optimization", "decay per step of the weight average used to evaluate and sample")
-    analytic_kl: bool = _flag(False, "Optimization", "closed-form KL; needs --post_model IsoGaussian")
+    analytic_kl: bool = _flag(False, "Optimization", "closed-form KL, not one sample; for --post_model IsoGaussian")
     accumulate_grad_batches: int = _flag(1, "Optimization", "batches per optimizer step")
 
     gpus: int | None = _flag(None, "Hardware", "GPUs of each node; default: 1 if there is one, else 0, the CPU")
@@ -136,6 +136,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("sdn_nfeat_0", "sdn_nfeat_diff", "random_seed", "beta_final", "epoch_images", "val_images"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("random_seed", self.random_seed < 2**32, "below 2^32")
         self._require("gpus", self.gpus is None or self.gpus >= 0, "0 (the CPU) or more")
         self._require("max_epochs", self.max_epochs == -1 or self.max_epochs >= 1, "-1 (no limit) or at least 1")
         self._require("lrate", self.lrate > 0, "above 0")

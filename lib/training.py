@@ -120,5 +120,10 @@ class VAETraining(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=self.config.lrate_decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Earlier versions called the monitored metric val/bpd, and Lightning keeps the best one so far under its name.
+        states = checkpoint.get("callbacks", {})
+        checkpoint["callbacks"] = {key.replace("'val/bpd'", "'val/neg_elbo'"): state for key, state in states.items()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["provenance"] = dict(self.provenance)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import REPOSITORY, csv_rows, run
 
 from experiments import disentanglement
@@ -80,7 +81,7 @@ def test_more_metrics_do_not_train_again(carried_out):
 @pytest.mark.slow
 def test_an_interrupted_experiment_goes_on(tmp_path):
     """SIGTERM after the first checkpoint: its children end too, and the runs end as if nothing had been."""
-    flags = [*SMALL, *TWO, "--decoders", "cnn", "--output_dir", str(tmp_path), "--iters", "400"]
+    flags = [*SMALL, *TWO, "--decoders", "cnn", "--output_dir", str(tmp_path), "--beta_rate", "0.1", "--iters", "400"]
     command = [sys.executable, "-m", "experiments.disentanglement", *flags]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
@@ -104,7 +105,55 @@ def test_an_interrupted_experiment_goes_on(tmp_path):
     done = run("-m experiments.disentanglement", *flags)
     assert done.returncode == 0, done.stderr
     assert f"trained from step {stopped} in" in done.stdout
-    assert steps(tmp_path, "few_cnn_beta4_seed3") == list(range(1, stopped + 5))
+    rows = csv_rows(tmp_path / "checkpoints/few_cnn_beta4_seed3/steps.csv")
+    assert [int(row["step"]) for row in rows] == list(range(1, stopped + 5))
+    assert [float(row["beta"]) for row in rows] == pytest.approx([min(4, 0.4 * step) for step in range(stopped + 4)])
+
+
+def test_runs_of_other_settings_are_not_mixed_in(carried_out, capfd):
+    folder, _ = carried_out
+    for flags, told in (
+        (["--batch", "8"], "was trained with --batch 4 (now 8): give these to go on, or another --name"),
+        (["--iters", "60"], "was trained with --beta_rate 0.375 (now 0.05)"),
+        (["--obs_model", "DML", "--nbits", "5"], "was trained with --obs_model DL (now DML), --nbits 8 (now 5)"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            disentanglement.main([*SMALL, *TWO, "--output_dir", str(folder), *flags])
+        assert stop.value.code == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert "_beta4_seed3/last.ckpt" in line and told in line
+
+
+def test_what_counts_as_finished(carried_out, tmp_path):
+    """Not the results of weights that are gone, and not an ELBO and scores of different weights."""
+    folder, _ = carried_out
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    flags, train_flags = disentanglement.make_parser().parse_known_args([*SMALL, *TWO, "--output_dir", str(copy)])
+    experiment = disentanglement.prepare(flags, train_flags)
+    cnn, sdn = experiment.runs
+    assert all(disentanglement.is_evaluated(experiment, run) for run in (cnn, sdn))
+    experiment.weights(cnn).unlink()
+    assert not disentanglement.is_evaluated(experiment, cnn)
+    path = copy / "figs" / sdn.folder / "results.json"
+    results = json.loads(path.read_text())
+    results["elbo"]["weights"] = "0" * 12
+    path.write_text(json.dumps(results))
+    assert not disentanglement.is_evaluated(experiment, sdn)
+
+
+def test_a_run_of_another_process_is_left_to_it(tmp_path, capfd):
+    folder = tmp_path / "checkpoints/few_cnn_beta4_seed3"
+    folder.mkdir(parents=True)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    flags, train_flags = disentanglement.make_parser().parse_known_args(
+        [*SMALL, *TWO, "--decoders", "cnn", "--output_dir", str(tmp_path)]
+    )
+    assert disentanglement.carry_out(disentanglement.prepare(flags, train_flags), 1) == [], "that is no failure"
+    os.close(lock)
+    assert "[0/1] few_cnn_beta4_seed3: left to another process, which is at it" in capfd.readouterr().out
+    assert list(folder.iterdir()) == []
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
@@ -133,6 +182,8 @@ WRONG = [
     (["--levels", "2", "2"], "--levels must be 6 numbers from 2 to"),
     (["--dataset", "Photos32"], "--dataset Photos32 has no factors: use 3DShapes or Shapes3DRendered"),
     (["--name", "a/b"], "an experiment's name is not empty and has no slash"),
+    (["--epoch_images", "3"], "--epoch_images gives an epoch 3 training images, fewer than one batch of 4"),
+    (["--seeds", "99999999999"], "--random_seed must be below 2^32"),
     (["--decoders", "mlp"], "argument --decoders: invalid choice: 'mlp'"),
 ]
 
@@ -149,38 +200,33 @@ def test_wrong_flags_are_one_line(flags, message, tmp_path, capfd):
 
 def test_missing_data_are_said_before_the_first_run(tmp_path, capfd):
     flags = [*SMALL, "--dataset", "3DShapes", "--root", str(tmp_path / "none"), "--output_dir", str(tmp_path)]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         disentanglement.main(flags)
-    assert "get_3dshapes_data.sh" in capfd.readouterr().err
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "get_3dshapes_data.sh" in line
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_runs_share_the_hardware(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    given = [disentanglement.environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    given = [disentanglement.environment(slot, 3, gpus=2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert given == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert disentanglement.environment(1, 3) == {"CUDA_VISIBLE_DEVICES": "7"}
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert disentanglement.environment(1, 3, gpus=2) == {"CUDA_VISIBLE_DEVICES": "7"}
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert disentanglement.environment(0, 3) == {"OMP_NUM_THREADS": "2"}
-    assert disentanglement.environment(0, 1) == {}
+    assert disentanglement.environment(0, 3, gpus=0) == {"OMP_NUM_THREADS": "2"}
+    assert disentanglement.environment(0, 1, gpus=0) == disentanglement.environment(0, 3, gpus=1) == {}
 
 
-def test_finished_seeds_can_be_compared_early(monkeypatch):
+def test_finished_seeds_can_be_compared_early(tmp_path):
     flags = disentanglement.make_parser().parse_args(["--betas", "1", "9", "--seeds", "0", "1", "1"])
-    monkeypatch.setattr(disentanglement, "get_dataset", lambda *given: disentanglement_scenes())
-    experiment = disentanglement.prepare(flags, ["--gpus", "0"])
+    experiment = disentanglement.prepare(
+        flags, ["--gpus", "0", "--dataset", "Shapes3DRendered", "--output_dir", str(tmp_path)]
+    )
     assert experiment.runs == [
         Run("3dshapes", decoder, beta, seed) for seed in (0, 1) for beta in (1.0, 9.0) for decoder in ("cnn", "sdn")
     ]
     assert experiment.train_flags[-2:] == ["--beta_rate", "1e-05"], "the paper's warm-up of 100,000 steps"
-    assert experiment.config.dataset == "3DShapes" and experiment.config.iters == 300_000
-
-
-def disentanglement_scenes():
-    from data.shapes3d import Scenes
-
-    return Scenes("validation")
+    assert experiment.config.iters == 300_000

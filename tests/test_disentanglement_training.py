@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from helpers import TINY_BETA, assert_one_line_error, csv_rows, run
+from helpers import REPOSITORY, TINY, TINY_BETA, assert_one_line_error, csv_rows, run
 
 import train
 from lib.checkpoint import read_checkpoint
 from lib.config import ConfigError, TrainConfig
 from lib.DensityVAE import DensityVAE
 from lib.DisentanglementVAE import DisentanglementVAE
+from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.models import build_model
 from lib.nn import SDNLayer
 from lib.training import annealed_beta, objective
@@ -80,6 +85,56 @@ def test_resuming_equals_never_stopping(tmp_path, beta_run):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+OPTIONS = [
+    ["--obs_model", "DML", "--mix_components", "2", "--nbits", "5", "--sdn_num_dirs", "2", "--free_bits", "0.5"],
+    ["--precision", "64-true", "--batch_val", "2", "--val_images", "3"],
+    ["--amp", "--sdn_max_scale", "0", "--no-analytic_kl", "--z_size", "1"],
+    ["--figsize", "1", "--num_processes", "2"],
+    ["--val_images", "1"],
+]
+
+
+@pytest.mark.parametrize("flags", OPTIONS, ids=[" ".join(flags) for flags in OPTIONS])
+def test_options_run(flags, tmp_path):
+    done = run("train.py", *TINY_BETA, "--iters", 2, "--output_dir", tmp_path, "--make_checkpoint", *flags)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "checkpoints/sdn"
+    assert len(csv_rows(folder / "steps.csv")) == 2 and len(csv_rows(folder / "epochs.csv")) == 1
+    pictures = {path.name.split("_")[0] for path in (tmp_path / "figs/sdn").iterdir()}
+    several = not {"--figsize", "1"} <= set(flags) and flags != ["--val_images", "1"]
+    assert pictures == {"samples", "reconstructions", "traversals"} | ({"interpolations"} if several else set())
+    config = read_checkpoint(folder / "last.ckpt")["hyper_parameters"]
+    assert config["analytic_kl"] == ("--no-analytic_kl" not in flags)
+    if "--z_size" in flags:
+        done = run("evaluate.py", "--model", "sdn", "--elbo", "--limit", 2, "--latents", "--output_dir", tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_all_steps_up_to_a_checkpoint_are_logged(tmp_path):
+    """Killed right after the checkpoint was written, with no validation until then."""
+    code = (
+        "import os, lib.callbacks, train; "
+        "lib.callbacks.StepLimit.on_train_epoch_start = lambda *a: a[1].current_epoch == 1 and os._exit(9); "
+        "train.main()"
+    )
+    command = [sys.executable, "-c", code, *TINY_BETA, "--make_checkpoint", "--iters", "8"]
+    command += ["--check_val_every_n_epoch", "9", "--output_dir", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    assert done.returncode == 9, done.stderr
+    assert read_checkpoint(tmp_path / "checkpoints/sdn/last.ckpt")["global_step"] == 4
+    assert [int(row["step"]) for row in csv_rows(tmp_path / "checkpoints/sdn/steps.csv")] == [1, 2, 3, 4]
+
+
+def test_the_best_result_of_an_earlier_version_is_known():
+    """Its metric was called val/bpd; forgotten, the next validation would take the place of the best checkpoint."""
+    training = DisentanglementTraining(DisentanglementVAE(z_size=3), TrainConfig.for_task(task="disentanglement"))
+    name = "ModelCheckpoint{{'monitor': '{}', 'mode': 'min', 'every_n_train_steps': 0}}"
+    checkpoint = {"callbacks": {name.format("val/bpd"): {"best_model_score": 3.5}, "MetricsLog": {}}}
+    training.on_load_checkpoint(checkpoint)
+    assert checkpoint["callbacks"] == {name.format("val/neg_elbo"): {"best_model_score": 3.5}, "MetricsLog": {}}
+
+
 def test_the_defaults_of_the_task_are_the_specifications():
     config = train.parse(["--task", "disentanglement"])
     expected = dict(dataset="3DShapes", z_size=10, batch=128, lrate=0.001, lrate_decay=1, iters=300_000, beta_rate=1e-5)
@@ -142,8 +197,6 @@ def test_missing_data_say_which_command_gets_them(tmp_path):
 
 
 def test_the_density_vae_takes_a_beta_too(tmp_path, images):
-    from helpers import TINY
-
     flags = ["--root", images, "--output_dir", tmp_path, "--iters", 3, "--beta_final", 2, "--beta_rate", 0.5]
     done = run("train.py", *TINY, *flags)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..DisentanglementVAE import DisentanglementVAE
 from ..models import VAE
 from ..utils import keyed_noise, nats_to_bits_per_dim
 from .importance import Group, ImportanceSampler, LikelihoodError, pick_chunk
@@ -91,7 +92,7 @@ def negative_elbo(
         "nats": total.mean / nats_to_bits_per_dim(1.0, model.image_shape),
         "distortion": distortion.mean,
         "rate": parts.sum().item(),
-        "rate_per_layer" if len(model.latent_shapes) == model.num_rates else "rate_per_dimension": parts.tolist(),
+        "rate_per_dimension" if isinstance(model, DisentanglementVAE) else "rate_per_layer": parts.tolist(),
         "images": total.count,
     }
 

@@ -12,7 +12,7 @@ from .synthesis import OUTPUTS
 
 # In the order in which they run and are reported.
 TASKS = {
-    "elbo": "negative ELBO on the validation images, bits/dim",
+    "elbo": "negative ELBO on the validation images, bits/dim (and nats)",
     "likelihood": "importance-weighted likelihood, bits/dim; interrupted, the same command goes on",
     "disentanglement": "scores of a disentanglement VAE's representation, against the factors of all scenes",
     "latents": "KL of each layer or latent dimension, as a bar plot",
@@ -55,7 +55,7 @@ def make_parser(description: str) -> OneLineParser:
         help="--disentanglement: only so many levels of each factor, evenly spread, to be quick; default: all",
     )
     options.add_argument("--count", type=int, default=64, help="samples at each temperature; reconstructions")
-    temperatures = "of what is drawn; default: 0.6 0.7 0.8 0.9 1 for samples, else 0.6 0.8 1"
+    temperatures = "of what is drawn; default: 0.6 0.7 0.8 0.9 1 for samples, else 0.6 0.8 1; 1 with a single layer"
     options.add_argument("--temperatures", type=float, nargs="+", default=None, help=temperatures)
     options.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="--sampling, --overfitting: pixels")
     options.add_argument(
