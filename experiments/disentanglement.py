@@ -163,7 +163,11 @@ def check_settings(experiment: Experiment, run: Run) -> None:
     path = experiment.weights(run)
     if not path.exists():
         return
-    now, before = experiment.config.to_dict(), stored_config(read_checkpoint(path), path).to_dict()
+    try:
+        before = stored_config(read_checkpoint(path), path).to_dict()
+    except CheckpointError:
+        return  # the run itself will fail, and say so; others need not
+    now = experiment.config.to_dict()
     fields = [
         f.name for f in dataclasses.fields(TrainConfig) if f.metadata["group"] not in ("Run", "Hardware", "Logging")
     ]
