@@ -159,13 +159,14 @@ def test_pictures_come_back_as_they_were_written(tmp_path):
 
 
 def test_the_plot_of_rates_has_a_bar_for_each_layer(tmp_path):
-    path = save_rates([0.5, 0.25, 0.1, 0.0], [(4, 4), (4, 4), (8, 8), (8, 8)], tmp_path / "rates.png")
+    path = save_rates([0.5, 0.25, 0.1, 0.0], tmp_path / "rates.png", [(4, 4), (4, 4), (8, 8), (8, 8)])
     blue, orange = pixels(path, 31, 119, 180), pixels(path, 255, 127, 14)
     first, second = (blue[:, columns].sum() for columns in halves(blue))
     assert first > second > 0 and orange.sum() > 0
-    again = save_rates([0.5, 0.25, 0.1, 0.0], [(4, 4), (4, 4), (8, 8), (8, 8)], tmp_path / "again.png")
+    again = save_rates([0.5, 0.25, 0.1, 0.0], tmp_path / "again.png", [(4, 4), (4, 4), (8, 8), (8, 8)])
     assert path.read_bytes() == again.read_bytes()
-    assert save_rates([0.0], [(1, 1)], tmp_path / "nothing.png").is_file()
+    assert save_rates([0.0], tmp_path / "nothing.png", [(1, 1)]).is_file()
+    assert save_rates([0.5, 0.25], tmp_path / "dimensions.png").is_file()
 
 
 def halves(area: torch.Tensor) -> tuple[slice, slice]:
