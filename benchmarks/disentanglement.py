@@ -287,7 +287,7 @@ def markdown(result: dict) -> str:
     where = ", ".join(filter(None, (about["cpu"], f"{about['cores']} cores", about["gpu"])))
     made_of = f", made of {file['source']} ({file['compression']})" if file and file["source"] else ""
     parts = [
-        f"Without workers, {max(micro, key=micro.get)} dominates {name}; in µs for each image: "
+        f"What dominates {name} without workers: {max(micro, key=micro.get)}; in µs for each image: "
         + ", ".join(f"{part} {shown(value)}" for part, value in micro.items())
         for name, micro in result["loader_parts"].items()
     ]
