@@ -184,6 +184,7 @@ WRONG = [
     (["--name", "a/b"], "an experiment's name is not empty and has no slash"),
     (["--epoch_images", "3"], "--epoch_images gives an epoch 3 training images, fewer than one batch of 4"),
     (["--seeds", "99999999999"], "--random_seed must be below 2^32"),
+    (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: Not a directory"),
     (["--decoders", "mlp"], "argument --decoders: invalid choice: 'mlp'"),
 ]
 

@@ -207,3 +207,8 @@ def test_the_density_vae_takes_a_beta_too(tmp_path, images):
 def test_an_unknown_task_is_named():
     with pytest.raises(ConfigError, match="--task must be one of density_estimation, disentanglement; got x"):
         TrainConfig.for_task(task="x")
+
+
+def test_an_output_folder_that_cannot_be_is_one_line():
+    done = run("train.py", *TINY_BETA, "--output_dir", "/dev/null/x", "--make_checkpoint")
+    assert_one_line_error(done, "train.py: error: ", "Not a directory: '/dev/null/x")

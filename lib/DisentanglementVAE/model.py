@@ -145,11 +145,11 @@ class DisentanglementVAE(nn.Module):
             model's parameters [B, param_channels, 64, 64].
         """
         z = None if latents is None else latents[0]
-        rates = torch.zeros(batch, *self.latent_shapes[0], device=self.device)
+        shape = (batch, *self.latent_shapes[0])
+        rates = torch.zeros(shape, device=self.device)
         if z is None:
             eps = None if noise is None else noise[0]
             if eps is None:
-                shape = (batch, *self.latent_shapes[0])
                 eps = torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
             if posterior is None:
                 z = temperature * eps
