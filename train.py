@@ -7,31 +7,39 @@ import dataclasses
 import logging
 import netrc
 import os
+import re
 import socket
 import subprocess
 import sys
 import urllib.request
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+import torch.distributed as dist
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.profilers import SimpleProfiler
-from pytorch_lightning.utilities import rank_zero_only
 
 from data.datamodule import ImageDataModule
 from data.errors import DataError
 from data.get_dataset import DATASETS
-from lib.callbacks import ImageGrids, MetricsLog, StepLimit
-from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
+from lib.callbacks import ImageGrids, MetricsLog
+from lib.checkpoint import CheckpointError, stored_config
+from lib.checkpointing import Checkpoints, RunProgress, newest_checkpoint, step_checkpoints
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import TASK_DEFAULTS, ConfigError, TrainConfig, flag_default, flag_type
 from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
+from lib.faults import Diverged, SkipNonFinite
+from lib.files import folder_for_one
 from lib.models import VAE, build_model
+from lib.processes import FAILED, Stopped, StopSignals, say, watched
 
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
@@ -100,12 +108,23 @@ def flag_table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Exit status: 0, 1 for a fault of the run, 2 for bad input, 75 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
     with one_line_errors("train.py", ConfigError, DataError, CheckpointError, OSError):
         config = parse(arguments)
         devices = choose_devices(config)
         run_folder = Path(config.output_dir) / "checkpoints" / config.exp_name
-        resume_from = find_checkpoint(config, run_folder)
-        train(config, devices, run_folder, resume_from)
+        with alone_in(run_folder):
+            resume_from = find_checkpoint(config, run_folder)
+            train(config, devices, run_folder, resume_from)
+
+
+def alone_in(run_folder: Path) -> AbstractContextManager[None]:
+    """Keeps a second run out of the folder; the first process of a run holds it for all of them."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+    first = rank == "0" if rank else os.environ.get("LOCAL_RANK", "0") == os.environ.get("NODE_RANK", "0") == "0"
+    if not first:
+        return nullcontext()
+    return folder_for_one(run_folder, f"{run_folder} is in use by another run; wait for it, or give another --exp_name")
 
 
 def choose_devices(config: TrainConfig) -> dict[str, Any]:
@@ -122,23 +141,27 @@ def choose_devices(config: TrainConfig) -> dict[str, Any]:
 
 def find_checkpoint(config: TrainConfig, run_folder: Path) -> Path | None:
     """The checkpoint to go on from. An experiment that exists is never overwritten, nor continued as another one."""
-    last = run_folder / "last.ckpt"
     if not config.use_checkpoint:
-        if any((run_folder / name).exists() for name in ("last.ckpt", "best.ckpt", "steps.csv")):
+        there = [run_folder / name for name in ("last.ckpt", "best.ckpt", "steps.csv")]
+        if step_checkpoints(run_folder) or any(path.exists() for path in there):
             raise ConfigError(
                 f"{run_folder} holds a run already: --use_checkpoint goes on with it, another --exp_name starts anew"
             )
         return None
-    if not last.exists():
-        say(f"--use_checkpoint: there is no {last} yet, so this run starts anew")
+    found = newest_checkpoint(run_folder)
+    if found is None:
+        say(f"--use_checkpoint: there is no checkpoint in {run_folder} yet, so this run starts anew")
         return None
-    stored = stored_config(read_checkpoint(last), last)
+    last, checkpoint = found
+    stored = stored_config(checkpoint, last)
     now, before = config.to_dict(), stored.to_dict()
     changed = [field.name for field in dataclasses.fields(TrainConfig) if now[field.name] != before[field.name]]
     fixed = {*config.architecture(), "task", "dataset"}
     wrong = [f"--{name} {now[name]} (there {before[name]})" for name in changed if name in fixed]
     if wrong:
         raise ConfigError(f"{last} is of another model: {', '.join(wrong)}; use its flags or another --exp_name")
+    if 0 < config.max_epochs < checkpoint["epoch"]:
+        raise ConfigError(f"--max_epochs {config.max_epochs}: {last} has {checkpoint['epoch']} epochs already")
     for name in changed:
         if name not in ("use_checkpoint", "output_dir", "root"):
             say(f"note: --{name} is now {now[name]}, was {before[name]}")
@@ -182,13 +205,23 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         batch=data.batch_val,
         seed=config.random_seed,
     )
-    callbacks = [StepLimit(config.iters), MetricsLog(run_folder), grids, TQDMProgressBar(refresh_rate=10)]
-    if config.make_checkpoint:
-        common = dict(dirpath=str(run_folder), enable_version_counter=False)
-        if config.task == "density_estimation":  # the best ELBO of an annealed β is that of a small β (DEVIATIONS.md)
-            callbacks.append(ModelCheckpoint(filename="best", monitor="val/neg_elbo", mode="min", **common))
-        callbacks.append(ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common))
-    else:
+    checkpoints = Checkpoints(
+        run_folder if config.make_checkpoint else None,
+        StopSignals(),
+        every_n_steps=config.checkpoint_every_n_steps,
+        every_minutes=config.checkpoint_every_minutes,
+        keep=config.keep_last,
+        best=config.task == "density_estimation",  # that of an annealed β is that of a small β (DEVIATIONS.md)
+    )
+    skip = SkipNonFinite(
+        checkpoints,
+        max_skipped=config.max_skipped,
+        max_rollbacks=config.max_rollbacks,
+        rollback_lrate=config.rollback_lrate,
+    )
+    bar = TQDMProgressBar(refresh_rate=10)
+    callbacks = [RunProgress(config.iters), MetricsLog(run_folder), skip, grids, bar, checkpoints]
+    if not config.make_checkpoint:
         say("note: without --make_checkpoint no weights of this run are kept")
     if config.beta_rate * config.iters < 1:
         reached = config.beta_rate * config.iters
@@ -206,10 +239,11 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         precision=precision,
         max_epochs=config.max_epochs,
         accumulate_grad_batches=config.accumulate_grad_batches,
+        gradient_clip_val=config.grad_clip or None,
         check_val_every_n_epoch=config.check_val_every_n_epoch,
         num_sanity_val_steps=1,
         use_distributed_sampler=False,
-        enable_checkpointing=config.make_checkpoint,
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,  # as Checkpoints does it
         callbacks=callbacks,
         logger=make_logger(config, run_folder),
         profiler=profiler,
@@ -217,17 +251,51 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
     )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{config.exp_name}: {parameters:,} parameters, {config.dataset}, {precision}")
-    trainer.fit(
-        TRAINING[config.task](model, config, provenance()),
-        datamodule=data,
-        ckpt_path=str(resume_from) if resume_from else None,
-        weights_only=True,
-    )
+    training = TRAINING[config.task](model, config, provenance())
+    if precision == "64-true":
+        training.double()  # Lightning does it after it has loaded a checkpoint, into float32
+    with faults_in_one_line(), watched(trainer):
+        trainer.fit(
+            training,
+            datamodule=data,
+            ckpt_path=str(resume_from) if resume_from else None,
+            weights_only=True,
+        )
     if profiler:
         say(profiler.summary())
+    if checkpoints.failure:
+        raise checkpoints.failure
     if trainer.is_global_zero:
         kept = f"weights and metrics in {run_folder}" if config.make_checkpoint else f"metrics in {run_folder}"
         print(f"{kept}, pictures in {figures}")
+
+
+@contextmanager
+def faults_in_one_line() -> Iterator[None]:
+    """Ends the process with one line for what is neither bad input nor an error in the program."""
+    again = "--use_checkpoint goes on from the last checkpoint"
+    try:
+        yield
+        return
+    except Stopped as stopped:
+        say(f"train.py: {stopped}")
+        # Lightning kills a main process of which a child ended with a status before it ended itself.
+        launched = "LOCAL_RANK" in os.environ and not (dist.is_torchelastic_launched() or SLURMEnvironment.detect())
+        sys.exit(0 if launched and os.environ["LOCAL_RANK"] != "0" else stopped.status)
+    except Diverged as error:
+        say(f"train.py: error: {error}")
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: error: {str(error).splitlines()[0]} A smaller --batch needs less; {again}", file=sys.stderr)
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1]
+        if re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", str(error)):
+            fault = f"a loader process died, often for lack of memory ({last}); fewer --num_workers need less"
+        elif isinstance(error, dist.DistError) or re.search(r"gloo|nccl|by peer", last, re.IGNORECASE):
+            fault = "lost contact with another process of this run"
+        else:
+            raise
+        print(f"train.py: error: {fault}; {again}", file=sys.stderr, flush=True)
+    sys.exit(FAILED)
 
 
 def make_logger(config: TrainConfig, run_folder: Path) -> pl.loggers.Logger | bool:
@@ -310,15 +378,10 @@ def quiet_lightning() -> None:
         "smaller than the logging interval",
         r"Found \d+ module\(s\) in eval mode",
         "It is recommended to use .*sync_dist=True",
+        "You.re resuming from a checkpoint that ended before the epoch ended",
         "isinstance\\(treespec, LeafSpec\\)",
     ):
         warnings.filterwarnings("ignore", f".*{remark}.*")
-
-
-@rank_zero_only
-def say(message: str) -> None:
-    """One line on stderr, from the first process only."""
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

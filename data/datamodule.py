@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from lib.position import Position
 from lib.utils import mixed_seed
 
 from .errors import DataError
@@ -18,10 +21,10 @@ PADDING = -1
 
 
 class IndexedImages(Dataset):
-    """A data set addressed by keys, `epoch * len(dataset) + index`, whose items are (uint8 [3, H, W], index).
+    """A data set addressed by keys, `pass * len(dataset) + index`, whose items are (uint8 [3, H, W], key).
 
     Augmentation is a pure function of (seed, key), so it depends on neither workers nor ranks nor on what was loaded
-    before. The key -1 gives some image with index -1: it only fills a batch and must not count.
+    before. The key -1 gives some image: it only fills a batch and must not count.
 
     Arguments:
         dataset: Images; its `draw(index, generator)`, if it has one, is its own augmentation, and its `batch(indices)`
@@ -43,25 +46,31 @@ class IndexedImages(Dataset):
             return self.dataset[0], PADDING
         index = key % len(self.dataset)
         if not self.augment:
-            return self.dataset[index], index
+            return self.dataset[index], key
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, key))
         image = self.dataset.draw(index, generator) if hasattr(self.dataset, "draw") else self.dataset[index]
         if self.flip and torch.rand((), generator=generator) < 0.5:
             image = image.flip(-1)
-        return image, index
+        return image, key
 
     def __getitems__(self, keys: list[int]) -> tuple[Tensor, Tensor]:
         """The items of several keys as one batch; torch's loader asks for this where it exists."""
         if self.augment or not hasattr(self.dataset, "batch"):
-            images, indices = default_collate([self[key] for key in keys])
-            return images, indices
-        indices = torch.tensor([key if key == PADDING else key % len(self.dataset) for key in keys])
-        return self.dataset.batch(indices.clamp(min=0).tolist()), indices
+            images, keys = default_collate([self[key] for key in keys])
+            return images, keys
+        indices = [0 if key == PADDING else key % len(self.dataset) for key in keys]
+        return self.dataset.batch(indices), torch.tensor(keys)
 
 
 def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """What `IndexedImages` gives the loader is a batch already."""
     return batch
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """A signal to a whole job reaches loader workers, too, which are needed until the checkpoint is written."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class EpochSampler(Sampler[int]):
@@ -77,12 +86,24 @@ class EpochSampler(Sampler[int]):
         seed: Of the permutations.
         rank, world_size: This process and how many there are.
         shuffle: Whether for training.
+        start: The epoch that a run goes on in, and its images (of all ranks) that are done and left out.
     """
 
-    def __init__(self, size: int, *, length: int = 0, seed: int, rank: int, world_size: int, shuffle: bool):
+    def __init__(
+        self,
+        size: int,
+        *,
+        length: int = 0,
+        seed: int,
+        rank: int,
+        world_size: int,
+        shuffle: bool,
+        start: tuple[int, int] = (0, 0),
+    ):
         self.size, self.length, self.seed, self.shuffle = size, length or size, seed, shuffle
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.start = start
+        self.epoch = start[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
@@ -96,7 +117,8 @@ class EpochSampler(Sampler[int]):
             keys = self._shuffled(self.epoch * self.length, (self.epoch + 1) * self.length)
         else:
             keys = [*range(self.length), *[PADDING] * (len(self) * self.world_size - self.length)]
-        return iter(keys[self.rank : len(self) * self.world_size : self.world_size])
+        done = self.start[1] if self.epoch == self.start[0] else 0
+        return iter(keys[done + self.rank : len(self) * self.world_size : self.world_size])
 
     def _shuffled(self, start: int, stop: int) -> list[int]:
         """Entries of the row of permutations."""
@@ -110,7 +132,7 @@ class EpochSampler(Sampler[int]):
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Batches (uint8 images [B, 3, H, W], int64 indices [B]) of a registered data set.
+    """Batches (uint8 images [B, 3, H, W], int64 keys [B]; in validation, indices) of a registered data set.
 
     Arguments:
         name: A name of `DATASETS`.
@@ -165,26 +187,29 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         self.check_batch(self._world_size)
-        return self._loader(self.train, self.batch, self.epoch_images, shuffle=True)
+        # Loader workers read ahead before Lightning calls set_epoch for the first time.
+        epoch = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
+        module = self.trainer.lightning_module if self.trainer else None
+        position = getattr(module, "position", Position(epoch))
+        global_batch = self.batch * self._world_size
+        start = (position.epoch, position.batches(global_batch) * global_batch)
+        return self._loader(self.train, self.batch, self.epoch_images, shuffle=True, start=start)
 
     def val_dataloader(self) -> DataLoader:
         length = min(self.val_images, len(self.validation))
         return self._loader(self.validation, self.batch_val, length, shuffle=False)
 
-    def _loader(self, dataset: IndexedImages, batch: int, length: int, *, shuffle: bool) -> DataLoader:
-        rank = self.trainer.global_rank if self.trainer else 0
-        ranks = dict(rank=rank, world_size=self._world_size)
-        sampler = EpochSampler(len(dataset), length=length, seed=self.seed, shuffle=shuffle, **ranks)
-        if self.trainer and shuffle:
-            # Loader workers read ahead before Lightning calls set_epoch for the first time in a resumed run.
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+    def _loader(self, dataset: IndexedImages, batch: int, length: int, **order: Any) -> DataLoader:
+        ranks = dict(rank=self.trainer.global_rank if self.trainer else 0, world_size=self._world_size)
+        sampler = EpochSampler(len(dataset), length=length, seed=self.seed, **order, **ranks)
         return DataLoader(
             dataset,
             batch_size=batch,
             sampler=sampler,
-            drop_last=shuffle,
+            drop_last=order["shuffle"],
             collate_fn=as_it_is,
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_the_main_process,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -1,4 +1,4 @@
-"""What happens beside a training step: metrics files, image grids, and a last validation when a run ends."""
+"""What is written beside checkpoints: metrics files and image grids. A full disk costs these, not the run."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from .DisentanglementVAE import DisentanglementVAE
 from .evaluation.figures import save_grid, side_by_side
 from .evaluation.synthesis import encode, interpolate, reconstruct, sample_images, traverse
 from .files import whole_file
+from .processes import say
 from .training import VAETraining
 
 ROWS_BEFORE_WRITING = 50
 
 
 class CsvFile:
-    """A CSV file that a resumed run continues: rows past the step that it resumes from are dropped first."""
+    """A CSV file that a resumed run continues: rows past the step that it resumes from are dropped first.
+
+    Rows that cannot be written (a full disk) are kept, and written with the next ones.
+    """
 
     def __init__(self, path: Path, columns: list[str], resume_step: int):
         self.path, self.columns = path, columns
+        self._unwritten: list[dict[str, Any]] = []
         rows = []
         if resume_step and path.is_file():
             with path.open(newline="") as file:
@@ -36,10 +41,21 @@ class CsvFile:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+        self._size = path.stat().st_size
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerows(rows)
+        reported = bool(self._unwritten)
+        self._unwritten += rows
+        try:
+            with self.path.open("a", newline="") as file:
+                file.truncate(self._size)  # half a row of an attempt before
+                csv.DictWriter(file, self.columns).writerows(self._unwritten)
+                file.flush()
+                self._size = file.tell()
+            self._unwritten = []
+        except OSError as error:
+            if not reported:
+                say(f"note: {self.path} cannot be written ({error.strerror}); its rows wait until it can")
 
 
 class MetricsLog(pl.Callback):
@@ -56,30 +72,38 @@ class MetricsLog(pl.Callback):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        # Since the last validation, of which epochs.csv has the means; they survive a restart.
+        self._since = {"images": 0, "seconds": 0.0, "neg_elbo": 0.0, "steps": 0, "lr": 0.0}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: VAETraining, checkpoint: dict[str, Any]) -> None:
+        self._write(trainer)  # a run goes on from the checkpoint with the next row
+        checkpoint["since_validation"] = self._since | {"seconds": self._seconds()}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: VAETraining, checkpoint: dict[str, Any]) -> None:
+        self._since = dict(checkpoint.get("since_validation", self._since))
+
+    def _seconds(self) -> float:
+        return self._since["seconds"] + time.perf_counter() - self._epoch_start
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
-        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self._batches: list[dict[str, Tensor]] = []
-        self._grad_norm = torch.tensor(float("nan"))
         self._images = 0
         self._last_step = trainer.global_step
         self._step_start = self._epoch_start = time.perf_counter()
-        self._epoch_images = 0
-        self._epoch_neg_elbo: list[float] = []
         if not trainer.is_global_zero:
             return
         kl = [f"kl_{part}" for part in range(pl_module.model.num_rates)]
         parts = ["neg_elbo", "distortion", "rate", "beta_kl", *kl]
-        step = ["step", "epoch", *parts, "beta", "grad_norm", "lr", "loss_scale", "images_per_second"]
+        step = ["step", "epoch", *parts, "beta", "grad_norm", "skipped", "lr", "loss_scale", "images_per_second"]
         epoch = ["step", "epoch", *(f"val_{name}" for name in parts), "train_neg_elbo", "lr"]
         epoch += ["images_per_second", "seconds", "peak_memory_mib"]
         self._steps = CsvFile(self.folder / "steps.csv", step, trainer.global_step)
-        self._epochs = CsvFile(self.folder / "epochs.csv", epoch, trainer.global_step)
+        validated = trainer.global_step - pl_module.position.validate
+        self._epochs = CsvFile(self.folder / "epochs.csv", epoch, validated)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: VAETraining, optimizer) -> None:
-        grads = [p.grad for p in pl_module.model.parameters() if p.grad is not None]
-        self._grad_norm = torch.nn.utils.get_total_norm(grads)
-        self._lr = optimizer.param_groups[0]["lr"]  # the scheduler may step before the batch ends
+        self._since["lr"] = optimizer.param_groups[0]["lr"]  # the scheduler may step before the batch ends
         self._beta = pl_module.beta  # that of this step, and after it that of the next
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: VAETraining, outputs, batch, batch_idx) -> None:
@@ -94,15 +118,16 @@ class MetricsLog(pl.Callback):
         row = {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
-            "lr": self._lr,
+            "lr": self._since["lr"],
             "beta": self._beta,
+            "skipped": int(pl_module.skipped),
             "images_per_second": round(self._images / (now - self._step_start), 2),
         }
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             row["loss_scale"] = scaler.get_scale()
-        self._pending.append((row, mean | {"grad_norm": self._grad_norm}))
-        self._epoch_images += self._images
+        self._pending.append((row, mean | {"grad_norm": pl_module.grad_norm}))
+        self._since["images"] += self._images
         self._batches, self._images, self._step_start = [], 0, now
         if len(self._pending) >= ROWS_BEFORE_WRITING:
             self._write(trainer)
@@ -115,7 +140,10 @@ class MetricsLog(pl.Callback):
             row |= {"rate": sum(rates)} | {f"kl_{layer}": rate for layer, rate in enumerate(rates)}
             rows.append(row)
         self._pending = []
-        self._epoch_neg_elbo += [row["neg_elbo"] for row in rows]
+        for row in rows:
+            if not row["skipped"]:
+                self._since["neg_elbo"] += row["neg_elbo"]
+                self._since["steps"] += 1
         if rows and trainer.is_global_zero:
             self._steps.append(rows)
             if trainer.logger:
@@ -124,7 +152,7 @@ class MetricsLog(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         if not trainer.sanity_checking:
-            self._training_seconds = time.perf_counter() - self._epoch_start
+            self._training_seconds = self._seconds()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         if trainer.sanity_checking:
@@ -133,10 +161,11 @@ class MetricsLog(pl.Callback):
         metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         row = {"step": trainer.global_step, "epoch": trainer.current_epoch, "val_neg_elbo": metrics.pop("val/neg_elbo")}
         row |= {name.replace("/", "_"): value for name, value in metrics.items()}
-        if self._epoch_neg_elbo:
-            row["train_neg_elbo"] = sum(self._epoch_neg_elbo) / len(self._epoch_neg_elbo)
-        row |= {"lr": self._lr, "images_per_second": round(self._epoch_images / self._training_seconds, 2)}
-        row["seconds"] = round(time.perf_counter() - self._epoch_start, 2)
+        if self._since["steps"]:
+            row["train_neg_elbo"] = self._since["neg_elbo"] / self._since["steps"]
+        row["lr"] = self._since["lr"]
+        row["images_per_second"] = round(self._since["images"] / self._training_seconds, 2)
+        row["seconds"] = round(self._seconds(), 2)
         row["peak_memory_mib"] = round(peak_memory(pl_module.device) / 2**20)
         if trainer.is_global_zero:
             self._epochs.append([row])
@@ -148,19 +177,15 @@ class MetricsLog(pl.Callback):
             if trainer.logger:
                 values = {k.replace("val_", "val/", 1): v for k, v in row.items()}
                 trainer.logger.log_metrics(values, step=trainer.global_step)
-        self._epoch_neg_elbo, self._epoch_images = [], 0
+        self._since = dict.fromkeys(self._since, 0)
         self._epoch_start = self._step_start = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
-        self._write(trainer)  # before the checkpoint, from which a run goes on with the next step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         self._write(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: VAETraining, exception: BaseException) -> None:
         with contextlib.suppress(RuntimeError):  # a failed GPU has no values left; the first exception counts
-            if hasattr(self, "_pending"):
-                self._write(trainer)
+            self._write(trainer)
 
 
 class ImageGrids(pl.Callback):
@@ -204,7 +229,12 @@ class ImageGrids(pl.Callback):
             if len(originals) > 1:
                 grids["interpolations"] = (self._interpolations(model, originals, frames), frames)
         for name, (grid, columns) in grids.items():
-            path = save_grid(grid, self.folder / f"{name}_{step:07d}.png", columns)
+            path = self.folder / f"{name}_{step:07d}.png"
+            try:
+                save_grid(grid, path, columns)
+            except OSError as error:
+                say(f"note: {path} cannot be written: {error.strerror or error}")
+                continue
             if hasattr(trainer.logger, "log_image"):
                 trainer.logger.log_image(key=f"val/{name}", images=[str(path)], step=step)
 
@@ -214,31 +244,6 @@ class ImageGrids(pl.Callback):
         ends = zip(z[:-1].split(1), z[1:].split(1), strict=True)
         given = dict(layers=1, temperature=1.0, frames=frames, **self._noise)
         return torch.cat([interpolate(model, [start], [end], **given) for start, end in ends])
-
-
-class StepLimit(pl.Callback):
-    """Ends a run after a number of optimizer steps, or at the Trainer's epoch limit, with a last validation.
-
-    Lightning's own `max_steps` would end it without one, and miscounts epochs when such a run resumes.
-
-    Arguments:
-        steps: The limit.
-    """
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.should_stop = trainer.global_step >= self.steps
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch + 1 == trainer.max_epochs:
-            trainer.check_val_every_n_epoch = 1
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if trainer.global_step >= self.steps:
-            trainer.check_val_every_n_epoch = 1
-            trainer.should_stop = True
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,19 +1,23 @@
-"""Reading checkpoints without executing anything that is stored in them."""
+"""Checkpoint files: written whole and with a hash of themselves, read without executing anything stored in them."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from .config import ConfigError, TrainConfig
+from .files import whole_file
 
 AVERAGE_PREFIX = "average.module."
 RELEASED_AVERAGE = "ema.shadow_params."  # before a parameter's name, whose dots are carets; the authors' format
+SEAL = b"sha256="  # and 64 digits: the comment of the ZIP archive that a checkpoint is
+ARCHIVE_END = b"PK\x05\x06"  # begins the archive's last record, whose last 2 of 22 bytes are the comment's length
 REQUIRED = {"state_dict", "hyper_parameters", "global_step"}
 
 # What old checkpoints may hold among their settings: pytorch-lightning 0.9's kind of dictionary, which becomes a plain
@@ -41,6 +45,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
+    sealed = check_seal(path)
     try:
         with torch.serialization.safe_globals(PLAIN_VALUES):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -57,9 +62,57 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks {', '.join(lacking)}")
     if not all(isinstance(checkpoint[name], dict) for name in ("state_dict", "hyper_parameters")):
         raise CheckpointError(f"{path} is not a checkpoint of this project: its tensors are no dictionary")
+    if checkpoint.get("sealed") and not sealed:
+        raise CheckpointError(f"{path} is damaged: the hash at its end is missing")
     if not all(isinstance(name, str) for name in checkpoint["state_dict"]):
         raise CheckpointError(f"{path} is not a checkpoint of this project: its tensors have no names")
     return checkpoint
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Writes a checkpoint, whole or not at all, with its SHA-256 hash at its end.
+
+    Raises:
+        OSError: if it cannot be written; what was at `path` is still there.
+    """
+    with whole_file(path) as partial:
+        try:
+            torch.save(checkpoint | {"sealed": True}, partial)
+        except RuntimeError as error:  # torch's writer in C++ says so if the disk is full
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} could not be written ({reason}); is the disk full?") from error
+        with partial.open("r+b") as file:
+            comment = SEAL + digest(file, partial.stat().st_size - 2).encode()
+            file.seek(-2, 2)
+            file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def check_seal(path: Path) -> bool:
+    """Compares a file with the hash at its end; whether it has one.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    length = len(SEAL) + 64
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - length - 22))
+        end = file.read()
+        if end[:4] != ARCHIVE_END or not end[22:].startswith(SEAL):
+            return False  # by an earlier version or another program, or cut off
+        if digest(file, size - length - 2).encode() != end[22 + len(SEAL) :]:
+            raise CheckpointError(f"{path} is damaged: its content differs from the hash stored with it")
+    return True
+
+
+def digest(file: BinaryIO, size: int) -> str:
+    """SHA-256 of the first `size` bytes of a file, in hexadecimal digits."""
+    content = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (block := file.read(min(size, 2**20))):
+        content.update(block)
+        size -= len(block)
+    return content.hexdigest()
 
 
 def is_released(checkpoint: dict[str, Any]) -> bool:

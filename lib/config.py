@@ -11,7 +11,9 @@ from .nn import BACKENDS, BORDERS
 from .probability import OBSERVATIONS, POSTERIORS, PRIORS
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+NOISES = ("batch", "image")
 ARCHITECTURE = "Architecture"
+SAFETY = "Safety"
 
 # What differs from the fields' defaults for a task, and the fields that say nothing to it.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -67,7 +69,15 @@ class TrainConfig:
     max_epochs: int = _flag(-1, "Run", "stop after this many epochs, if that comes first; -1: no limit")
     output_dir: str = _flag(".", "Run", "where checkpoints/ and figs/ are")
     make_checkpoint: bool = _flag(False, "Run", "keep checkpoints: the best (density estimation only) and the last")
-    use_checkpoint: bool = _flag(False, "Run", "go on from the experiment's last checkpoint")
+    use_checkpoint: bool = _flag(False, "Run", "go on from the experiment's last checkpoint, if there is one")
+
+    checkpoint_every_n_steps: int = _flag(0, SAFETY, "optimizer steps between checkpoints inside an epoch; 0: any")
+    checkpoint_every_minutes: float = _flag(10.0, SAFETY, "minutes between checkpoints inside an epoch; 0: any")
+    keep_last: int = _flag(2, SAFETY, "how many of the last checkpoints to keep, beside the best")
+    grad_clip: float = _flag(0.0, SAFETY, "scale gradients down to this norm; 0: never")
+    max_skipped: int = _flag(20, SAFETY, "go back after so many steps in a row with a loss or gradient not finite")
+    max_rollbacks: int = _flag(3, SAFETY, "stop instead of going back to an earlier checkpoint more often")
+    rollback_lrate: float = _flag(0.5, SAFETY, "multiplies the learning rate when a run goes back")
 
     dataset: str = _flag("CIFAR10", "Data", "CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes or Shapes3DRendered")
     root: str = _flag("data", "Data", "folder that holds the data sets")
@@ -102,6 +112,9 @@ class TrainConfig:
     ema_coef: float = _flag(0.999, "Optimization", "decay per step of the weight average used to evaluate and sample")
     analytic_kl: bool = _flag(False, "Optimization", "closed-form KL, not one sample; for --post_model IsoGaussian")
     accumulate_grad_batches: int = _flag(1, "Optimization", "batches per optimizer step")
+    noise: str = _flag(
+        "batch", "Optimization", "drawn by batch, or by image: then the number of processes has no influence", NOISES
+    )
 
     gpus: int | None = _flag(None, "Hardware", "GPUs of each node; default: 1 if there is one, else 0, the CPU")
     num_processes: int = _flag(1, "Hardware", "processes of each node when --gpus is 0")
@@ -130,11 +143,13 @@ class TrainConfig:
             self._require(field.name, not isinstance(value, float) or math.isfinite(value), "a finite number")
         for name in ("iters", "batch", "depth", "h_size", "z_size", "mix_components", "accumulate_grad_batches"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("num_processes", "num_nodes", "check_val_every_n_epoch", "figsize"):
+        for name in ("num_processes", "num_nodes", "check_val_every_n_epoch", "figsize", "keep_last", "max_skipped"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("num_workers", "free_bits", "sampling_temperature", "sdn_max_scale", "sdn_min_scale"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("sdn_nfeat_0", "sdn_nfeat_diff", "random_seed", "beta_final", "epoch_images", "val_images"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "grad_clip", "max_rollbacks"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("random_seed", self.random_seed < 2**32, "below 2^32")
         self._require("gpus", self.gpus is None or self.gpus >= 0, "0 (the CPU) or more")
@@ -142,6 +157,7 @@ class TrainConfig:
         self._require("lrate", self.lrate > 0, "above 0")
         self._require("lrate_decay", 0 < self.lrate_decay <= 1, "above 0 and at most 1")
         self._require("beta_rate", 0 < self.beta_rate <= 1, "above 0 and at most 1")
+        self._require("rollback_lrate", 0 < self.rollback_lrate <= 1, "above 0 and at most 1")
         self._require("ema_coef", 0 <= self.ema_coef < 1, "at least 0 and below 1")
         self._require("nbits", 1 <= self.nbits <= 8, "1 to 8")
         name_ok = self.exp_name not in ("", ".", "..") and not set(self.exp_name) & set("/\\\0")

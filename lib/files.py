@@ -1,24 +1,75 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, and folders that one process has for itself."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+PARTIAL = ".partial"
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Gives the path of a new file to write, which takes the place of `path` at the end and is removed on failure.
 
-    The folder is made if it is missing.
+    The folder is made if it is missing. The file is on the disk, not only in the system's memory, before it takes the
+    place, so that a machine that loses power keeps one of the two.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def second_name(path: Path, name: Path) -> None:
+    """Gives a file another name, in place of what had it; a copy where the file system knows no hard links."""
+    with whole_file(name) as partial:
+        try:
+            os.link(path, partial)
+        except OSError:
+            shutil.copyfile(path, partial)
+
+
+@contextmanager
+def folder_for_one(folder: Path, message: str) -> Iterator[None]:
+    """Holds a folder for this process, until the end of the block or of the process; leaves none that stays empty.
+
+    Raises:
+        BlockingIOError: with the message, if another process holds it.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError  # its holder removed it a moment ago, and another may hold a new one
+        except BlockingIOError:
+            raise BlockingIOError(message) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            for made in new:
+                with suppress(OSError):  # not empty
+                    made.rmdir()

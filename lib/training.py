@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from torchmetrics import MeanMetric
 
 from .config import TrainConfig
 from .models import VAE, Output
+from .position import Position, set_loops
 from .utils import keyed_noise, mixed_seed
 
 
@@ -29,11 +33,23 @@ def objective(output: Output, *, beta: float = 1.0, free_bits: float = 0.0) -> T
     return output.distortion.mean() + beta * output.rates.mean(0).clamp(min=free_bits).sum()
 
 
+def mean_of_many() -> MeanMetric:
+    """A mean over all ranks that is summed in float64: how images are shared out changes nothing that is logged."""
+    return MeanMetric().set_dtype(torch.float64)
+
+
 class VAETraining(pl.LightningModule):
     """Trains a VAE and validates it.
 
-    Batches are (uint8 images [B, 3, H, W], indices [B]); an index of -1 marks an image that only pads the batch.
-    Subclasses say in which `unit` metrics are, and may validate other weights than those that are trained.
+    Batches are (uint8 images [B, 3, H, W], keys [B]); a key says which image it is and in which pass over the data, and
+    -1 marks an image that only pads the batch. Subclasses say in which `unit` metrics are, and may validate other
+    weights than those that are trained.
+
+    Attributes:
+        position: Where the run is; callbacks keep it up to date.
+        lrate_factor: Of the learning rate, below 1 once a run went back to an earlier checkpoint.
+        grad_norm: Of the last optimizer step, before clipping.
+        skipped: Whether the last optimizer step changed nothing, as its loss or a gradient was not finite.
 
     Arguments:
         model: The model to train.
@@ -49,8 +65,12 @@ class VAETraining(pl.LightningModule):
         self.config = config
         self.provenance = provenance or {}
         self.model = model
-        self.val_distortion = MeanMetric()
-        self.val_rates = nn.ModuleList(MeanMetric() for _ in range(model.num_rates))
+        self.val_distortion = mean_of_many()
+        self.val_rates = nn.ModuleList(mean_of_many() for _ in range(model.num_rates))
+        self.position = Position()
+        self.lrate_factor = 1.0
+        self.grad_norm = torch.tensor(float("nan"))
+        self.skipped = False
 
     @property
     def evaluated_model(self) -> VAE:
@@ -68,29 +88,60 @@ class VAETraining(pl.LightningModule):
 
     def on_train_start(self) -> None:
         # A resumed run takes its learning rate and decay from the flags, not from the checkpoint, if they changed.
+        scheduler = self.lr_schedulers()
+        if (scheduler.gamma, scheduler.base_lrs) != (self.config.lrate_decay, [self.config.lrate * self.lrate_factor]):
+            self.set_lrate()
+
+    def set_lrate(self) -> None:
+        """Sets the learning rate and its decay to those of the flags, times `lrate_factor`."""
         scheduler, optimizer = self.lr_schedulers(), self.optimizers()
-        wanted = (self.config.lrate_decay, [self.config.lrate])
-        if (scheduler.gamma, scheduler.base_lrs) != wanted:
-            scheduler.gamma, scheduler.base_lrs = wanted
-            for group in optimizer.param_groups:
-                group["lr"] = self.config.lrate * self.config.lrate_decay**scheduler.last_epoch
+        lrate = self.config.lrate * self.lrate_factor
+        scheduler.gamma, scheduler.base_lrs = self.config.lrate_decay, [lrate]
+        scheduler._last_lr = [lrate * scheduler.gamma**scheduler.last_epoch]
+        for group in optimizer.param_groups:
+            group["initial_lr"], group["lr"] = lrate, scheduler._last_lr[0]
+
+    @property
+    def global_batch(self) -> int:
+        """Images in the batches of all ranks together."""
+        return self.config.batch * self.trainer.world_size
+
+    def seed_step(self, batch_idx: int) -> None:
+        """Seeds all generators by where in the run a batch is, so ranks differ and a resumed run draws the same.
+
+        No state of a generator needs to be kept in a checkpoint, and none depends on the number of processes.
+        """
+        seed = mixed_seed(self.config.random_seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(seed)  # of the GPUs, too
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        # The noise of a step depends on where it is in the run, so ranks differ and a resumed run draws the same.
-        torch.manual_seed(mixed_seed(self.config.random_seed, self.current_epoch, batch_idx, self.global_rank))
+        self.seed_step(batch_idx)
+
+    def compute(self, batch: tuple[Tensor, Tensor]) -> Output:
+        """The model's output for a training batch."""
+        images, keys = batch
+        noise = None
+        if self.config.noise == "image":
+            drawn = keyed_noise(self.model.latent_shapes, self.config.random_seed, keys.tolist(), [1] * len(keys))
+            noise = [eps.to(self.model.device, self.model.dtype) for eps in drawn]
+        return self.model(self.model.observation.encode(images), noise)
+
+    def loss(self, output: Output) -> Tensor:
+        """What is minimized, in nats per image."""
+        return objective(output, beta=self.beta, free_bits=self.config.free_bits)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        images, _ = batch
-        beta = self.beta
-        output = self.model(self.model.observation.encode(images))
+        output = self.compute(batch)
         neg_elbo = self.in_units(-output.elbo.detach().mean())
         rates = self.in_units(output.rates.detach().mean(0))
         self.log("train/neg_elbo", neg_elbo, prog_bar=True, logger=False)
         return {
-            "loss": objective(output, beta=beta, free_bits=self.config.free_bits),
+            "loss": self.loss(output),
             "neg_elbo": neg_elbo,
             "distortion": self.in_units(output.distortion.detach().mean()),
-            "beta_kl": beta * rates.sum(),
+            "beta_kl": self.beta * rates.sum(),
             "rates": rates,
         }
 
@@ -121,9 +172,16 @@ class VAETraining(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Earlier versions called the monitored metric val/bpd, and Lightning keeps the best one so far under its name.
-        states = checkpoint.get("callbacks", {})
-        checkpoint["callbacks"] = {key.replace("'val/bpd'", "'val/neg_elbo'"): state for key, state in states.items()}
+        if "position" in checkpoint:  # earlier versions wrote checkpoints at the end of epochs only
+            self.position = Position(**checkpoint["position"])
+            set_loops(checkpoint["loops"], self.position, self.global_batch)
+        else:
+            self.position = Position(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+        self.lrate_factor = checkpoint.get("lrate_factor", 1.0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        set_loops(checkpoint["loops"], self.position, self.global_batch)
+        checkpoint["position"] = dataclasses.asdict(self.position)
+        checkpoint["epoch"] = self.position.epoch
+        checkpoint["lrate_factor"] = self.lrate_factor
         checkpoint["provenance"] = dict(self.provenance)

@@ -284,7 +284,7 @@ def test_conversion_keeps_everything_and_training_goes_on(images, tmp_path):
     done = run("train.py", *command[2:], *extra, "--figsize", 2, "--max_epochs", 4, "--batch", 4, "--batch_val", 4)
     assert done.returncode == 0, done.stderr
     after = read_checkpoint(target)
-    assert (after["epoch"], after["global_step"]) == (3, 1234 + 8), "one epoch of 32 images, the fourth"
+    assert (after["epoch"], after["global_step"]) == (4, 1234 + 8), "one epoch of 32 images, the fourth"
     assert after["state_dict"]["average.n_averaged"] == 1234 + 8
     rows = list(csv.DictReader((target.parent / "steps.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(1235, 1243))

@@ -83,19 +83,6 @@ def test_a_resumed_run_takes_the_learning_rate_of_its_flags(tmp_path, images):
     assert rates == [0.002] * 8 + [0.0005] * 8 + [0.00025] * 8
 
 
-def test_a_run_that_ended_inside_an_epoch_goes_on_with_the_next(tmp_path, images):
-    common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path]
-    assert run("train.py", *common, "--iters", 5).returncode == 0
-    done = run("train.py", *common, "--iters", 14, "--use_checkpoint")
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "checkpoints/sdn"
-    steps = [(int(row["step"]), int(row["epoch"])) for row in csv_rows(folder / "steps.csv")]
-    assert steps == [(step, 0 if step <= 5 else 1 if step <= 13 else 2) for step in range(1, 15)]
-    again = run("train.py", *common, "--iters", 14, "--use_checkpoint")
-    assert again.returncode == 0, again.stderr
-    assert len(csv_rows(folder / "steps.csv")) == 14, "a run that has all its steps takes none"
-
-
 def test_two_processes_train_together(tmp_path, images):
     done = run(
         "train.py", *TINY, "--root", images, "--exp_name", "pair", "--iters", 4, "--num_processes", 2,

@@ -35,4 +35,5 @@ class DensityTraining(VAETraining):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.average.update_parameters(self.model)
+        if not self.skipped:
+            self.average.update_parameters(self.model)

@@ -1,0 +1,125 @@
+"""The processes of a run: what they agree on, how they are asked to stop, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+from pytorch_lightning.utilities import rank_zero_only
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as of any program
+PREEMPTED = 75  # after SIGTERM or SIGUSR1: "try again later", EX_TEMPFAIL of sysexits.h
+FAILED = 1  # after a fault that is not the user's
+STOPPING = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """One line on stderr, from the first process only."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Stopped(Exception):
+    """A run was asked to stop by a signal and did, with a checkpoint if it keeps any; `status` is the exit status."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+def agree(trainer: pl.Trainer, *flags: int | torch.Tensor) -> list[int]:
+    """The largest value of each flag over all ranks, the same on every rank."""
+    device = trainer.strategy.root_device
+    values = torch.stack([torch.as_tensor(flag, device=device).long() for flag in flags])
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return values.tolist()
+
+
+class StopSignals:
+    """Notes signals that ask a run to stop; it looks at `received` where it can. The second Ctrl-C ends it at once.
+
+    Lightning has handlers, too, which wait for other processes inside a signal handler and keep no checkpoint of a
+    place inside an epoch; `listen` takes theirs over, and `Trainer` restores at the end what was there before it.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for signum in STOPPING:
+                signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: object) -> None:
+        if signum == signal.SIGINT and self.received == signal.SIGINT:
+            os.write(2, b"stopped at once; what came after the last checkpoint is lost\n")
+            end_at_once(INTERRUPTED)
+        if not self.received:
+            again = "; press Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(signum).name}: stopping after this step{again}\n".encode())
+        self.received = signum
+
+
+@contextmanager
+def watched(trainer: pl.Trainer) -> Iterator[None]:
+    """Ends this process when one of those that Lightning started on this machine dies, instead of waiting for it.
+
+    torchrun and SLURM watch the processes that they start themselves.
+    """
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher) or trainer.world_size == 1:
+        yield
+        return
+    ended = threading.Event()
+    parent = os.getppid()
+    started_by_lightning = "LOCAL_RANK" in os.environ and not trainer.is_global_zero
+
+    def watch() -> None:
+        while not ended.wait(1):
+            for rank, process in enumerate(launcher.procs, start=1):
+                if process.poll() and not ended.wait(2):  # two seconds for this rank to say the same itself
+                    how = f"status {process.returncode}"
+                    if process.returncode < 0:
+                        how = signal.Signals(-process.returncode).name
+                    die(f"process {rank} of this machine died ({how})")
+            if started_by_lightning and os.getppid() != parent and not ended.wait(2):
+                die("the main process died")
+
+    def die(reason: str) -> None:
+        again = "--use_checkpoint goes on from the last checkpoint"
+        print(
+            f"{os.path.basename(sys.argv[0])}: error: {reason}, so this run ends; {again}", file=sys.stderr, flush=True
+        )
+        for process in launcher.procs:
+            process.kill()
+        end_at_once(FAILED)
+
+    threading.Thread(target=watch, daemon=True, name="watch").start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def end_at_once(status: int) -> None:
+    """Ends the process and its children (loader workers, too) without waiting for anything."""
+    for child in _children(os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    os._exit(status)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:  # not Linux: loader workers notice by themselves, within seconds
+        return []

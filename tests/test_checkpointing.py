@@ -1,0 +1,202 @@
+"""Checkpoint files: whole or not at all, known by their hash, the last few and the best; what a full disk costs."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
+
+import train
+from lib.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from lib.checkpointing import newest_checkpoint, step_checkpoints
+from lib.files import folder_for_one, second_name, whole_file
+from lib.position import Position
+
+CONTENT = {"state_dict": {"w": torch.arange(1000.0)}, "hyper_parameters": {}, "global_step": 3}
+
+
+def flags(images: Path, folder: Path, *more: object) -> list[str]:
+    given = [*TINY, "--root", images, "--output_dir", folder, "--make_checkpoint", "--use_checkpoint", *more]
+    return list(map(str, given))
+
+
+def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path):
+    path = tmp_path / "x.ckpt"
+    write_checkpoint(CONTENT, path)
+    assert torch.equal(read_checkpoint(path)["state_dict"]["w"], CONTENT["state_dict"]["w"])
+    whole = path.read_bytes()
+    for place in [*range(0, len(whole), 97), len(whole) - 90, len(whole) - 80, len(whole) - 1]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"x\.ckpt is (damaged|not a checkpoint)"):
+            read_checkpoint(path)
+        path.write_bytes(whole[:place])
+        with pytest.raises(CheckpointError, match=r"x\.ckpt is (damaged|not a checkpoint)"):
+            read_checkpoint(path)
+
+
+def test_a_checkpoint_is_still_a_file_of_torch(tmp_path):
+    """The hash is the comment of the ZIP archive; torch reads it as before, and files without one are read."""
+    write_checkpoint(CONTENT, tmp_path / "x.ckpt")
+    for mmap in (False, True):
+        loaded = torch.load(tmp_path / "x.ckpt", weights_only=True, mmap=mmap)
+        assert torch.equal(loaded["state_dict"]["w"], CONTENT["state_dict"]["w"])
+    torch.save(CONTENT, tmp_path / "y.ckpt")
+    assert read_checkpoint(tmp_path / "y.ckpt")["global_step"] == 3
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), whole_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_second_name_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "b").write_text("old")
+    second_name(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a").samefile(tmp_path / "b")
+
+    def no_links(*paths: Path) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    second_name(tmp_path / "a", tmp_path / "c")
+    assert (tmp_path / "c").read_text() == "new" and not (tmp_path / "a").samefile(tmp_path / "c")
+
+
+def test_a_folder_is_for_one_process(tmp_path):
+    with folder_for_one(tmp_path / "new/run", "in use"):
+        other = f"from lib.files import *; folder_for_one(Path({str(tmp_path / 'new/run')!r}), 'in use').__enter__()"
+        done = subprocess.run([sys.executable, "-c", other], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.stderr.endswith("BlockingIOError: in use\n")
+    assert not list(tmp_path.iterdir()), "nothing remains of a folder that stayed empty"
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(8, 3), (4, 6), (24, 1), (16, 2), (5, 5)])
+def test_a_position_in_batches_of_any_size(batch, expected):
+    assert Position(2, 24).batches(batch) == expected
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, images):
+    """A finished run of 10 steps, 8 to an epoch, that keeps three checkpoints beside the best."""
+    folder = tmp_path_factory.mktemp("kept")
+    more = ["--iters", 10, "--checkpoint_every_n_steps", 3, "--keep_last", 3]
+    done = run("train.py", *flags(images, folder, *more))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_last_and_the_best_are_kept(kept):
+    folder = kept / "checkpoints/sdn"
+    paths = step_checkpoints(folder)
+    assert [path.name for path in paths] == ["step_0000010.ckpt", "step_0000008.ckpt", "step_0000006.ckpt"]
+    assert paths[0].samefile(folder / "last.ckpt")
+    validations = [(float(row["val_neg_elbo"]), int(row["step"])) for row in csv_rows(folder / "epochs.csv")]
+    assert read_checkpoint(folder / "best.ckpt")["global_step"] == min(validations)[1]
+    assert [read_checkpoint(path)["position"] for path in paths] == [
+        {"epoch": 1, "images": 8, "validate": False},
+        {"epoch": 1, "images": 0, "validate": False},
+        {"epoch": 0, "images": 24, "validate": False},
+    ]
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".ckpt") == ["epochs.csv", "steps.csv"]
+
+
+def test_the_one_before_a_damaged_checkpoint_is_used(kept, tmp_path, images, capfd):
+    shutil.copytree(kept / "checkpoints", tmp_path / "checkpoints")
+    folder = tmp_path / "checkpoints/sdn"
+    for path in (folder / "last.ckpt", *step_checkpoints(folder)[:2]):
+        path.write_bytes(path.read_bytes()[:-1000])
+    found, content = newest_checkpoint(folder)
+    assert (found.name, content["global_step"]) == ("step_0000006.ckpt", 6)
+    errors = capfd.readouterr().err
+    assert errors.count("trying the one before it") == 2 and "step_0000010.ckpt is not a checkpoint" in errors
+    train.main(flags(images, tmp_path, "--iters", 9))
+    assert [int(row["step"]) for row in csv_rows(folder / "steps.csv")] == list(range(1, 10))
+
+
+def test_only_damaged_checkpoints_are_an_error(kept, tmp_path, images):
+    shutil.copytree(kept / "checkpoints", tmp_path / "checkpoints")
+    for path in (tmp_path / "checkpoints/sdn").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-1000])
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints/sdn").iterdir()}
+    done = run("train.py", *flags(images, tmp_path, "--iters", 12))
+    assert_one_line_error(done, "step_0000010.ckpt is not a checkpoint, or is cut off", "more are damaged, too")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints/sdn").iterdir()}
+
+
+def test_a_second_run_in_a_folder_is_refused(kept, images):
+    folder = kept / "checkpoints/sdn"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with folder_for_one(folder, ""):
+        done = run("train.py", *flags(images, kept, "--iters", 12))
+    assert_one_line_error(done, "is in use by another run", "--exp_name")
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_fewer_epochs_than_there_are_is_one_line(kept, tmp_path, images):
+    shutil.copytree(kept / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints/sdn/step_0000011.ckpt"
+    content = read_checkpoint(step_checkpoints(path.parent)[0])
+    write_checkpoint(content | {"epoch": 5}, path)
+    done = run("train.py", *flags(images, tmp_path, "--max_epochs", 3))
+    assert_one_line_error(done, "--max_epochs 3: ", "step_0000011.ckpt has 5 epochs already")
+
+
+def limited(limit: int, *arguments: str) -> subprocess.CompletedProcess:
+    """train.py with no file larger than `limit` bytes: writing fails as on a full disk."""
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+
+
+def test_a_full_disk_costs_neither_the_run_nor_older_checkpoints(kept, tmp_path, images):
+    shutil.copytree(kept / "checkpoints", tmp_path / "checkpoints")
+    folder = tmp_path / "checkpoints/sdn"
+    before = {path.name: path.read_bytes() for path in folder.glob("*.ckpt")}
+    done = limited(100_000, *flags(images, tmp_path, "--iters", 20))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "note: no checkpoint of step 16: " in done.stderr and "those before it are whole" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: ")
+    assert {path.name: path.read_bytes() for path in folder.glob("*.ckpt")} == before
+    assert not list(folder.glob("*.partial"))
+    assert [int(row["step"]) for row in csv_rows(folder / "steps.csv")] == list(range(1, 21)), "training went on"
+    done = run("train.py", *flags(images, tmp_path, "--iters", 20))
+    assert done.returncode == 0, done.stderr
+    assert read_checkpoint(folder / "last.ckpt")["global_step"] == 20
+
+
+def test_rows_that_do_not_fit_on_the_disk_are_written_later(tmp_path, capfd):
+    """Its limit is that of the file system: a small one is not to be had without privileges."""
+    code = f"""
+import resource, signal
+from pathlib import Path
+from lib.callbacks import CsvFile
+file = CsvFile(Path({str(tmp_path / "x.csv")!r}), ["step", "value"], 0)
+file.append([dict(step=0, value=1)])
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (60, hard))
+for step in range(1, 40):
+    file.append([dict(step=step, value="x" * 5)])
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+file.append([dict(step=40, value=2)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("its rows wait until it can") == 1
+    assert [int(row["step"]) for row in csv_rows(tmp_path / "x.csv")] == list(range(41))

@@ -1,0 +1,152 @@
+"""A run that is killed at any moment and started again ends bit for bit where one that was never killed ends."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import REPOSITORY, TINY, TINY_BETA, csv_rows, run
+
+from lib.checkpoint import read_checkpoint
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as `run`: another number of threads rounds otherwise
+TIMES = ("images_per_second", "seconds", "peak_memory_mib")
+# Names, times, and Lightning's own counters, instead of which "position" counts.
+NOT_COMPARED = ("hyper_parameters", "provenance", "since_validation", "loops")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether nested values are equal, NaN to NaN, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or a != a and b != b
+
+
+def assert_same_runs(folder: Path, one: str, other: str) -> None:
+    """Weights, average, optimizer, scheduler, position, best checkpoint, logs and pictures are the same."""
+    runs = [folder / "checkpoints" / name for name in (one, other)]
+    for name in ("last.ckpt", "best.ckpt"):
+        if (runs[0] / name).exists():
+            a, b = (read_checkpoint(run / name) for run in runs)
+            for key in a.keys() - set(NOT_COMPARED):
+                assert same(a[key], b[key]), f"{name}: {key}"
+    for name in ("steps.csv", "epochs.csv"):
+        a, b = ([{k: v for k, v in row.items() if k not in TIMES} for row in csv_rows(run / name)] for run in runs)
+        assert a == b, name
+    a, b = ({path.name: path.read_bytes() for path in (folder / "figs" / name).iterdir()} for name in (one, other))
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name] != b[name]] == []
+
+
+def run_and_die(hook: str, step: int, *arguments: object) -> None:
+    """Runs train.py and kills it with SIGKILL when a hook (or function) `MODULE.CLASS.NAME` is called after `step`."""
+    code = f"""
+import os, signal, sys, train, lib.callbacks, lib.checkpointing, lib.checkpoint, lib.files
+owner, name = {hook.rsplit(".", 1)!r}
+owner = eval(owner)
+before = getattr(owner, name)
+trainer = None
+Trainer = train.pl.Trainer
+def made(*args, **options):
+    global trainer
+    trainer = Trainer(*args, **options)
+    return trainer
+train.pl.Trainer = made
+def killed(*args, **options):
+    if trainer is not None and not trainer.sanity_checking and trainer.global_step >= {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return before(*args, **options)
+setattr(owner, name, killed)
+train.main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+MOMENTS = [
+    ("lib.callbacks.MetricsLog.on_train_batch_end", 1),
+    ("lib.callbacks.MetricsLog.on_before_optimizer_step", 5),
+    ("lib.checkpointing.Checkpoints.on_train_batch_end", 8),
+    ("lib.callbacks.MetricsLog.on_validation_end", 8),
+    ("lib.checkpointing.Checkpoints.on_train_epoch_end", 8),
+    ("lib.files.sync", 9),
+    ("lib.checkpointing.second_name", 12),
+    ("lib.callbacks.ImageGrids.on_validation_epoch_end", 16),
+    ("lib.checkpointing.Checkpoints.on_train_epoch_end", 19),
+]
+
+
+def test_killed_at_any_moment(tmp_path, images):
+    """One run is killed at one moment after the other, each time further on."""
+    common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--iters", 19]
+    common += ["--checkpoint_every_n_steps", 3, "--lrate_decay", 0.5, "--use_checkpoint"]
+    done = run("train.py", *common, "--exp_name", "whole")
+    assert done.returncode == 0, done.stderr
+    for hook, step in MOMENTS:
+        run_and_die(hook, step, *common, "--exp_name", "killed")
+    done = run("train.py", *common, "--exp_name", "killed")
+    assert done.returncode == 0, done.stderr
+    assert_same_runs(tmp_path, "whole", "killed")
+
+
+KINDS = {
+    "workers": [*TINY, "--num_workers", 2, "--iters", 21],
+    "accumulation": [*TINY, "--accumulate_grad_batches", 3, "--iters", 8, "--batch", 2, "--grad_clip", 0.1],
+    "annealing": [*TINY_BETA, "--beta_final", 8, "--beta_rate", 0.1, "--iters", 11, "--check_val_every_n_epoch", 2],
+    "noise by image": [*TINY, "--noise", "image", "--max_epochs", 2, "--ema_coef", 0.9],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_moments(kind, tmp_path, images):
+    """A real process is killed by the clock, several times, wherever that finds it."""
+    common = [*KINDS[kind], "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--use_checkpoint"]
+    common += ["--checkpoint_every_n_steps", 2]
+    start = time.monotonic()
+    done = run("train.py", *common, "--exp_name", "whole")
+    assert done.returncode == 0, done.stderr
+    whole = time.monotonic() - start
+    chance = random.Random(kind)
+    command = [sys.executable, REPOSITORY / "train.py", *common, "--exp_name", "killed"]
+    kills = 0
+    for _ in range(4):
+        process = subprocess.Popen(
+            list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ONE_THREAD
+        )
+        try:
+            process.wait(whole * chance.uniform(0.6, 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    done = run("train.py", *common, "--exp_name", "killed")
+    assert done.returncode == 0, done.stderr
+    assert kills, "the run was over before it could be killed"
+    assert_same_runs(tmp_path, "whole", "killed")
+
+
+def test_a_run_that_ended_inside_an_epoch_goes_on_there(tmp_path, images):
+    """More --iters later are the same run; only the validation of the earlier end is one more."""
+    common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--use_checkpoint"]
+    for name, iters in (("whole", 14), ("parts", 5), ("parts", 14), ("parts", 14)):
+        done = run("train.py", *common, "--exp_name", name, "--iters", iters)
+        assert done.returncode == 0, done.stderr
+    whole, parts = (tmp_path / "checkpoints" / name for name in ("whole", "parts"))
+    a, b = ([(row["step"], row["epoch"], row["neg_elbo"]) for row in csv_rows(x / "steps.csv")] for x in (whole, parts))
+    assert a == b
+    assert [row["step"] for row in csv_rows(parts / "epochs.csv")] == ["5", "8", "14"]
+    a, b = (read_checkpoint(folder / "last.ckpt") for folder in (whole, parts))
+    assert same(a["state_dict"], b["state_dict"]) and a["position"] == b["position"]
