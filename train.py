@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import netrc
 import os
 import re
-import socket
 import subprocess
 import sys
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytorch_lightning as pl
 import torch
@@ -34,6 +30,7 @@ from lib.checkpoint import CheckpointError, stored_config
 from lib.checkpointing import Checkpoints, RunProgress, newest_checkpoint, step_checkpoints
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import TASK_DEFAULTS, ConfigError, TrainConfig, flag_default, flag_type
+from lib.dashboard import make_logger
 from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.faults import Diverged, SkipNonFinite
@@ -243,7 +240,8 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         check_val_every_n_epoch=config.check_val_every_n_epoch,
         num_sanity_val_steps=1,
         use_distributed_sampler=False,
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,  # as Checkpoints does it
+        # In SLURM, Checkpoints does what is to be done on a signal.
+        plugins=[checkpoints.io, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         callbacks=callbacks,
         logger=make_logger(config, run_folder),
         profiler=profiler,
@@ -263,8 +261,8 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         )
     if profiler:
         say(profiler.summary())
-    if checkpoints.failure:
-        raise checkpoints.failure
+    if checkpoints.io.failure:
+        raise checkpoints.io.failure
     if trainer.is_global_zero:
         kept = f"weights and metrics in {run_folder}" if config.make_checkpoint else f"metrics in {run_folder}"
         print(f"{kept}, pictures in {figures}")
@@ -296,60 +294,6 @@ def faults_in_one_line() -> Iterator[None]:
             raise
         print(f"train.py: error: {fault}; {again}", file=sys.stderr, flush=True)
     sys.exit(FAILED)
-
-
-def make_logger(config: TrainConfig, run_folder: Path) -> pl.loggers.Logger | bool:
-    """wandb, never at a login prompt: without a key or a network it logs offline and says where; or no dashboard."""
-    if config.logger == "none":
-        return False
-    try:
-        import wandb
-    except ImportError:
-        if config.logger == "wandb":
-            raise ConfigError("--logger wandb: the package is missing; pip install wandb, or --logger none") from None
-        say("wandb is not installed: metrics go to CSV files only")
-        return False
-    mode = os.environ.get("WANDB_MODE", "online")
-    reason = None if mode != "online" else why_offline(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
-
-    def logger(mode: str) -> pl.loggers.Logger:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        return pl.loggers.WandbLogger(
-            name=config.exp_name, project="sdn", save_dir=str(run_folder), config=config.to_dict(), mode=mode
-        )
-
-    if mode == "online" and not reason:
-        online = logger(mode)
-        try:
-            _ = online.experiment  # logs in: what fails, fails here
-            return online
-        except wandb.errors.Error as error:
-            reason = str(error).splitlines()[0]
-    if reason or mode == "offline":
-        because = f" ({reason})" if reason else ""
-        say(f"wandb logs offline to {run_folder / 'wandb'}{because}; `wandb sync` uploads it")
-        mode = "offline"
-    return logger(mode)
-
-
-def why_offline(base_url: str) -> str | None:
-    """Why wandb cannot log online at `base_url`, or None if it can."""
-    address = urlsplit(base_url)
-    if not os.environ.get("WANDB_API_KEY"):
-        path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-        try:
-            key = path.is_file() and netrc.netrc(str(path)).authenticators(address.hostname)
-        except (netrc.NetrcParseError, OSError, UnicodeDecodeError):
-            key = None
-        if not key:
-            return "no API key"
-    if urllib.request.getproxies():
-        return None  # a direct connection would say nothing
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
-    except OSError:
-        return f"{address.hostname} cannot be reached"
-    return None
 
 
 def provenance() -> dict[str, str]:

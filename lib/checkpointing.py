@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
@@ -109,11 +110,26 @@ class RunProgress(pl.Callback):
         trainer.should_stop |= trainer.global_step >= self.steps
 
 
+class WholeCheckpointIO(TorchCheckpointIO):
+    """How Lightning writes checkpoints: whole, with a hash, or not at all; `failure` says why not, the last time."""
+
+    failure: OSError | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        try:
+            write_checkpoint(checkpoint, path)
+            self.failure = None
+        except OSError as error:
+            self.failure = error
+
+
 class Checkpoints(Checkpoint):
     """Writes checkpoints: at the end of each epoch, inside epochs by steps and by time, and when a signal ends a run.
 
     step_STEP.ckpt are the last `keep`; last.ckpt is another name of the newest, best.ckpt one of that with the least
     validation -ELBO. One that cannot be written is reported; training goes on, and those before it stay.
+
+    `io` is for the Trainer's `plugins`.
 
     Arguments:
         folder: Where they go; None: no checkpoints, only the end of a run on a signal.
@@ -137,7 +153,7 @@ class Checkpoints(Checkpoint):
         self.every_n_steps, self.every_seconds = every_n_steps, every_minutes * 60
         self.keep, self.best = keep, best
         self.requested = False
-        self.failure: OSError | None = None
+        self.io = WholeCheckpointIO()
         self._best_score = float("inf")
         self._is_best = False
 
@@ -201,23 +217,22 @@ class Checkpoints(Checkpoint):
         best_before = self._best_score
         if self._is_best:
             self._best_score = trainer.callback_metrics[MONITORED].item()
-        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        self.failure = None
-        if trainer.is_global_zero:
-            path = self.folder / f"step_{trainer.global_step:07d}.ckpt"
+        path = self.folder / f"step_{trainer.global_step:07d}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero and not self.io.failure:
             try:
-                write_checkpoint(content, path)
                 second_name(path, self.folder / "last.ckpt")
                 if self._is_best:
                     second_name(path, self.folder / "best.ckpt")
                 for old in step_checkpoints(self.folder)[self.keep :]:
                     old.unlink()
             except OSError as error:
-                self.failure, self._best_score = error, best_before
-                say(f"note: no checkpoint of step {trainer.global_step}: {error}; those before it are whole")
+                self.io.failure = error
+        if self.io.failure:
+            self._best_score = best_before
+            say(f"note: no checkpoint of step {trainer.global_step}: {self.io.failure}; those before it are whole")
         self._is_best = False
-        trainer.strategy.barrier("checkpoint")
-        return self.failure is None
+        return self.io.failure is None
 
     def _stop(self, trainer: pl.Trainer, signum: int) -> None:
         """Ends the run on all ranks, with a checkpoint."""

@@ -113,6 +113,31 @@ def test_two_nodes_of_two_processes(alone, images):
     assert_same_training(alone, "nodes", "one")
 
 
+def test_two_tasks_of_slurm(alone, images):
+    """Each is started by srun with its place in the job; a signal to the job ends both with a checkpoint."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1"}
+    job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    flags = [*EXACT, *common(alone, images), "--exp_name", "slurm", "--num_processes", 2, "--batch", 4]
+
+    def tasks(*more: object) -> list[subprocess.Popen]:
+        places = ({"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in (0, 1))
+        return [start("train.py", *flags, *more, **job, **place) for place in places]
+
+    first = tasks("--checkpoint_every_n_steps", 1)
+    wait_for_steps(alone, "slurm", first[0])
+    for task in first:
+        task.send_signal(signal.SIGUSR1)
+    for task in first:
+        _, errors = task.communicate(timeout=60)
+        assert task.returncode == 75, errors
+    for task in tasks("--iters", 12):
+        _, errors = task.communicate(timeout=120)
+        assert task.returncode == 0, errors
+    ours, theirs = weights(alone, "slurm"), weights(alone, "one")
+    if read_checkpoint(alone / "checkpoints/slurm/last.ckpt")["global_step"] == 12:
+        assert all(torch.allclose(ours[key], theirs[key], rtol=1e-7, atol=1e-9) for key in ours)
+
+
 @pytest.mark.parametrize("first", [2, 1])
 def test_going_on_with_another_number_of_processes(alone, images, first):
     """Stopped inside an epoch; with the same global batch the run is the same."""

@@ -12,6 +12,7 @@ import torch
 from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
 
 import train
+from lib import dashboard
 from lib.checkpoint import read_checkpoint
 from lib.config import ConfigError, TrainConfig
 
@@ -244,7 +245,10 @@ def test_wandb_never_asks_for_a_login(tmp_path, images):
     done = run("train.py", *tiny, "--root", images, "--iters", 1, "--output_dir", tmp_path, **environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert f"wandb logs offline to {tmp_path}/checkpoints/sdn/wandb (no API key)" in done.stderr
-    assert list((tmp_path / "checkpoints/sdn/wandb").glob("offline-run-*"))
+    again = ["--root", images, "--iters", 2, "--output_dir", tmp_path, "--use_checkpoint"]
+    assert run("train.py", *tiny, *again, **environment, timeout=240).returncode == 0
+    runs = [path.name for path in (tmp_path / "checkpoints/sdn/wandb").glob("offline-run-*")]
+    assert {name.rsplit("-", 1)[1] for name in runs} == {(tmp_path / "checkpoints/sdn/wandb_id").read_text()}
 
     environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = run(
@@ -265,10 +269,10 @@ def test_wandb_that_refuses_the_login_logs_offline(tmp_path, monkeypatch, capfd)
         def experiment(self):
             raise wandb.errors.CommError("the key is not valid\nand more lines")
 
-    monkeypatch.setattr(train.pl.loggers, "WandbLogger", Refused)
-    monkeypatch.setattr(train, "why_offline", lambda url: None)
+    monkeypatch.setattr(dashboard.pl.loggers, "WandbLogger", Refused)
+    monkeypatch.setattr(dashboard, "why_offline", lambda url: None)
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert train.make_logger(TrainConfig(logger="wandb"), tmp_path / "run").mode == "offline"
+    assert dashboard.make_logger(TrainConfig(logger="wandb"), tmp_path / "run").mode == "offline"
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith(f"wandb logs offline to {tmp_path}/run/wandb (the key is not valid)")
 
