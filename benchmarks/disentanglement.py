@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.sdn_layer import machine
+from benchmarks.common import machine
 from data import shapes3d
 from data.datamodule import ImageDataModule
 from data.errors import DataError

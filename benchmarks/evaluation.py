@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.sdn_layer import machine
+from benchmarks.common import machine
 from lib.DensityVAE import DensityVAE
 from lib.evaluation.importance import Group, ImportanceSampler
 from lib.evaluation.nearest import nearest_images

@@ -4,7 +4,8 @@
 
 Contenders, all from `channels` to `channels`: `conv3` and `conv5` (nn.Conv2d, 3x3 and 5x5), `sdn<n>/<backend>`
 (SDNLayer with n directions and 1x1 projections) and `sdn<n>/yardstick`, the layer as one would write it down: one
-torch.nn.GRUCell call for each line, on concatenated neighbours. Before anything is timed every spatial dependency layer
+torch.nn.GRUCell call for each line, on concatenated neighbours; `sdn<n>/compiled-yardstick` is torch.compile of that,
+which takes minutes at large scales and is no default contender. Before anything is timed every spatial dependency layer
 is compared with the reference in float64, output and all gradients; one that differs ends the program, exit status 1.
 
 Times are medians over rounds in which the contenders take turns, after one round that is not counted. Memory is the
@@ -16,11 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -30,13 +27,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks import common
+from benchmarks.common import PRECISIONS
+from lib import sweep_triton
 from lib.nn import BACKENDS, SDNLayer
 
 DIRECTIONS = {1: [0], 2: [0, 2], 3: [0, 1, 2], 4: [0, 1, 2, 3]}
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Relative norm of the difference from the float64 reference: what rounding explains, with a wide margin.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 6e-2, "float16": 1e-2}
 YARDSTICK = "yardstick"
+COMPILED = "compiled-yardstick"
 SLOW = ("reference", YARDSTICK)
 
 
@@ -74,8 +74,11 @@ def build(name: str, channels: int) -> nn.Module:
         return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2)
     number, backend = name.removeprefix("sdn").split("/")
     dirs = DIRECTIONS[int(number)]
-    if backend == YARDSTICK:
-        return YardstickSDNLayer(channels, channels, channels, dirs)
+    if backend in (YARDSTICK, COMPILED):
+        yardstick = YardstickSDNLayer(channels, channels, channels, dirs)
+        if backend == COMPILED:
+            yardstick.compile(fullgraph=True)
+        return yardstick
     return SDNLayer(channels, channels, channels, dirs, backend=backend)
 
 
@@ -97,6 +100,7 @@ def step(layer: nn.Module, x: Tensor, grad_output: Tensor, options) -> tuple[Ten
     return y, middle - start, time.perf_counter() - start
 
 
+@common.without_tf32()
 def verify(name: str, options) -> None:
     """Compares with the reference in float64, on a small map of unequal sides; SystemExit if they differ."""
     layer = build(name, options.channels).to(options.device)
@@ -170,31 +174,7 @@ def one_step_peak(name: str, scale: int, batch: int, options) -> float:
     step(layer, small, torch.randn_like(small), options)  # loads libraries and creates the gradients
     x = torch.randn(batch, options.channels, scale, scale, device=options.device, requires_grad=True)
     grad_output = torch.randn_like(x)
-    if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(layer, x, grad_output, options)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # sets the recorded peak to the present size
-    before = resident_peak()
-    step(layer, x, grad_output, options)
-    return resident_peak() - before
-
-
-def resident_peak() -> float:
-    """Peak resident set of this process in MiB since it was last reset."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
-
-
-def machine(device: str) -> dict:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "load_average_at_start": load}
+    return common.peak_memory(lambda: step(layer, x, grad_output, options), options.device)
 
 
 def markdown(result: dict) -> str:
@@ -220,7 +200,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[32], help="one for all scales, or one for each")
     parser.add_argument("--channels", type=int, default=200)
     parser.add_argument("--directions", type=int, nargs="+", default=[1, 2, 4], choices=list(DIRECTIONS))
-    parser.add_argument("--backends", nargs="*", default=[*BACKENDS[1:], YARDSTICK], choices=[*BACKENDS, YARDSTICK])
+    parser.add_argument("--backends", nargs="*", choices=[*BACKENDS, YARDSTICK, COMPILED])
     parser.add_argument("--precision", default="float32", choices=list(PRECISIONS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
@@ -230,6 +210,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.backends is None:
+        triton = ["triton"] if options.device.startswith("cuda") and sweep_triton.available() is None else []
+        options.backends = ["reference", "torch", *triton, YARDSTICK]
     if len(options.batch) == 1:
         options.batch *= len(options.scales)
     if len(options.batch) != len(options.scales):
@@ -253,13 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     layers = [f"sdn{number}/{backend}" for number in options.directions for backend in options.backends]
     for name in layers:
         verify(name, options)
-    command = shlex.join(["python", "-m", "benchmarks.sdn_layer", *(sys.argv[1:] if arguments is None else arguments)])
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(options.device),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "threads": torch.get_num_threads(),
-        "command": command,
+    result = common.stamp("sdn_layer", arguments, options.device, ("triton",)) | {
         "precision": options.precision,
         "channels": options.channels,
         "directions": {number: DIRECTIONS[number] for number in options.directions},
@@ -281,9 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
             }
             result["rows"].append({"scale": scale, "batch": batch, "layer": name} | values | ratios)
         print(f"scale {scale}: done", file=sys.stderr, flush=True)
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(result, indent=1) + "\n")
+        common.write(result, options.output)
     print(markdown(result))
 
 

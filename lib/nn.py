@@ -12,7 +12,13 @@ This file needs PyTorch and the standard library only and works as a single copi
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +31,7 @@ DIRECTIONS = {
     3: "rows, bottom to top",
 }
 BORDERS = ("zeros", "keep")
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "triton")
 
 # Rows (lines x positions x images) whose matrix products are taken together; on a CPU they should stay in its cache.
 BLOCK_ROWS_CPU = 4096
@@ -54,8 +60,9 @@ class SDNLayer(nn.Module):
         border: What happens to the first line of a sweep, which has no previous line. `"zeros"` (paper, Algorithm 1):
             it is corrected with all-zero neighbours. `"keep"` (the authors' release): it stays as it is; needed for
             the authors' checkpoints (DEVIATIONS.md in the repository).
-        backend: `"reference"` (open loop, plain autograd, the oracle), `"torch"` (fast, hand-written gradient) or
-            `"auto"` (the fastest that is available). The parameters and their names are the same for all.
+        backend: `"reference"` (open loop, plain autograd, the oracle), `"torch"` (fast, hand-written gradient),
+            `"triton"` (kernels for CUDA devices, in sweep_triton.py beside this file) or `"auto"` (the fastest that is
+            available). The parameters and their names are the same for all.
 
     Shapes:
         - input: :math:`[B, \text{in\_ch}, H, W]`, any :math:`H, W \ge 1`, any memory format.
@@ -162,7 +169,7 @@ class Sweep(nn.Module):
         num_features: Number of features :math:`C`.
         direction: 0, 1, 2 or 3, see :class:`SDNLayer`.
         border: `"zeros"` or `"keep"`, see :class:`SDNLayer`.
-        backend: `"auto"`, `"reference"` or `"torch"`, see :class:`SDNLayer`.
+        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`, see :class:`SDNLayer`.
 
     Shapes:
         - input and output: :math:`[B, C, H, W]`. The output is float32 under autocast.
@@ -184,13 +191,11 @@ class Sweep(nn.Module):
         return f"{DIRECTIONS[self.direction]}, border={self.border!r}, backend={self.backend!r}"
 
     def forward(self, features: Tensor) -> Tensor:
-        correct = correct_lines_reference if self.backend == "reference" else correct_lines_torch
         to_lines = (3, 2, 0, 1) if self.direction in (0, 1) else (2, 3, 0, 1)
         from_lines = (2, 3, 1, 0) if self.direction in (0, 1) else (2, 3, 0, 1)
         lines = features.permute(to_lines)  # [line, position, B, C]
-        lines = correct(
-            lines, *self.cell.parameters_in_order(), reverse=self.direction in (1, 3), keep_first=self.border == "keep"
-        )
+        sides = dict(reverse=self.direction in (1, 3), keep_first=self.border == "keep")
+        lines = correct_lines(lines, *self.cell.parameters_in_order(), **sides, backend=self.backend)
         return lines.permute(from_lines)  # [B, C, H, W]
 
 
@@ -254,7 +259,7 @@ def correct_lines_reference(
     return torch.stack(corrected)
 
 
-def correct_lines_torch(
+def correct_lines(
     lines: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
@@ -263,21 +268,184 @@ def correct_lines_torch(
     *,
     reverse: bool,
     keep_first: bool,
+    backend: str = "auto",
 ) -> Tensor:
-    """The same as :func:`correct_lines_reference`, arguments and result too, in less time and memory."""
-    device = lines.device.type
-    if torch.is_autocast_enabled(device):
+    """The same as :func:`correct_lines_reference`, arguments and result too, with a choice of `backend`.
+
+    Raises:
+        RuntimeError: with `backend="triton"` where its kernels cannot run.
+        ValueError: with `backend="triton"` for float64, and for tensors that are not on a CUDA device.
+    """
+    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
+    if backend == "reference":
+        return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
+    device, product_dtype = lines.device.type, lines.dtype
+    if torch.is_autocast_enabled(device):  # only products are in its type, and parameters stay as they are
         lines, product_dtype = lines.float(), torch.get_autocast_dtype(device)
-    else:
-        product_dtype = lines.dtype
-    tensors = (_channels_innermost(lines), weight_ih, weight_hh, bias_ih, bias_hh)
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    with torch.autocast(device, enabled=False):
-        return _CorrectLines.apply(*tensors, reverse, keep_first, product_dtype, differentiable)
+    if lines.stride(-1) != 1 or torch.empty_like(lines, device="meta").stride() != lines.stride():
+        lines = lines.contiguous()  # channels side by side, nothing between positions
+    differentiable = torch.is_grad_enabled() and any(each.requires_grad for each in (lines, *parameters))
+    corrected, _ = _SWEEP(lines, *parameters, reverse, keep_first, product_dtype, differentiable, backend)
+    return corrected
 
 
-class _CorrectLines(torch.autograd.Function):
-    """A whole sweep as one differentiable operation.
+# A sweep is one operator of torch, and so is its gradient: for torch.compile, torch.export and CUDA graphs each is a
+# single node. Traced, it would be dozens of nodes a line: a layer of two directions on 16x16 maps (200 channels, batch
+# 32, one CPU thread) compiles in 22 s like this and in 218 s from the reference's loop, for steps of 1.26 and 1.36 s.
+# The backend is chosen inside: a graph that was exported on one device takes the fastest of another.
+
+
+def _sweep(lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype, differentiable, backend):
+    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
+    with torch.autocast(lines.device.type, enabled=False):
+        if _resolved(backend, lines, product_dtype) == "triton":
+            corrected = _triton_kernels().sweep(lines, *parameters, reverse, keep_first, product_dtype)
+            return corrected, lines.new_empty(0)
+        return _sweep_torch(lines, *parameters, reverse, keep_first, product_dtype, differentiable)
+
+
+def _sweep_shapes(lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype, *how):
+    num_lines, num_positions, batch, C = lines.shape
+    differentiable, backend = how
+    stores = differentiable and _resolved(backend, lines, product_dtype) == "torch"
+    gates = (num_lines, num_positions * batch, 4 * C) if stores else (0,)
+    return torch.empty_like(lines), lines.new_empty(gates)
+
+
+def _save_for_backward(ctx, inputs, output):
+    lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype, _, backend = inputs
+    corrected, gates = output
+    ctx.mark_non_differentiable(gates)
+    ctx.set_materialize_grads(False)  # or there would be zeros for the gates
+    ctx.save_for_backward(lines, weight_ih, weight_hh, bias_ih, bias_hh, corrected, gates)
+    ctx.options = (reverse, keep_first, product_dtype, backend)
+
+
+def _differentiate(ctx, grad_corrected, _):
+    if grad_corrected is None:
+        return (None,) * 10
+    return *_SWEEP_BACKWARD(grad_corrected, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+
+def _sweep_backward(
+    grad_corrected, lines, weight_ih, weight_hh, bias_ih, bias_hh, corrected, gates, reverse, keep_first, dtype, backend
+):
+    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
+    with torch.autocast(lines.device.type, enabled=False):
+        if _resolved(backend, lines, dtype) == "triton":
+            sweep_backward = _triton_kernels().sweep_backward
+            return sweep_backward(grad_corrected, lines, *parameters, corrected, reverse, keep_first, dtype)
+        return _sweep_backward_torch(
+            grad_corrected, lines, weight_ih, weight_hh, corrected, gates, reverse, keep_first, dtype
+        )
+
+
+def _sweep_backward_shapes(grad_corrected, lines, weight_ih, weight_hh, bias_ih, bias_hh, *_):
+    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
+    return torch.empty_like(lines), *(each.new_empty(each.shape) for each in parameters)
+
+
+def _refuse(*_):
+    raise RuntimeError("a sweep is once_differentiable: only backend='reference' has second derivatives")
+
+
+def _operator(name: str, signature: str, run, shapes, backward, setup_context=None):
+    """Registers an operator, under another name if there is one already, and returns it.
+
+    Names are the process's, but this file may be there more than once: in a package and as a copy, reloaded, or in
+    several versions. Each registers operators of its own, which stay for as long as the process, as does what was
+    compiled with them. The version in the name tells stored graphs of an older signature from those of this one.
+    """
+    unique, number = name, 1
+    while hasattr(torch.ops.sdn, unique):
+        number += 1
+        unique = f"{name}_copy{number}"
+    # Views of features lie as the layer made them; a compiler must not lay them out in another way.
+    exact = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+    torch.library.define(f"sdn::{unique}", signature, tags=(torch.Tag.pt2_compliant_tag, exact))
+    torch.library.impl(f"sdn::{unique}", "default", run)
+    torch.library.register_fake(f"sdn::{unique}", shapes)
+    torch.library.register_autograd(f"sdn::{unique}", backward, setup_context=setup_context)
+    return getattr(torch.ops.sdn, unique).default
+
+
+_PARAMETERS = "Tensor lines, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh"
+_SWEEP = _operator(
+    "sweep_v1",
+    f"({_PARAMETERS}, bool reverse, bool keep_first, ScalarType product_dtype, bool differentiable, str backend) "
+    "-> (Tensor corrected, Tensor gates)",
+    _sweep,
+    _sweep_shapes,
+    _differentiate,
+    _save_for_backward,
+)
+_SWEEP_BACKWARD = _operator(
+    "sweep_backward_v1",
+    f"(Tensor grad_corrected, {_PARAMETERS}, Tensor corrected, Tensor gates, bool reverse, bool keep_first, "
+    "ScalarType product_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _sweep_backward,
+    _sweep_backward_shapes,
+    _refuse,
+)
+
+
+def _resolved(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
+    """`"torch"` or `"triton"`, for lines on a device and products in a type; raises as :func:`correct_lines` says."""
+    device = lines.device.type
+    automatic = backend == "auto"
+    if backend == "torch" or automatic and (device != "cuda" or product_dtype == torch.float64):
+        return "torch"
+    if reason := _why_not_triton():
+        if automatic:
+            _warn_once(f"sweeps use backend 'torch', not the faster 'triton': {reason}")
+            return "torch"
+        raise RuntimeError(f"backend 'triton' cannot run: {reason}; 'torch' and 'reference' can")
+    if device != "cuda" and not _triton_kernels().INTERPRETED:
+        raise ValueError(f"backend 'triton' needs a CUDA device, got {device}; 'torch' and 'reference' do not")
+    if product_dtype == torch.float64:
+        raise ValueError("backend 'triton' does not compute in float64; 'torch' and 'reference' do")
+    return "triton"
+
+
+@functools.cache
+def _why_not_triton() -> str | None:
+    kernels = _triton_kernels()
+    return "there is no sweep_triton.py beside nn.py" if kernels is None else kernels.available()
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    """The module sweep_triton that lies beside this file, if there is one."""
+    path = Path(__file__).with_name("sweep_triton.py")
+    if not path.exists():
+        return None
+    if __package__:
+        return importlib.import_module(".sweep_triton", __package__)
+    # A copy outside of a package must not take another copy's kernels.
+    specification = importlib.util.spec_from_file_location(f"{__name__}_sweep_triton", path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[module.__name__] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def _sweep_torch(
+    lines: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    reverse: bool,
+    keep_first: bool,
+    product_dtype: torch.dtype,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor]:
+    """A sweep, and if it is `differentiable` its gates [line, position x batch, 4C], else an empty tensor.
 
     What makes it fast: a line's own features are known before it is visited, so their products with `weight_hh` are
     taken for many lines at once; gates are computed in place, side by side as [W_hn h + b_hn, r, z, n], so that the
@@ -285,133 +453,139 @@ class _CorrectLines(torch.autograd.Function):
     takes the products of all gradients block by block, in buffers that are small enough to stay in the processor's
     cache and are never stored. Kept for the backward sweep: input, output and gates, six numbers per feature.
     """
+    num_lines, num_positions, batch, C = lines.shape
+    rows = num_positions * batch
+    w_ih, w_own = weight_ih.to(product_dtype), _candidate_first(weight_hh).to(product_dtype)
+    bias = torch.cat([bias_hh[2 * C :], bias_ih[: 2 * C] + bias_hh[: 2 * C], bias_ih[2 * C :]])
 
-    @staticmethod
-    def forward(ctx, lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype, differentiable):
-        num_lines, num_positions, batch, C = lines.shape
-        rows = num_positions * batch
-        w_ih, w_own = weight_ih.to(product_dtype), _candidate_first(weight_hh).to(product_dtype)
-        bias = torch.cat([bias_hh[2 * C :], bias_ih[: 2 * C] + bias_hh[: 2 * C], bias_ih[2 * C :]])
+    blocks = _blocks(lines, reverse)
+    longest = max(block.stop - block.start for block in blocks)
+    stored = lines.new_empty(num_lines if differentiable else longest, rows, 4 * C)  # first the pre-activations
+    by_parts = _by_parts(lines)
+    parts = [part.t() for part in w_ih.split(C, dim=1)]
+    neighbours = None if by_parts else lines.new_zeros(1, num_positions, batch, 3 * C, dtype=product_dtype)
+    candidate = lines.new_empty(num_positions, batch, C)
+    corrected = torch.empty_like(lines)
+    previous = None
+    for block in blocks:
+        first = block.start if differentiable else 0
+        gates = stored[first : first + block.stop - block.start]
+        gates[:] = bias
+        own = lines[block].reshape(-1, C).to(product_dtype)
+        _add_product(gates.view(-1, 4 * C)[:, : 3 * C], own, w_own.t())
+        for line in _indices(block, reverse):
+            g = gates[line - block.start]
+            if keep_first and previous is None:
+                corrected[line] = lines[line]
+            else:
+                if previous is not None and by_parts:
+                    _add_products(g[:, C:], corrected[previous].reshape(rows, C).to(product_dtype), parts, batch)
+                elif previous is not None:
+                    _gather_neighbours(corrected[previous : previous + 1], out=neighbours)
+                    _add_product(g[:, C:], neighbours.view(rows, 3 * C), w_ih.t())
+                g[:, C : 3 * C].sigmoid_()
+                candidate_own, r, z, n = g.view(num_positions, batch, 4 * C).split(C, dim=-1)
+                torch.addcmul(n, r, candidate_own, out=candidate).tanh_()  # tanh is slow on a part of a row
+                n.copy_(candidate)
+                torch.lerp(candidate, lines[line], z, out=corrected[line])
+            previous = line
+    return corrected, stored if differentiable else lines.new_empty(0)
 
-        blocks = _blocks(lines, reverse)
-        longest = max(block.stop - block.start for block in blocks)
-        stored = lines.new_empty(num_lines if differentiable else longest, rows, 4 * C)  # first the pre-activations
-        neighbours = lines.new_zeros(1, num_positions, batch, 3 * C, dtype=product_dtype)
-        candidate = lines.new_empty(num_positions, batch, C)
-        corrected = torch.empty_like(lines)
-        previous = None
-        for block in blocks:
-            first = block.start if differentiable else 0
-            gates = stored[first : first + block.stop - block.start]
-            gates[:] = bias
-            own = lines[block].reshape(-1, C).to(product_dtype)
-            _add_product(gates.view(-1, 4 * C)[:, : 3 * C], own, w_own.t())
-            for line in _indices(block, reverse):
-                g = gates[line - block.start]
-                if keep_first and previous is None:
-                    corrected[line] = lines[line]
-                else:
-                    if previous is not None:
-                        _gather_neighbours(corrected[previous : previous + 1], out=neighbours)
-                        _add_product(g[:, C:], neighbours.view(rows, 3 * C), w_ih.t())
-                    g[:, C : 3 * C].sigmoid_()
-                    candidate_own, r, z, n = g.view(num_positions, batch, 4 * C).split(C, dim=-1)
-                    torch.addcmul(n, r, candidate_own, out=candidate).tanh_()  # tanh is slow on a part of a row
-                    n.copy_(candidate)
-                    torch.lerp(candidate, lines[line], z, out=corrected[line])
-                previous = line
 
-        if differentiable:
-            ctx.save_for_backward(lines, weight_ih, weight_hh, stored, corrected)
-        ctx.reverse, ctx.keep_first, ctx.product_dtype = reverse, keep_first, product_dtype
-        return corrected
+def _sweep_backward_torch(
+    grad_corrected: Tensor,
+    lines: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    corrected: Tensor,
+    gates: Tensor,
+    reverse: bool,
+    keep_first: bool,
+    product_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of lines, weight_ih, weight_hh, bias_ih and bias_hh."""
+    num_lines, num_positions, batch, C = lines.shape
+    rows = num_positions * batch
+    w_ih, w_own = weight_ih.to(product_dtype), _candidate_first(weight_hh).to(product_dtype)
+    if grad_corrected.stride(-1) != 1:
+        grad_corrected = grad_corrected.contiguous()
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        lines, weight_ih, weight_hh, gates, corrected = ctx.saved_tensors
-        num_lines, num_positions, batch, C = lines.shape
-        rows = num_positions * batch
-        dtype, reverse = ctx.product_dtype, ctx.reverse
-        w_ih, w_own = weight_ih.to(dtype), _candidate_first(weight_hh).to(dtype)
-        grad_output = _channels_innermost(grad_output)
+    grad_lines = torch.empty_like(lines)
+    grad_w_ih = lines.new_zeros(3 * C, 3 * C)
+    grad_w_own = lines.new_zeros(3 * C, C)
+    grad_bias = lines.new_zeros(4 * C)
+    blocks = _blocks(lines, reverse)
+    longest = max(block.stop - block.start for block in blocks)
+    grad_gates_buffer = lines.new_empty(longest, num_positions, batch, 4 * C)  # of the pre-activations
+    grad_own_buffer = lines.new_empty(longest, num_positions, batch, C)
+    neighbours_buffer = lines.new_zeros(longest, num_positions, batch, 3 * C, dtype=product_dtype)
+    # What each position j of the line visited next sends back to the values at j-1, j, j+1 of this one.
+    by_parts = _by_parts(lines)
+    parts = [part.contiguous() for part in reversed(w_ih.split(C, dim=1))]
+    sent_back = None if by_parts else lines.new_zeros(num_positions, batch, 3 * C, dtype=product_dtype)
+    visited_next = None
+    total = lines.new_empty(num_positions, batch, C)
+    first_visited = num_lines - 1 if reverse else 0
 
-        grad_lines = torch.empty_like(lines)
-        grad_w_ih = lines.new_zeros(3 * C, 3 * C)
-        grad_w_own = lines.new_zeros(3 * C, C)
-        grad_bias = lines.new_zeros(4 * C)
-        blocks = _blocks(lines, reverse)
-        longest = max(block.stop - block.start for block in blocks)
-        grad_gates_buffer = lines.new_empty(longest, num_positions, batch, 4 * C)  # of the pre-activations
-        grad_own_buffer = lines.new_empty(longest, num_positions, batch, C)
-        neighbours_buffer = lines.new_zeros(longest, num_positions, batch, 3 * C, dtype=dtype)
-        # What each position j of the line visited next sends back to the values at j-1, j, j+1 of this one.
-        sent_back = lines.new_zeros(num_positions, batch, 3 * C, dtype=dtype)
-        total = lines.new_empty(num_positions, batch, C)
-        first_visited = num_lines - 1 if reverse else 0
-
-        for block in reversed(blocks):
-            length = block.stop - block.start
-            grad_gates, grad_own = grad_gates_buffer[:length], grad_own_buffer[:length]
-            for line in reversed(_indices(block, reverse)):
-                torch.add(grad_output[line], sent_back[..., C : 2 * C], out=total)
+    for block in reversed(blocks):
+        length = block.stop - block.start
+        grad_gates, grad_own = grad_gates_buffer[:length], grad_own_buffer[:length]
+        for line in reversed(_indices(block, reverse)):
+            if by_parts:
+                total.copy_(grad_corrected[line])
+                if visited_next is not None:  # its gradients stay where they are until this line's are known
+                    _add_products(total.view(rows, C), visited_next.to(product_dtype), parts, batch)
+            else:
+                torch.add(grad_corrected[line], sent_back[..., C : 2 * C], out=total)
                 total[:-1] += sent_back[1:, :, :C]
                 total[1:] += sent_back[:-1, :, 2 * C :]
-                g, g_own = grad_gates[line - block.start], grad_own[line - block.start]
-                if ctx.keep_first and line == first_visited:
-                    g.zero_()
-                    g_own.copy_(total)
-                    continue
-                saved = gates[line].view(num_positions, batch, 4 * C)
-                candidate_own, r, z, n = saved.split(C, dim=-1)
-                g_candidate_own, g_r, g_z, g_n = g.split(C, dim=-1)
-                torch.mul(total, z, out=g_own)
-                torch.sub(lines[line], n, out=g_z).mul_(total)
-                torch.ops.aten.tanh_backward.grad_input(total.sub_(g_own), n, grad_input=g_n)
-                torch.mul(g_n, r, out=g_candidate_own)
-                torch.mul(g_n, candidate_own, out=g_r)
-                g_rz = g[..., C : 3 * C]
-                torch.ops.aten.sigmoid_backward.grad_input(g_rz, saved[..., C : 3 * C], grad_input=g_rz)
-                if line != first_visited:
-                    torch.mm(g.view(rows, 4 * C)[:, C:].to(dtype), w_ih, out=sent_back.view(rows, 3 * C))
+            g, g_own = grad_gates[line - block.start], grad_own[line - block.start]
+            if keep_first and line == first_visited:
+                g.zero_()
+                g_own.copy_(total)
+                continue
+            saved = gates[line].view(num_positions, batch, 4 * C)
+            candidate_own, r, z, n = saved.split(C, dim=-1)
+            g_candidate_own, g_r, g_z, g_n = g.split(C, dim=-1)
+            torch.mul(total, z, out=g_own)
+            torch.sub(lines[line], n, out=g_z).mul_(total)
+            torch.ops.aten.tanh_backward.grad_input(total.sub_(g_own), n, grad_input=g_n)
+            torch.mul(g_n, r, out=g_candidate_own)
+            torch.mul(g_n, candidate_own, out=g_r)
+            g_rz = g[..., C : 3 * C]
+            torch.ops.aten.sigmoid_backward.grad_input(g_rz, saved[..., C : 3 * C], grad_input=g_rz)
+            visited_next = g.view(rows, 4 * C)[:, C:]
+            if line != first_visited and not by_parts:
+                torch.mm(visited_next.to(product_dtype), w_ih, out=sent_back.view(rows, 3 * C))
 
-            flat = grad_gates.view(-1, 4 * C)
-            grad_bias += flat.sum(0)
-            flat = flat.to(dtype)
-            _add_product(grad_own.view(-1, C), flat[:, : 3 * C], w_own)
-            grad_lines[block] = grad_own
-            _add_product(grad_w_own, flat[:, : 3 * C].t(), lines[block].reshape(-1, C).to(dtype))
-            # The lines of the block that have a previous line, and those previous lines.
-            shift = 1 if reverse else -1
-            start, stop = max(block.start, -shift), min(block.stop, num_lines - shift)
-            neighbours = neighbours_buffer[: stop - start]
-            _gather_neighbours(corrected[start + shift : stop + shift], out=neighbours)
-            flat = flat[(start - block.start) * rows : (stop - block.start) * rows, C:]
-            _add_product(grad_w_ih, flat.t(), neighbours.view(-1, 3 * C))
+        flat = grad_gates.view(-1, 4 * C)
+        grad_bias += flat.sum(0)
+        flat = flat.to(product_dtype)
+        _add_product(grad_own.view(-1, C), flat[:, : 3 * C], w_own)
+        grad_lines[block] = grad_own
+        _add_product(grad_w_own, flat[:, : 3 * C].t(), lines[block].reshape(-1, C).to(product_dtype))
+        # The lines of the block that have a previous line, and those previous lines.
+        shift = 1 if reverse else -1
+        start, stop = max(block.start, -shift), min(block.stop, num_lines - shift)
+        neighbours = neighbours_buffer[: stop - start]
+        _gather_neighbours(corrected[start + shift : stop + shift], out=neighbours)
+        flat = flat[(start - block.start) * rows : (stop - block.start) * rows, C:]
+        _add_product(grad_w_ih, flat.t(), neighbours.view(-1, 3 * C))
 
-        grad_candidate_own, grad_rz = grad_w_own.split([C, 2 * C])
-        return (
-            grad_lines,
-            grad_w_ih.to(weight_ih.dtype),
-            torch.cat([grad_rz, grad_candidate_own]).to(weight_hh.dtype),
-            grad_bias[C:].to(weight_ih.dtype),
-            torch.cat([grad_bias[C : 3 * C], grad_bias[:C]]).to(weight_hh.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+    grad_candidate_own, grad_rz = grad_w_own.split([C, 2 * C])
+    return (
+        grad_lines,
+        grad_w_ih.to(weight_ih.dtype),
+        torch.cat([grad_rz, grad_candidate_own]).to(weight_hh.dtype),
+        grad_bias[C:].to(weight_ih.dtype, copy=True),
+        torch.cat([grad_bias[C : 3 * C], grad_bias[:C]]).to(weight_hh.dtype),
+    )
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
     """The memory format that a convolution's output would have."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _channels_innermost(lines: Tensor) -> Tensor:
-    """The same values; copied only where the channels of a position do not lie side by side."""
-    return lines if lines.stride(-1) == 1 else lines.contiguous()
 
 
 def _candidate_first(weight_hh: Tensor) -> Tensor:
@@ -440,6 +614,20 @@ def _gather_neighbours(previous: Tensor, out: Tensor) -> None:
     out[:, 1:, :, :C] = previous[:, :-1]
     out[..., C : 2 * C] = previous
     out[:, :-1, :, 2 * C :] = previous[:, 1:]
+
+
+def _by_parts(lines: Tensor) -> bool:
+    """Whether the three neighbours are multiplied one after another, instead of being gathered for one product: on a
+    CPU the copies take longer than the sums, on a GPU two more launches do."""
+    return lines.device.type == "cpu"
+
+
+def _add_products(accumulator: Tensor, previous: Tensor, parts: Sequence[Tensor], batch: int) -> None:
+    """Adds products of the neighbours j-1, j, j+1 of a line, rows (position, image), with a factor for each."""
+    before, same, after = parts
+    _add_product(accumulator, previous, same)
+    _add_product(accumulator[batch:], previous[: len(previous) - batch], before)
+    _add_product(accumulator[: len(previous) - batch], previous[batch:], after)
 
 
 def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:

@@ -7,12 +7,20 @@ training precision.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .utils import MaskedConv2d, full_precision, sum_over_image
+
+# Numbers in one of the some 30 intermediates of DML's likelihood. Up to the first limit they are all kept for the
+# backward pass: 120 MiB. Beyond it there are chunks, in a CPU's cache; on a GPU as large as launches cost little.
+WHOLE = 2**20
+CHUNK_CPU = 2**17
+CHUNK_GPU = 2**22
 
 
 class IsoGaussian(nn.Module):
@@ -120,6 +128,13 @@ class DML(nn.Module):
         return ((full_precision(x) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        numbers = 3 * self.mix_components
+        # A compiler fuses the intermediates away.
+        if torch.compiler.is_compiling() or x.requires_grad or numbers * x[:, 0].numel() <= WHOLE:
+            return self._log_prob(params, x)
+        return _InChunks.apply(params, x, self._log_prob, numbers)
+
+    def _log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         logits, means, log_scales, coefficients = self._split(params)
         x = x.to(means.dtype).unsqueeze(2)  # [B, 3, 1, H, W]
         red, green = x[:, 0], x[:, 1]
@@ -193,6 +208,46 @@ class DML(nn.Module):
         return torch.stack([red, green, blue], dim=1)
 
 
+class _InChunks(torch.autograd.Function):
+    """A log-probability [B] that is a sum over positions, some positions at a time; the backward pass computes it anew.
+
+    Of the dozens of intermediates, each as large as a third of DML's parameters, only a chunk's exist at any time.
+    """
+
+    @staticmethod
+    def forward(ctx, params: Tensor, x: Tensor, log_prob: Callable, numbers: int) -> Tensor:
+        """`log_prob(params, x)`, whose intermediates have so many `numbers` for each position."""
+        ctx.save_for_backward(params, x)
+        ctx.log_prob, ctx.numbers = log_prob, numbers
+        total = params.new_zeros(len(params), dtype=torch.promote_types(params.dtype, torch.float32))
+        for images, rows in _chunks(params, numbers):
+            total[images] += log_prob(params[images, :, rows], x[images, :, rows])
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        params, x = ctx.saved_tensors
+        grad_params = torch.empty_like(params)
+        for images, rows in _chunks(params, ctx.numbers):
+            chunk = params[images, :, rows].detach().requires_grad_()
+            with torch.enable_grad():
+                value = ctx.log_prob(chunk, x[images, :, rows])
+            (grad_params[images, :, rows],) = torch.autograd.grad(value, chunk, grad[images])
+        return grad_params, None, None, None
+
+
+def _chunks(params: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of images and of rows of [B, channels, H, W]: some whole images, or some rows of one."""
+    batch, _, height, width = params.shape
+    limit = CHUNK_CPU if params.device.type == "cpu" else CHUNK_GPU
+    rows = max(1, limit // max(1, numbers * width))
+    images = max(1, rows // max(1, height))
+    for first_image in range(0, batch, images):
+        for first_row in range(0, height, rows):
+            yield slice(first_image, first_image + images), slice(first_row, first_row + rows)
+
+
 class DL(nn.Module):
     """Discretized logistic with one learnt scale (Kingma et al. 2016), as a proper distribution.
 
@@ -262,6 +317,15 @@ def make_observation(name: str, nbits: int, mix_components: int) -> DML | DL:
     if name not in OBSERVATIONS:
         raise ValueError(f"obs_model must be one of {', '.join(OBSERVATIONS)}, got {name!r}")
     return DML(nbits, mix_components) if name == "DML" else DL(nbits)
+
+
+def standard_normal(
+    shape: Sequence[int], device: torch.device, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> Tensor:
+    """Standard normal noise, drawn with torch's global generator if none is given."""
+    if generator is None:  # torch.compile cannot draw for a batch of any size with a generator, not even with None
+        return torch.randn(shape, device=device, dtype=dtype)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
 def gaussian_log_prob(z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

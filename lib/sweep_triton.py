@@ -260,113 +260,107 @@ def available() -> str | None:
     return None
 
 
-def correct_lines_triton(
+def sweep(
     lines: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias_ih: Tensor,
     bias_hh: Tensor,
-    *,
     reverse: bool,
     keep_first: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The same as `correct_lines_reference` and `correct_lines_torch` of nn.py: arguments, result, autocast.
+    """Corrected lines, see `correct_lines_reference` of nn.py, which has the operator that calls this.
 
-    Raises:
-        RuntimeError: where the kernels cannot run, see :func:`available`.
-        ValueError: for float64, and for tensors that are not on a CUDA device.
+    Arguments:
+        lines: [line, position, batch, channel]; channels side by side, in memory nothing between positions.
+        weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first: As for `correct_lines_reference`.
+        dtype: Of the products' operands; not float64.
     """
-    if reason := available():
-        raise RuntimeError(f"backend 'triton' cannot run: {reason}; 'torch' and 'reference' can")
-    device = lines.device.type
-    if device != "cuda" and not INTERPRETED:
-        raise ValueError(f"backend 'triton' needs a CUDA device, got {device}; 'torch' and 'reference' do not")
-    if torch.is_autocast_enabled(device):
-        lines, product_dtype = lines.float(), torch.get_autocast_dtype(device)
-    else:
-        product_dtype = lines.dtype
-    if product_dtype == torch.float64:
-        raise ValueError("backend 'triton' does not compute in float64; 'torch' and 'reference' do")
-    if lines.stride(-1) != 1 or torch.empty_like(lines, device="meta").stride() != lines.stride():
-        lines = lines.contiguous()  # channels side by side, rows without gaps
-    with torch.autocast(device, enabled=False):
-        return _CorrectLines.apply(lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype)
+    corrected, C = torch.empty_like(lines), lines.shape[-1]
+    bias = _joined(bias_ih, bias_hh)
+    blocks, longest, line_rows = _blocks(lines, reverse)
+    w_ih, w_hh = weight_ih.roll(C, 0).to(dtype), weight_hh.to(dtype)  # gates n, r, z; r, z, m
+    h = lines.new_zeros(longest * line_rows, C, dtype=dtype)
+    own = lines.new_empty(longest * line_rows, 3 * C, dtype=dtype)
+    previous = lines.new_zeros(2 * line_rows + 1, C, dtype=dtype)
+    num_done = 0
+    for block in blocks:
+        num_rows = len(block) * line_rows
+        _unpadded(h[:num_rows], lines).copy_(lines[block.start : block.stop])
+        torch.mm(h[:num_rows], w_hh.t(), out=own[:num_rows])
+        tensors = (lines, corrected, own, previous, w_ih, bias)
+        _launch(_correct_kernel, tensors, block, num_done, reverse, KEEP_FIRST=keep_first, RECOMPUTE=False)
+        num_done += len(block)
+    return corrected
 
 
-class _CorrectLines(torch.autograd.Function):
-    """A whole sweep as one differentiable operation, see the top of the file."""
+def sweep_backward(
+    grad_corrected: Tensor,
+    lines: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    corrected: Tensor,
+    reverse: bool,
+    keep_first: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of lines, weight_ih, weight_hh, bias_ih and bias_hh; `corrected` is the result of :func:`sweep`."""
+    blocks, longest, line_rows = _blocks(lines, reverse)
+    num_lines, C = lines.shape[0], lines.shape[-1]
+    bias = _joined(bias_ih, bias_hh)
+    if grad_corrected.stride() != lines.stride():
+        grad_corrected = torch.empty_like(lines).copy_(grad_corrected)
+    grad_lines = torch.empty_like(lines)
+    w_ih, w_hh = weight_ih.roll(C, 0).to(dtype), weight_hh.to(dtype)
+    h = lines.new_zeros(longest * line_rows, C, dtype=dtype)
+    previous = lines.new_zeros(longest * line_rows + 1, C, dtype=dtype)
+    gates = lines.new_zeros((longest + 2) * line_rows + 1, 5 * C, dtype=dtype)
+    grad_w_ih, grad_w_hh = torch.zeros_like(w_ih, dtype=torch.float32), torch.zeros_like(w_hh, dtype=torch.float32)
+    grad_bias = lines.new_zeros(4 * C, dtype=torch.float32)
+    part_w_ih = torch.empty_like(w_ih)
+    by_line = gates[:-1].view(longest + 2, line_rows, 5 * C)
+    num_done = computed_last = 0
+    for block in reversed(blocks):
+        length, num_rows = len(block), len(block) * line_rows
+        if num_done > 0:  # the line computed last lies beside this block
+            by_line[0 if reverse else length + 1] = by_line[computed_last]
+        computed_last = length if reverse else 1
+        inside = gates[line_rows : line_rows + num_rows]
+        _unpadded(h[:num_rows], lines).copy_(lines[block.start : block.stop])
+        to = _unpadded(previous[:num_rows], lines)
+        shift = 1 if reverse else -1
+        start, stop = max(block.start, -shift), min(block.stop, num_lines - shift)
+        if stop - start < length:  # the line visited first has none before it
+            to.zero_()
+        to[start - block.start : stop - block.start] = corrected[start + shift : stop + shift]
+        torch.mm(h[:num_rows], w_hh.t(), out=inside[:, C : 4 * C])
 
-    @staticmethod
-    def forward(ctx, lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, dtype):
-        ctx.options = (reverse, keep_first, dtype)
-        corrected, C = torch.empty_like(lines), lines.shape[-1]
-        bias = torch.cat([bias_ih[: 2 * C] + bias_hh[: 2 * C], bias_ih[2 * C :], bias_hh[2 * C :]])
-        ctx.save_for_backward(lines, weight_ih, weight_hh, bias, corrected)
-        blocks, longest, line_rows = _blocks(lines, reverse)
-        w_ih, w_hh = weight_ih.roll(C, 0).to(dtype), weight_hh.to(dtype)  # gates n, r, z; r, z, m
-        h = lines.new_zeros(longest * line_rows, C, dtype=dtype)
-        own = lines.new_empty(longest * line_rows, 3 * C, dtype=dtype)
-        previous = lines.new_zeros(2 * line_rows + 1, C, dtype=dtype)
-        num_done = 0
-        for block in blocks:
-            num_rows = len(block) * line_rows
-            _unpadded(h[:num_rows], lines).copy_(lines[block.start : block.stop])
-            torch.mm(h[:num_rows], w_hh.t(), out=own[:num_rows])
-            tensors = (lines, corrected, own, previous, w_ih, bias)
-            _launch(_correct_kernel, tensors, block, num_done, reverse, KEEP_FIRST=keep_first, RECOMPUTE=False)
-            num_done += len(block)
-        return corrected
+        tensors, num_before = (lines, corrected, inside, previous, w_ih, bias), num_lines - num_done - length
+        _launch(_correct_kernel, tensors, block, num_before, reverse, KEEP_FIRST=keep_first, RECOMPUTE=True)
+        _launch(_sweep_back_kernel, (grad_corrected, grad_lines, gates, w_ih), block, num_done, reverse)
+        num_done += length
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_corrected):
-        lines, weight_ih, weight_hh, bias, corrected = ctx.saved_tensors
-        reverse, keep_first, dtype = ctx.options
-        blocks, longest, line_rows = _blocks(lines, reverse)
-        num_lines, C = lines.shape[0], lines.shape[-1]
-        if grad_corrected.stride() != lines.stride():
-            grad_corrected = torch.empty_like(lines).copy_(grad_corrected)
-        grad_lines = torch.empty_like(lines)
-        w_ih, w_hh = weight_ih.roll(C, 0).to(dtype), weight_hh.to(dtype)
-        h = lines.new_zeros(longest * line_rows, C, dtype=dtype)
-        previous = lines.new_zeros(longest * line_rows + 1, C, dtype=dtype)
-        gates = lines.new_zeros((longest + 2) * line_rows + 1, 5 * C, dtype=dtype)
-        grad_w_ih, grad_w_hh = torch.zeros_like(w_ih, dtype=torch.float32), torch.zeros_like(w_hh, dtype=torch.float32)
-        grad_bias = lines.new_zeros(4 * C, dtype=torch.float32)
-        part_w_ih = torch.empty_like(w_ih)
-        by_line = gates[:-1].view(longest + 2, line_rows, 5 * C)
-        num_done = computed_last = 0
-        for block in reversed(blocks):
-            length, num_rows = len(block), len(block) * line_rows
-            if num_done > 0:  # the line computed last lies beside this block
-                by_line[0 if reverse else length + 1] = by_line[computed_last]
-            computed_last = length if reverse else 1
-            inside = gates[line_rows : line_rows + num_rows]
-            _unpadded(h[:num_rows], lines).copy_(lines[block.start : block.stop])
-            to = _unpadded(previous[:num_rows], lines)
-            shift = 1 if reverse else -1
-            start, stop = max(block.start, -shift), min(block.stop, num_lines - shift)
-            if stop - start < length:  # the line visited first has none before it
-                to.zero_()
-            to[start - block.start : stop - block.start] = corrected[start + shift : stop + shift]
-            torch.mm(h[:num_rows], w_hh.t(), out=inside[:, C : 4 * C])
+        grad_bias += inside[:, : 4 * C].sum(0, dtype=torch.float32)
+        grad_w_hh += torch.mm(inside[:, C : 4 * C].t(), h[:num_rows])
+        for neighbour in range(3):  # the first row is padding
+            shifted = previous[neighbour : neighbour + num_rows - 1]
+            torch.mm(inside[1:, : 3 * C].t(), shifted, out=part_w_ih[:, neighbour * C : (neighbour + 1) * C])
+        grad_w_ih += part_w_ih
+        torch.mm(inside[:, C : 4 * C], w_hh, out=h[:num_rows])
+        grad_lines[block.start : block.stop] += _unpadded(h[:num_rows], lines)
 
-            tensors, num_before = (lines, corrected, inside, previous, w_ih, bias), num_lines - num_done - length
-            _launch(_correct_kernel, tensors, block, num_before, reverse, KEEP_FIRST=keep_first, RECOMPUTE=True)
-            _launch(_sweep_back_kernel, (grad_corrected, grad_lines, gates, w_ih), block, num_done, reverse)
-            num_done += length
+    gradients = (grad_w_ih.roll(-C, 0), grad_w_hh, grad_bias[: 3 * C].roll(-C, 0), grad_bias[C:])
+    return grad_lines, *(gradient.to(weight_ih.dtype, copy=True) for gradient in gradients)
 
-            grad_bias += inside[:, : 4 * C].sum(0, dtype=torch.float32)
-            grad_w_hh += torch.mm(inside[:, C : 4 * C].t(), h[:num_rows])
-            for neighbour in range(3):  # the first row is padding
-                shifted = previous[neighbour : neighbour + num_rows - 1]
-                torch.mm(inside[1:, : 3 * C].t(), shifted, out=part_w_ih[:, neighbour * C : (neighbour + 1) * C])
-            grad_w_ih += part_w_ih
-            torch.mm(inside[:, C : 4 * C], w_hh, out=h[:num_rows])
-            grad_lines[block.start : block.stop] += _unpadded(h[:num_rows], lines)
 
-        gradients = (grad_w_ih.roll(-C, 0), grad_w_hh, grad_bias[: 3 * C].roll(-C, 0), grad_bias[C:])
-        return grad_lines, *(gradient.to(weight_ih.dtype) for gradient in gradients), None, None, None
+def _joined(bias_ih: Tensor, bias_hh: Tensor) -> Tensor:
+    """Biases of r, z, n and m, [4C]."""
+    rz_ih, n = bias_ih.split([bias_ih.numel() // 3 * 2, bias_ih.numel() // 3])
+    rz_hh, m = bias_hh.split([bias_hh.numel() // 3 * 2, bias_hh.numel() // 3])
+    return torch.cat([rz_ih + rz_hh, n, m])
 
 
 def _blocks(lines: Tensor, reverse: bool) -> tuple[list[range], int, int]:

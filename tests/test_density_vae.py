@@ -197,3 +197,27 @@ def test_wrong_inputs_say_what_is_allowed():
 
 def test_cnn_baseline_needs_no_sdn_arguments():
     assert not any(isinstance(m, ResSDNLayer) for m in DensityVAE(8, **SMALL).modules())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("variant", ["sdn", "analytic", "downsample first"])
+def test_checkpointed_activations_change_memory_alone(variant, autocast):
+    """Loss and gradients are equal bit for bit, also with noise drawn by the model; what is kept shrinks."""
+    plain = small_model(**VARIANTS[variant])
+    saving = small_model(**VARIANTS[variant], checkpoint_activations=True)
+    x = plain.observation.encode(random_images(plain, 2))
+    results, kept = [], []
+    for model in (plain, saving):
+        torch.manual_seed(1)
+        numbers = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t)  # noqa: B023
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(x)
+        loss = objective(output, free_bits=0.1)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+        kept.append(sum(numbers))
+        with torch.no_grad():
+            assert not model(x).distortion.requires_grad
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert kept[1] < kept[0] / 2, "the likelihood's are left"

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from lib.nn import BORDERS, ResSDNLayer, SDNLayer, Sweep, correct_lines_reference, correct_lines_torch
+from lib.nn import BORDERS, ResSDNLayer, SDNLayer, Sweep, correct_lines
 
 BACKENDS = ["reference", "torch"]
-CORRECT = {"reference": correct_lines_reference, "torch": correct_lines_torch}
 SHAPES = [(2, 3, 5, 4), (1, 2, 3, 7), (3, 4, 1, 6), (2, 3, 6, 1), (1, 1, 1, 1)]
 
 
@@ -326,6 +325,7 @@ def test_a_single_line(backend):
     lines = torch.randn(1, 5, 2, 3)
     cell = torch.nn.GRUCell(9, 3)
     parameters = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-    corrected = CORRECT[backend](lines, *parameters, reverse=False, keep_first=False)
+    corrected = correct_lines(lines, *parameters, reverse=False, keep_first=False, backend=backend)
     torch.testing.assert_close(corrected.view(-1, 3), cell(torch.zeros(10, 9), lines.view(-1, 3)))
-    assert torch.equal(CORRECT[backend](lines, *parameters, reverse=True, keep_first=True), lines)
+    kept = correct_lines(lines, *parameters, reverse=True, keep_first=True, backend=backend)
+    assert torch.equal(kept, lines)

@@ -37,13 +37,15 @@ def test_memory_of_a_fresh_process(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["output", "gradient"])
 def test_refuses_a_wrong_layer(monkeypatch, tmp_path, wrong):
-    correct = sdn.correct_lines_torch
+    correct = sdn.correct_lines
 
-    def broken(lines, *parameters, **flags):
-        corrected = correct(lines, *parameters, **flags)
+    def broken(lines, *parameters, backend, **flags):
+        corrected = correct(lines, *parameters, backend=backend, **flags)
+        if backend == "reference":
+            return corrected
         return corrected * 1.001 if wrong == "output" else 2 * corrected - corrected.detach()
 
-    monkeypatch.setattr(sdn, "correct_lines_torch", broken)
+    monkeypatch.setattr(sdn, "correct_lines", broken)
     with pytest.raises(SystemExit) as refusal:
         sdn_layer.main([*TINY, "--scales", "4", "--output", str(tmp_path / "result.json")])
     assert "sdn1/torch is not timed" in str(refusal.value.code)

@@ -10,7 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import GOLDEN, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lib import probability
 from lib.probability import DL, DML, IAF, IsoGaussian, gaussian_kl, make_observation, quantize
 from lib.utils import keyed_noise
 
@@ -235,3 +238,62 @@ def test_keyed_noise_depends_on_nothing_but_its_keys():
     flat = torch.cat([eps.flatten(1) for eps in keyed_noise([(1000,)], 0, range(100))])
     assert abs(flat.mean()) < 0.02 and abs(flat.std() - 1) < 0.02
     assert F.cosine_similarity(flat[0], flat[1], dim=0).abs() < 0.15
+
+
+@pytest.mark.parametrize("limit", [1, 30, 170, 500, 10**6])
+def test_dml_in_chunks_equals_dml_at_once(monkeypatch, limit):
+    """Chunks of one row, of some rows, the last ones incomplete, of some images, of all."""
+    monkeypatch.setattr(probability, "WHOLE", 0)
+    monkeypatch.setattr(probability, "CHUNK_CPU", limit)
+    torch.manual_seed(7)
+    dml = DML(8, 2)
+    params = torch.randn(5, dml.param_channels, 7, 4, dtype=torch.float64, requires_grad=True)
+    x = dml.encode(torch.randint(0, 256, (5, 3, 7, 4), dtype=torch.uint8)).double()
+    weight = torch.randn(5, dtype=torch.float64)
+    expected = dml._log_prob(params, x)
+    (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), params)
+    computed = dml.log_prob(params, x)
+    (gradient,) = torch.autograd.grad((computed * weight).sum(), params)
+    torch.testing.assert_close(computed, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(dml.log_prob(params, x), expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dml_in_chunks_rounds_gradients_once(monkeypatch, dtype):
+    monkeypatch.setattr(probability, "WHOLE", 0)
+    monkeypatch.setattr(probability, "CHUNK_CPU", 50)
+    torch.manual_seed(8)
+    dml = DML(8, 2)
+    params = torch.randn(2, dml.param_channels, 5, 4).to(dtype).requires_grad_()
+    x = dml.encode(torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8))
+    scale = 1e-4  # of a gradient that float16 could not hold before the loss is scaled
+    (expected,) = torch.autograd.grad((dml._log_prob(params, x) * scale).sum(), params)
+    with torch.autocast("cpu", dtype):
+        log_prob = dml.log_prob(params, x)
+    (gradient,) = torch.autograd.grad((log_prob * scale).sum(), params)
+    assert log_prob.dtype == torch.float32 and gradient.dtype == dtype
+    assert relative_error(gradient, expected) < 1e-4  # most are equal; vectorized functions differ in the last bit
+
+
+def test_dml_needs_no_memory_but_a_chunks(monkeypatch):
+    monkeypatch.setattr(probability, "WHOLE", 0)
+    monkeypatch.setattr(probability, "CHUNK_CPU", 1000)
+    dml = DML(8, 5)
+    params, x = torch.randn(2, dml.param_channels, 32, 32, requires_grad=True), torch.zeros(2, 3, 32, 32)
+    sizes = []
+
+    class NewTensors(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            leaves = [[t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in (arguments, result)]
+            known, given = ([t.untyped_storage().data_ptr() for t in tensors] for tensors in leaves)
+            sizes.extend(t.numel() for t, place in zip(leaves[1], given, strict=True) if place not in known)
+            return result
+
+    with NewTensors():
+        dml.log_prob(params, x).sum().backward()
+    assert len(sizes) > 1000
+    # The parameters of a chunk are 10 / 3 of it, the gradient is as large as all parameters.
+    assert [size for size in sizes if size > 4 * 1000] == [params.numel()]

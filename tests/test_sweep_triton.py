@@ -5,6 +5,7 @@ are skipped in the common process, and `test_in_the_interpreter` runs this file 
 `TRITON_INTERPRET=1 python -m pytest tests/test_sweep_triton.py`.
 """
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -15,10 +16,12 @@ import pytest
 import torch
 from test_nn_backends import assert_near
 
+from lib import nn as sdn
 from lib import sweep_triton
-from lib.nn import correct_lines_reference, correct_lines_torch
-from lib.sweep_triton import _plan, available, correct_lines_triton
+from lib.nn import SDNLayer, correct_lines, correct_lines_reference
+from lib.sweep_triton import _plan, available
 
+correct_lines_triton = functools.partial(correct_lines, backend="triton")
 UNAVAILABLE = available()
 DEVICE = "cpu" if UNAVAILABLE or sweep_triton.INTERPRETED else "cuda"
 SIDES = list(itertools.product([False, True], [False, True]))  # reverse, keep_first
@@ -223,7 +226,7 @@ def test_memory(monkeypatch):
     leaf = lines.requires_grad_()
     corrected = correct_lines_triton(leaf, *parameters, reverse=False, keep_first=False)
     saved = sum(tensor.numel() for tensor in corrected.grad_fn.saved_tensors)
-    assert saved == 2 * lines.numel() + 9 * 4 * 4 + 3 * 4 * 4 + 4 * 4
+    assert saved == 2 * lines.numel() + 9 * 4 * 4 + 3 * 4 * 4 + 2 * 3 * 4
     corrected.backward(weight)
     # A line is 8 padded rows: itself and its neighbours, five numbers per feature. Input and output have 192 numbers.
     assert max(largest) == (3 * 8 + 1) * 5 * 4  # gates
@@ -278,9 +281,41 @@ def test_float64_is_refused_except_under_autocast():
         correct_lines_triton(*tensors, reverse=False, keep_first=False)
     with torch.autocast(DEVICE, torch.bfloat16):
         computed = correct_lines_triton(*tensors, reverse=False, keep_first=False)
-        expected = correct_lines_torch(*tensors, reverse=False, keep_first=False)
+        expected = correct_lines(*tensors, reverse=False, keep_first=False, backend="torch")
     assert computed.dtype == expected.dtype == torch.float32
     assert_near({"output": computed}, {"output": expected}, 2**-8)
+
+
+@kernels
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_in_a_layer_also_compiled(autocast):
+    torch.manual_seed(0)
+    layer = SDNLayer(2, 3, 4, [0, 3], backend="triton").to(DEVICE)
+    reference = SDNLayer(2, 3, 4, [0, 3], backend="reference").to(DEVICE).double()
+    reference.load_state_dict(layer.state_dict())
+    x, weight = torch.randn(2, 2, 3, 4, device=DEVICE), torch.randn(2, 3, 3, 4, device=DEVICE)
+
+    def result(layer, x, weight):
+        with torch.autocast(DEVICE, autocast, enabled=autocast is not None and x.dtype == torch.float32):
+            y = layer(x)
+        gradients = torch.autograd.grad((y * weight).sum(), layer.parameters())
+        names = (name for name, _ in reference.named_parameters())
+        return {"output": y.detach()} | dict(zip(names, gradients, strict=True))
+
+    expected = result(reference, x.double(), weight.double())
+    # With rounded operands of relative error 2^-9: two projections and two sweeps of up to four lines.
+    tolerance = TOLERANCE if autocast is None else 8 * 2**-8
+    assert_near(result(layer, x, weight), expected, tolerance)
+    layer.compile(fullgraph=True, backend="aot_eager")
+    assert_near(result(layer, x, weight), expected, tolerance)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_registration_is_complete(dtype):
+    tensors, _ = random_case((3, 2, 2, 4))
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    torch.library.opcheck(sdn._SWEEP, (*leaves, True, False, dtype, True, "triton"))
 
 
 def test_without_triton(monkeypatch):
@@ -289,6 +324,8 @@ def test_without_triton(monkeypatch):
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     assert module.available() == "Triton is not installed"
+    monkeypatch.setattr(sdn, "_why_not_triton", module.available)
     tensors = [tensor.cpu() for tensor in random_case((2, 3, 1, 4))[0]]
     with pytest.raises(RuntimeError, match="Triton is not installed; 'torch' and 'reference' can"):
-        module.correct_lines_triton(*tensors, reverse=False, keep_first=False)
+        correct_lines_triton(*tensors, reverse=False, keep_first=False)
+    correct_lines(*tensors, reverse=False, keep_first=False)  # "auto" can

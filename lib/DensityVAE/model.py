@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..probability import POSTERIORS, PRIORS, make_observation
+from ..probability import POSTERIORS, PRIORS, make_observation, standard_normal
 from ..utils import initialize_convolutions
 from .ladder import HALF_SCALE, SAME_SCALE, LadderLayer, SDNBlock, make_block
 
@@ -56,6 +58,8 @@ class DensityVAE(nn.Module):
         sdn_num_dirs: Directions of each SDN layer, 1 to 4, dealt out in turn.
         border, backend: See `lib.nn.SDNLayer`.
         analytic_kl: Closed-form KL where the posterior is Gaussian.
+        checkpoint_activations: Whether training keeps only what passes between the layers, and computes a layer's
+            activations anew in the backward pass: less memory for a second forward pass. The results are the same.
 
     Raises:
         ValueError: on arguments that cannot work; the message says what is allowed.
@@ -83,8 +87,10 @@ class DensityVAE(nn.Module):
         border: str = "zeros",
         backend: str = "auto",
         analytic_kl: bool = False,
+        checkpoint_activations: bool = False,
     ):
         super().__init__()
+        self.checkpoint_activations = checkpoint_activations
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_shape = (3, height, width)
         _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl)
@@ -174,7 +180,7 @@ class DensityVAE(nn.Module):
         hidden = self.first_layer(x)
         posterior = []
         for layer in self.ladder_layers:
-            hidden, q_params = layer.bottom_up(hidden)
+            hidden, q_params = self._run(layer.bottom_up, hidden)
             posterior.append(q_params)
         return posterior[::-1], hidden
 
@@ -213,14 +219,13 @@ class DensityVAE(nn.Module):
             z, eps = latents[step], noise[step]
             if z is None and eps is None:
                 shape = (batch, *self.latent_shapes[step])
-                eps = torch.randn(shape, generator=generator, device=self.h.device, dtype=self.h.dtype)
+                eps = standard_normal(shape, self.h.device, self.h.dtype, generator)
             q_params = None if posterior is None else posterior[step]
-            hidden, z, kl = layer.top_down(
-                hidden, noise=eps, z=z, q_params=q_params, temperature=temperature, one_sample_kl=one_sample_kl
-            )
+            given = dict(noise=eps, z=z, q_params=q_params, temperature=temperature, one_sample_kl=one_sample_kl)
+            hidden, z, kl = self._run(layer.top_down, hidden, **given)
             drawn.append(z)
             rates.append(z.new_zeros(batch) if kl is None else kl)
-        return drawn, torch.stack(rates, dim=1), self.last_layer(hidden)
+        return drawn, torch.stack(rates, dim=1), self._run(self.last_layer, hidden)
 
     def sample(
         self, batch: int, temperature: float = 1.0, generator: torch.Generator | None = None, **given
@@ -235,6 +240,13 @@ class DensityVAE(nn.Module):
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
         """Observation parameters [B, param_channels, H, W] for latents given at every layer, top-down order."""
         return self.top_down(latents[0].shape[0], latents=latents)[2]
+
+    def _run(self, part: Callable, *arguments: Tensor, **given: Any) -> Any:
+        """`part(*arguments, **given)`, without keeping its activations if `checkpoint_activations`."""
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return part(*arguments, **given)
+        # All noise is drawn outside of the parts: there is no random state to keep.
+        return checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False, **given)
 
     def _one_per_layer(self, name: str, tensors: Sequence | None, batch: int) -> Sequence:
         if tensors is None:

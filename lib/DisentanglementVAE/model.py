@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..DensityVAE.model import Output
 from ..nn import SDNLayer, make_convolution
-from ..probability import IsoGaussian, make_observation
+from ..probability import IsoGaussian, make_observation, standard_normal
 
 IMAGE_SIZE = 64
 SDN_SCALE = 32  # to which the layer leads that may be an SDN layer
@@ -150,7 +150,7 @@ class DisentanglementVAE(nn.Module):
         if z is None:
             eps = None if noise is None else noise[0]
             if eps is None:
-                eps = torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
+                eps = standard_normal(shape, self.device, self.dtype, generator)
             if posterior is None:
                 z = temperature * eps
             else:
