@@ -36,7 +36,7 @@ from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.faults import Diverged, SkipNonFinite
 from lib.files import folder_for_one
 from lib.models import VAE, build_model
-from lib.processes import FAILED, Stopped, StopSignals, say, watched
+from lib.processes import FAILED, INTERRUPTED, Stopped, StopSignals, say, watched
 
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
@@ -110,9 +110,12 @@ def main(arguments: list[str] | None = None) -> None:
         config = parse(arguments)
         devices = choose_devices(config)
         run_folder = Path(config.output_dir) / "checkpoints" / config.exp_name
-        with alone_in(run_folder):
-            resume_from = find_checkpoint(config, run_folder)
-            train(config, devices, run_folder, resume_from)
+        try:
+            with alone_in(run_folder):
+                resume_from = find_checkpoint(config, run_folder)
+                train(config, devices, run_folder, resume_from)
+        except KeyboardInterrupt:  # before training; Checkpoints listens from then on
+            sys.exit(INTERRUPTED)
 
 
 def alone_in(run_folder: Path) -> AbstractContextManager[None]:
@@ -250,6 +253,8 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{config.exp_name}: {parameters:,} parameters, {config.dataset}, {precision}")
     training = TRAINING[config.task](model, config, provenance())
+    if config.compile:
+        training.model.compile(fullgraph=True)  # in place, so that names in checkpoints stay
     if precision == "64-true":
         training.double()  # Lightning does it after it has loaded a checkpoint, into float32
     with faults_in_one_line(), watched(trainer):

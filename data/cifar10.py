@@ -1,49 +1,158 @@
-"""CIFAR10 through torchvision, handed out as uint8 tensors."""
+"""CIFAR10 from its archive, handed out as uint8 tensors. Its files are pickles: nothing stored in them is executed."""
 
 from __future__ import annotations
 
 import fcntl
-from http.client import HTTPException
+import hashlib
+import io
+import pickle
+import tarfile
+import zlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .download import download
 from .errors import DataError
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+ARCHIVE, SHA256 = "cifar-10-python.tar.gz", "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+FOLDER = "cifar-10-batches-py"  # of the files in the archive, and unpacked
+FILES = {  # names and the MD5 sums that their authors give
+    "train": {
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    },
+    "validation": {"test_batch": "40351d587109b95175f43aff81a1287e"},
+}
+IMAGE_BYTES = 3 * 32 * 32
+ATTEMPTS = 2  # without a network it is to be said soon
 
 
 class Cifar10(Dataset):
     """CIFAR10 as uint8 [3, 32, 32], downloaded on first use; the test split validates.
 
     Arguments:
-        folder: Where torchvision keeps it (`cifar-10-batches-py` or its archive).
+        folder: Of the archive, which is read as it is, or of its unpacked folder `cifar-10-batches-py`.
         split: "train" (50,000) or "validation" (10,000).
 
     Raises:
-        DataError: if it is not there and cannot be downloaded.
+        DataError: if it is not there and cannot be downloaded, or is damaged.
     """
 
     def __init__(self, folder: Path, split: str):
-        from torchvision.datasets import CIFAR10
-
-        try:
-            images = CIFAR10(str(folder), train=split == "train").data
-        except RuntimeError:  # it is not there, or damaged
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with (folder / ".lock").open("w") as lock:  # processes of one machine take turns
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                    images = CIFAR10(str(folder), train=split == "train", download=True).data
-            except (OSError, RuntimeError, HTTPException) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise DataError(
-                    f"CIFAR10 cannot be downloaded ({reason}); put {CIFAR10.filename} from {CIFAR10.url} into {folder}"
-                ) from None
-        self._images = torch.from_numpy(images).permute(0, 3, 1, 2)  # [N, 3, 32, 32]
+        contents = _unpacked(folder / FOLDER, FILES[split])
+        if contents is None:
+            contents = _archived(_archive(folder), FILES[split])
+        self._images = torch.from_numpy(np.concatenate([images_of(*file) for file in contents.items()]))
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Tensor:
         return self._images[index]
+
+    def batch(self, indices: list[int]) -> Tensor:
+        """The items at `indices` [N] at once: uint8 [N, 3, 32, 32]."""
+        return self._images[torch.tensor(indices)]
+
+
+def images_of(name: str, content: bytes) -> np.ndarray:
+    """The images in a file of the archive: uint8 [N, 3, 32, 32].
+
+    Raises:
+        DataError: if it holds something other than plain values and an array of images.
+    """
+    try:
+        _, shape, dtype, in_columns, stored = _Batch(io.BytesIO(content), encoding="latin1").load()["data"].state
+        pixels = stored.encode("latin1") if isinstance(stored, str) else stored  # Python 2 wrote text
+        if not pixels or (dtype.arguments[0], in_columns, shape) != (
+            "u1",
+            False,
+            (len(pixels) // IMAGE_BYTES, IMAGE_BYTES),
+        ):
+            raise ValueError("no array of images")
+        return np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)
+    except Exception as error:  # damaged bytes can fail anywhere in the reader, in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"CIFAR10's {name} is damaged ({reason}); remove it and what it came in") from None
+
+
+class _Stored:
+    """Stands for numpy's arrays and types: keeps what it is made from, and does nothing with it."""
+
+    def __init__(self, *arguments: Any):
+        self.arguments, self.state = arguments, None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Batch(pickle.Unpickler):
+    """Reads plain values and arrays. No other class or function is looked up, none of numpy's is called."""
+
+    ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype")}
+    ARRAYS |= {(module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")}
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) in self.ARRAYS:
+            return _Stored
+        raise pickle.UnpicklingError(f"it holds a {module}.{name}".replace("\n", " "))
+
+
+def _unpacked(folder: Path, files: dict[str, str]) -> dict[str, bytes] | None:
+    """The contents of unpacked files, if they are all there and whole."""
+    contents = {}
+    for name, md5 in files.items():
+        path = folder / name
+        content = path.read_bytes() if path.is_file() else b""
+        if _md5(content) != md5:
+            return None
+        contents[name] = content
+    return contents
+
+
+def _archived(archive: Path, files: dict[str, str]) -> dict[str, bytes]:
+    """The contents of files of the archive, which is not unpacked."""
+    contents = {}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                path = Path(member.name)
+                if member.isfile() and path.parent.name == FOLDER and path.name in files:
+                    contents[path.name] = tar.extractfile(member).read()
+        damaged = [name for name, md5 in files.items() if _md5(contents.get(name, b"")) != md5]
+        reason = f"{damaged[0]} is missing or damaged" if damaged else ""
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        reason = str(error)
+    if reason:
+        raise DataError(f"{archive} is damaged ({reason}): remove it to download it again")
+    return {name: contents[name] for name in files}
+
+
+def _archive(folder: Path) -> Path:
+    """The archive, downloaded if it is not there."""
+    archive = folder / ARCHIVE
+    if archive.is_file():
+        return archive
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:  # processes of one machine take turns
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not archive.is_file():
+                download(URL, archive, sha256=SHA256, attempts=ATTEMPTS)
+    except (OSError, DataError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"CIFAR10 cannot be downloaded ({reason}); put {ARCHIVE} from {URL} into {folder}") from None
+    return archive
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()

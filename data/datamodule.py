@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lib.position import Position
 from lib.utils import mixed_seed
@@ -18,6 +18,7 @@ from .errors import DataError
 from .get_dataset import DATASETS, SPLITS, get_dataset
 
 PADDING = -1
+FLIP = 1  # beside seed and key: a random number of its own
 
 
 class IndexedImages(Dataset):
@@ -42,24 +43,24 @@ class IndexedImages(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: int) -> tuple[Tensor, int]:
-        if key == PADDING:
-            return self.dataset[0], PADDING
-        index = key % len(self.dataset)
-        if not self.augment:
-            return self.dataset[index], key
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, key))
-        image = self.dataset.draw(index, generator) if hasattr(self.dataset, "draw") else self.dataset[index]
-        if self.flip and torch.rand((), generator=generator) < 0.5:
-            image = image.flip(-1)
-        return image, key
+        images, _ = self.__getitems__([key])
+        return images[0], key
 
     def __getitems__(self, keys: list[int]) -> tuple[Tensor, Tensor]:
         """The items of several keys as one batch; torch's loader asks for this where it exists."""
-        if self.augment or not hasattr(self.dataset, "batch"):
-            images, keys = default_collate([self[key] for key in keys])
-            return images, keys
         indices = [0 if key == PADDING else key % len(self.dataset) for key in keys]
-        return self.dataset.batch(indices), torch.tensor(keys)
+        if self.augment and hasattr(self.dataset, "draw"):
+            seeds = [mixed_seed(self.seed, key) for key in keys]
+            drawn = (torch.Generator().manual_seed(seed) for seed in seeds)
+            images = torch.stack([self.dataset.draw(index, g) for index, g in zip(indices, drawn, strict=True)])
+        elif hasattr(self.dataset, "batch"):
+            images = self.dataset.batch(indices)
+        else:
+            images = torch.stack([self.dataset[index] for index in indices])
+        if self.augment and self.flip:
+            mirrored = torch.tensor([key != PADDING and mixed_seed(self.seed, key, FLIP) % 2 == 1 for key in keys])
+            images[mirrored] = images[mirrored].flip(-1)
+        return images, torch.tensor(keys)
 
 
 def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """Downloads one large file; interrupted, the same command goes on where it was.
 
-python -m data.download URL DESTINATION
+python -m data.download URL DESTINATION [--sha256 SUM]
 
 The bytes so far are in DESTINATION.partial. DESTINATION.sha256 (the format of sha256sum) is written when they are
-complete; whatever it holds already, from an earlier download or from you, is checked instead.
+complete; whatever it holds already, from an earlier download or from you, is checked instead. Where the sum of the
+published file is known, it is given.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ class TransferError(Exception):
     """The connection failed in a way that may pass."""
 
 
-def download(url: str, destination: Path) -> None:
+def download(url: str, destination: Path, *, sha256: str | None = None, attempts: int | None = None) -> None:
     """Brings `destination` from `url`, or checks the one that is there.
 
     Arguments:
         url: https; plain http from this machine only.
         destination: The file; its folder is made if need be.
+        sha256: Of the published file, for where no sum is recorded yet.
+        attempts: In a row that bring no byte, after which it gives up; default: `ATTEMPTS`.
 
     Raises:
         DataError: if the URL is refused, the server answers with an error or without the file's length, the connection
@@ -54,7 +57,7 @@ def download(url: str, destination: Path) -> None:
     """
     _check_url(url)
     if destination.exists():
-        _check_existing(url, destination)
+        _check_existing(url, destination, sha256)
         return
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(destination, ".partial")
@@ -65,16 +68,16 @@ def download(url: str, destination: Path) -> None:
             raise DataError(f"another process is downloading {destination}") from None
         if not partial.exists():
             raise DataError(f"another process has just downloaded {destination}")
-        _fetch_all(url, file, _beside(destination, ".partial.json"))
+        _fetch_all(url, file, _beside(destination, ".partial.json"), attempts or ATTEMPTS)
         os.fsync(file.fileno())
-        _check_sum(partial, destination)
+        _check_sum(partial, destination, sha256)
         partial.rename(destination)
     _beside(destination, ".partial.json").unlink(missing_ok=True)
 
 
-def _check_existing(url: str, destination: Path) -> None:
-    """A file without a recorded sum is not from here: it has at least to be as long as the server's."""
-    if not _beside(destination, ".sha256").exists():
+def _check_existing(url: str, destination: Path, sha256: str | None) -> None:
+    """A file without a recorded or known sum is not from here: it has at least to be as long as the server's."""
+    if not sha256 and not _beside(destination, ".sha256").exists():
         try:
             with _request(url) as response:
                 size = _identity(url, response.headers)["size"]
@@ -87,10 +90,10 @@ def _check_existing(url: str, destination: Path) -> None:
             raise DataError(
                 f"{destination} has {destination.stat().st_size} bytes, {url} has {size}: move it away to download it"
             )
-    _check_sum(destination, destination)
+    _check_sum(destination, destination, sha256)
 
 
-def _fetch_all(url: str, file: BinaryIO, identity_file: Path) -> None:
+def _fetch_all(url: str, file: BinaryIO, identity_file: Path, attempts: int) -> None:
     """Appends to `file` until it is as long as the server's."""
     failures = 0
     while True:
@@ -101,7 +104,7 @@ def _fetch_all(url: str, file: BinaryIO, identity_file: Path) -> None:
         except TransferError as error:
             file.flush()
             failures = 0 if _size(file) > before else failures + 1
-            if failures == ATTEMPTS:
+            if failures == attempts:
                 raise DataError(f"{url}: {error}; the same command goes on where it was") from None
             pause = FIRST_PAUSE * 2 ** max(failures - 1, 0)
             print(f"{error}; next attempt in {pause:g} s", file=sys.stderr, flush=True)
@@ -205,13 +208,18 @@ def _check_url(url: str) -> None:
         raise DataError(f"{url}: only https addresses are downloaded")
 
 
-def _check_sum(file: Path, destination: Path) -> None:
-    """Compares with the recorded sum, or records it."""
+def _check_sum(file: Path, destination: Path, sha256: str | None) -> None:
+    """Compares with the recorded sum, or with the known one, and records it."""
     record, actual = _beside(destination, ".sha256"), _sha256(file)
     if not record.exists():
+        if sha256 and actual != sha256:
+            raise DataError(
+                f"{file} has SHA-256 {actual}, but the published file has {sha256}: remove it to download it again, or "
+                f"accept it: sha256sum {file} > {record}"
+            )
         record.write_text(f"{actual}  {destination.name}\n")
         return
-    expected = (record.read_text().split() or ["nothing"])[0].lower()
+    expected = (record.read_text(errors="replace").split() or ["nothing"])[0].lower()
     if actual != expected:
         raise DataError(
             f"{file} has SHA-256 {actual}, but {record} says {expected}: remove {file} to download it again, or "
@@ -250,10 +258,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser("data.download", description=__doc__.splitlines()[0])
     parser.add_argument("url")
     parser.add_argument("destination", type=Path)
+    parser.add_argument("--sha256", metavar="SUM", help="of the published file; default: none is known")
     flags = parser.parse_args(arguments)
     with one_line_errors("data.download", DataError, OSError):
         try:
-            download(flags.url, flags.destination)
+            download(flags.url, flags.destination, sha256=flags.sha256)
         except KeyboardInterrupt:
             raise DataError("interrupted; the same command goes on where it was") from None
     print(f"{flags.destination}: {flags.destination.stat().st_size} bytes, as recorded in {flags.destination}.sha256")

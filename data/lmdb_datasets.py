@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -49,7 +51,7 @@ class LmdbImages(Dataset):
         self._key = os.path.realpath(path)
         if not (self.path / "data.mdb").is_file():
             raise DataError(f"there is no {self.path}; get it with: {command}")
-        with _reading:
+        with _reading, self._damage_in_one_line():
             if before := _environments.pop(self._key, None):
                 before.close()  # the files may have been replaced
             self._length = self._open().stat()["entries"]
@@ -61,34 +63,34 @@ class LmdbImages(Dataset):
         return self._length
 
     def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < self._length:
-            raise IndexError(f"{self.path} has {self._length} images, there is no image {index}")
+        return self.batch([index])[0]
+
+    def batch(self, indices: list[int]) -> Tensor:
+        """The items at `indices` [N] at once: uint8 [N, 3, H, W]."""
+        if wrong := [index for index in indices if not 0 <= index < self._length]:
+            raise IndexError(f"{self.path} has {self._length} images, there is no image {wrong[0]}")
         _, height, width = self.shape
-        with _reading, self._open().begin(buffers=True) as transaction:
-            value = transaction.get(str(index).encode())
-            if value is None:
-                raise DataError(f"{self.path} has no image {index}; make it again with: {self.command}")
-            if len(value) != height * width * 3:
-                raise DataError(
-                    f"{self.path}: image {index} has {len(value)} bytes, {height}x{width}x3 has {height * width * 3}; "
-                    f"make it again with: {self.command}"
-                )
-            image = torch.from_numpy(np.frombuffer(value, np.uint8).reshape(height, width, 3).copy())
-        return image.permute(2, 0, 1)
+        images = np.empty((len(indices), height * width * 3), np.uint8)
+        with _reading, self._damage_in_one_line(), self._open().begin(buffers=True) as transaction:
+            for image, index in zip(images, indices, strict=True):
+                value = transaction.get(str(index).encode())
+                if value is None:
+                    raise DataError(f"{self.path} has no image {index}; make it again with: {self.command}")
+                if len(value) != len(image):
+                    raise DataError(
+                        f"{self.path}: image {index} has {len(value)} bytes, {height}x{width}x3 has {len(image)}; "
+                        f"make it again with: {self.command}"
+                    )
+                image[:] = np.frombuffer(value, np.uint8)
+        # Contiguous as from torch.stack: convolutions would follow another order of dimensions, and round differently.
+        return torch.from_numpy(images.reshape(-1, height, width, 3)).permute(0, 3, 1, 2).contiguous()
 
     def _open(self) -> Any:
         """This process's environment of these files; the caller holds `_reading`."""
         if self._key not in _environments:
-            try:
-                import lmdb
-            except ImportError:
-                raise DataError(f"reading {self.path} needs the package lmdb: pip install lmdb") from None
-            try:
-                environment = lmdb.open(
-                    self._key, readonly=True, lock=False, readahead=False, meminit=False, create=False
-                )
-            except lmdb.Error as error:
-                raise DataError(f"{self.path} is damaged ({error}); make it again with: {self.command}") from None
+            import lmdb
+
+            environment = lmdb.open(self._key, readonly=True, lock=False, readahead=False, meminit=False, create=False)
             expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
             actual = (self.path / "data.mdb").stat().st_size
             if actual < expected:  # reading past the end of the file would kill the process
@@ -99,3 +101,15 @@ class LmdbImages(Dataset):
                 )
             _environments[self._key] = environment
         return _environments[self._key]
+
+    @contextmanager
+    def _damage_in_one_line(self) -> Iterator[None]:
+        """Turns what LMDB reports, of the files as a whole or of a page inside them, into DataError."""
+        try:
+            import lmdb
+        except ImportError:
+            raise DataError(f"reading {self.path} needs the package lmdb: pip install lmdb") from None
+        try:
+            yield
+        except lmdb.Error as error:
+            raise DataError(f"{self.path} is damaged ({error}); make it again with: {self.command}") from None

@@ -169,6 +169,9 @@ class Checkpoints(Checkpoint):
             if monitored and (score := state.get("best_model_score")) is not None:
                 self._best_score = float(score)
 
+    def setup(self, trainer: pl.Trainer, pl_module: VAETraining, stage: str) -> None:
+        self.signals.listen()
+
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         self.signals.listen()
 

@@ -37,7 +37,15 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "density_estimation": (),
-    "disentanglement": ("depth", "ds_list", "downsample_first", "h_size", "sdn_nfeat_diff", "ema_coef"),
+    "disentanglement": (
+        "depth",
+        "ds_list",
+        "downsample_first",
+        "h_size",
+        "sdn_nfeat_diff",
+        "ema_coef",
+        "checkpoint_activations",
+    ),
 }
 
 
@@ -125,6 +133,10 @@ class TrainConfig:
     )
     precision: str | None = _flag(None, "Hardware", "numbers' precision; default 32-true", PRECISIONS)
     backend: str = _flag("auto", "Hardware", "implementation of the sweeps", BACKENDS)
+    compile: bool = _flag(False, "Hardware", "torch.compile the model; the first steps take minutes")
+    checkpoint_activations: bool = _flag(
+        False, "Hardware", "less memory: layers' activations are computed anew in the backward pass; density estimation"
+    )
     profiler_mode: bool = _flag(False, "Hardware", "print where a run's time goes")
 
     logger: str = _flag(

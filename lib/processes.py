@@ -35,11 +35,12 @@ class Stopped(Exception):
 
 
 def agree(trainer: pl.Trainer, *flags: int | torch.Tensor) -> list[int]:
-    """The largest value of each flag over all ranks, the same on every rank."""
+    """The largest value of each flag over all ranks, the same on every rank; waits for the device."""
+    if trainer.world_size == 1:
+        return [int(flag) for flag in flags]
     device = trainer.strategy.root_device
     values = torch.stack([torch.as_tensor(flag, device=device).long() for flag in flags])
-    if trainer.world_size > 1:
-        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values.tolist()
 
 

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import RELEASED_AVERAGE, CheckpointError, is_released, read_checkpoint
+from .checkpoint import RELEASED_AVERAGE, CheckpointError, is_released, read_checkpoint, write_checkpoint
 from .cli import OneLineParser, one_line_errors
 from .config import ARCHITECTURE, ConfigError, TrainConfig, flag_default, flag_type
 from .DensityVAE import DensityVAE
-from .files import whole_file
+from .models import build_model
 from .utils import MaskedConv2d
 
 IMAGE_SIZES = {"CIFAR10": (32, 32), "ImageNet32": (32, 32), "CelebAHQ256": (256, 256)}
@@ -102,8 +102,8 @@ def translate(checkpoint: Mapping[str, Any], path: str | Path, *, training: bool
         tensors[name] = tensor
 
     for stored, tensor in checkpoint["state_dict"].items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise CheckpointError(f"{path}: {stored} is a {type(tensor).__name__}, not a dense tensor")
+        if not isinstance(tensor, Tensor) or not _is_plain(tensor):
+            raise CheckpointError(f"{path}: {stored} is a {type(tensor).__name__}, not a dense tensor of real numbers")
         if tensor.is_floating_point():
             tensor = tensor.float()
         if stored.startswith(RELEASED_AVERAGE):
@@ -119,11 +119,17 @@ def translate(checkpoint: Mapping[str, Any], path: str | Path, *, training: bool
         raise CheckpointError(f"{path} has no averaged weights ({RELEASED_AVERAGE}*), which evaluation needs")
     config, unusable = rebuild_config(checkpoint["hyper_parameters"], path, training=training)
     ignored |= unusable
-    if checkpoint["hyper_parameters"].get("ema_coef") == 0:
+    if config.ema_coef == 0:
         average = dict(current)
         ignored["ema.*"] = "with ema_coef 0 the average is the current weights"
     epoch, step = (_count(checkpoint.get(name, 0), name, path) for name in ("epoch", "global_step"))
     return Released(config, average, current, masks, ignored, epoch, step)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has its numbers in it, one after another."""
+    there = tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_nested
+    return there and not tensor.is_quantized and not tensor.is_complex()
 
 
 def our_name(name: str) -> str:
@@ -251,11 +257,9 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
         raise CheckpointError(f"{source} is of the data set {released.config.dataset}; known: {', '.join(IMAGE_SIZES)}")
     converted = _training_checkpoint(released, checkpoint, source)
     try:
-        with whole_file(target) as partial:
-            torch.save(converted, partial)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or "is the disk full?"  # torch's own writer does not say
-        raise CheckpointError(f"{target} cannot be written: {reason}") from None
+        write_checkpoint(converted, target)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from None
     config = released.config
     moments = "kept" if converted["optimizer_states"][0]["state"] else "not in the file: they start anew"
     report = [
@@ -278,7 +282,7 @@ def _training_checkpoint(released: Released, checkpoint: Mapping[str, Any], path
 
     config = released.config
     try:
-        model = DensityVAE(IMAGE_SIZES[config.dataset], **config.architecture())
+        model = build_model(config, IMAGE_SIZES[config.dataset])
     except ValueError as error:
         raise CheckpointError(f"{path}: its hyper-parameters cannot be: {error}") from None
     training = DensityTraining(model, config)

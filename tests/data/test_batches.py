@@ -30,11 +30,11 @@ def test_batches_are_the_items(kind, augment, flip, keys):
     pictures = kind(10)
     images = IndexedImages(pictures, augment=augment, flip=flip, seed=7)
     batch, indices = images.__getitems__(keys)
+    at_once = kind is BatchedPictures or (kind is BatchedNoisyPictures and not augment)
+    assert getattr(pictures, "batches", 0) == at_once
     expected, expected_indices = default_collate([images[key] for key in keys])
     assert torch.equal(batch, expected) and torch.equal(indices, expected_indices)
     assert batch.dtype == torch.uint8 and indices.dtype == torch.int64 and batch.is_contiguous()
-    plain = not augment or (not flip and kind is BatchedPictures)
-    assert getattr(pictures, "batches", 0) == (plain and kind in (BatchedPictures, BatchedNoisyPictures))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -1,102 +1,17 @@
-"""The registry, CIFAR10 in torchvision's layout, and Photos32."""
+"""The registry and Photos32."""
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 import sys
-import urllib.error
 
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR10
 
 from data import photos32
 from data.errors import DataError
 from data.get_dataset import DATASETS, get_dataset
 from data.photos32 import Photos32, photographs
-
-PER_BATCH = 4
-
-
-@pytest.fixture
-def cifar_root(tmp_path, monkeypatch):
-    """A data folder with CIFAR10 in the real layout, a few images a batch, whose check sums torchvision expects."""
-    folder = tmp_path / "CIFAR10" / CIFAR10.base_folder
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    images = {}
-
-    def write(name, content):
-        encoded = pickle.dumps(content)
-        (folder / name).write_bytes(encoded)
-        return [name, hashlib.md5(encoded).hexdigest()]
-
-    for attribute in ("train_list", "test_list"):
-        entries, pictures = [], []
-        for name, _ in getattr(CIFAR10, attribute):
-            rows = rng.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8)
-            pictures.append(rows.reshape(PER_BATCH, 3, 32, 32))  # the format: 1024 red, 1024 green, 1024 blue
-            entries.append(write(name, {"data": rows, "labels": list(range(PER_BATCH))}))
-        monkeypatch.setattr(CIFAR10, attribute, entries)
-        images[attribute] = torch.from_numpy(np.concatenate(pictures))
-    name, md5 = write(CIFAR10.meta["filename"], {"label_names": [str(k) for k in range(10)]})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
-    return tmp_path, images
-
-
-def test_cifar10_has_the_images_in_order_and_validates_on_the_test_split(cifar_root):
-    root, images = cifar_root
-    for split, attribute, length in (("train", "train_list", 5 * PER_BATCH), ("validation", "test_list", PER_BATCH)):
-        dataset = get_dataset("CIFAR10", root, split)
-        assert len(dataset) == length
-        assert dataset[0].dtype == torch.uint8
-        assert torch.equal(torch.stack([dataset[i] for i in range(length)]), images[attribute])
-
-
-def test_cifar10_that_is_there_needs_neither_network_nor_writing(cifar_root, monkeypatch):
-    root, _ = cifar_root
-    before = sorted(path.name for path in (root / "CIFAR10").iterdir())
-    monkeypatch.setattr(CIFAR10, "download", lambda self: pytest.fail("it downloads"))
-    assert len(get_dataset("CIFAR10", root)) == 5 * PER_BATCH
-    assert sorted(path.name for path in (root / "CIFAR10").iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    "failure",
-    [
-        urllib.error.URLError("no route to host"),
-        RuntimeError("File not found or corrupted: no route to host"),
-        ConnectionResetError("no route to host"),
-    ],
-)
-def test_cifar10_that_cannot_be_downloaded(tmp_path, monkeypatch, failure):
-    def fail(self):
-        raise failure
-
-    monkeypatch.setattr(CIFAR10, "download", fail)
-    with pytest.raises(DataError) as raised:
-        get_dataset("CIFAR10", tmp_path)
-    message = str(raised.value)
-    assert "\n" not in message
-    for part in ("no route to host", "cifar-10-python.tar.gz", CIFAR10.url, str(tmp_path / "CIFAR10")):
-        assert part in message, message
-
-
-def test_a_damaged_cifar10_is_downloaded_again_not_used(cifar_root, monkeypatch):
-    root, _ = cifar_root
-    (root / "CIFAR10" / CIFAR10.base_folder / "data_batch_3").write_bytes(b"cut off")
-    asked = []
-
-    def fail(self):
-        asked.append(self.root)
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(CIFAR10, "download", fail)
-    with pytest.raises(DataError, match="no route to host"):
-        get_dataset("CIFAR10", root)
-    assert asked == [str(root / "CIFAR10")]
 
 
 @pytest.fixture(scope="module")

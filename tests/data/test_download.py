@@ -148,7 +148,7 @@ def begin(web, target, monkeypatch, size=1_000_000):
     """Leaves a partial download of `size` bytes."""
     web.cuts = [size]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_fetch_all", lambda *arguments: module._fetch(*arguments))
+        patch.setattr(module, "_fetch_all", lambda *arguments: module._fetch(*arguments[:3]))
         with pytest.raises(module.TransferError):
             download(web.url, target)
     assert target.with_name("file.tar.partial").stat().st_size == size
@@ -228,6 +228,39 @@ def test_a_sum_written_down_before_the_download_is_checked(web, target, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and hashlib.sha256(CONTENT).hexdigest() in line and "0" * 64 in line
     assert not target.exists() and target.with_name("file.tar.partial").read_bytes() == CONTENT
+
+
+def test_the_sum_of_the_published_file_is_checked(web, target, capsys):
+    published = hashlib.sha256(b"published").hexdigest()
+    with pytest.raises(SystemExit) as stop:
+        main([web.url, str(target), "--sha256", published])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and f"the published file has {published}" in line
+    assert not target.exists() and not target.with_name("file.tar.sha256").exists()
+    target.with_name("file.tar.partial").unlink()
+    web.content = b"published"
+    main([web.url, str(target), "--sha256", published])
+    assert_complete(target, b"published")
+    main([web.url, str(target), "--sha256", "0" * 64])
+    assert "as recorded" in capsys.readouterr().out, "what is recorded counts: it may have been accepted"
+
+
+def test_a_file_that_lies_there_is_compared_with_the_sum_of_the_published_one(target, capsys):
+    target.parent.mkdir()
+    target.write_bytes(CONTENT)
+    download("https://example.org/file.tar", target, sha256=hashlib.sha256(CONTENT).hexdigest())
+    assert_complete(target)
+    target.with_name("file.tar.sha256").unlink()
+    with pytest.raises(DataError, match="but the published file has 000"):
+        download("https://example.org/file.tar", target, sha256="0" * 64)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_record_that_is_no_text_is_one_line(web, target):
+    download(web.url, target)
+    target.with_name("file.tar.sha256").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="has SHA-256 .* says"):
+        download(web.url, target)
 
 
 def test_a_damaged_file_is_one_line_and_stays(web, target, capsys):

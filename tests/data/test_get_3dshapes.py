@@ -34,7 +34,9 @@ def test_the_script_downloads_converts_and_names_the_data_set(tmp_path):
     assert done.returncode == 0, done.stderr
     file = root / "3DShapes/3dshapes.h5"
     download, convert, following = done.stdout.splitlines()
-    assert download == f"-m data.download https://storage.googleapis.com/3d-shapes/3dshapes.h5 {file}"
+    published = "0a0f6ed98baff276a50f3a081a7434d788da63cb135a98189b2a5b5769be1785"
+    url = "https://storage.googleapis.com/3d-shapes/3dshapes.h5"
+    assert download == f"-m data.download {url} {file} --sha256 {published}"
     assert convert == f"-m data.shapes3d convert {file}"
     assert following == f"next: bash '{REPOSITORY}/train_3dshapes.sh' --root '{root}'"
     uncompressed(file).touch()
