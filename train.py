@@ -22,12 +22,12 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.profilers import SimpleProfiler
 
-from data.datamodule import ImageDataModule
+from data.datamodule import LOADER_TIMEOUT, ImageDataModule
 from data.errors import DataError
 from data.get_dataset import DATASETS
 from lib.callbacks import ImageGrids, MetricsLog
 from lib.checkpoint import CheckpointError, stored_config
-from lib.checkpointing import Checkpoints, RunProgress, newest_checkpoint, step_checkpoints
+from lib.checkpointing import Checkpoints, RunProgress, check_resumable, newest_checkpoint, step_checkpoints
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import TASK_DEFAULTS, ConfigError, TrainConfig, flag_default, flag_type
 from lib.dashboard import make_logger
@@ -36,7 +36,7 @@ from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.faults import Diverged, SkipNonFinite
 from lib.files import folder_for_one
 from lib.models import VAE, build_model
-from lib.processes import FAILED, INTERRUPTED, Stopped, StopSignals, say, watched
+from lib.processes import FAILED, Stopped, StopSignals, UnfailingStream, end_at_once, say, watched
 
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
@@ -110,12 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
         config = parse(arguments)
         devices = choose_devices(config)
         run_folder = Path(config.output_dir) / "checkpoints" / config.exp_name
-        try:
-            with alone_in(run_folder):
-                resume_from = find_checkpoint(config, run_folder)
-                train(config, devices, run_folder, resume_from)
-        except KeyboardInterrupt:  # before training; Checkpoints listens from then on
-            sys.exit(INTERRUPTED)
+        with StopSignals() as signals, alone_in(run_folder):
+            resume_from = find_checkpoint(config, run_folder)
+            train(config, devices, run_folder, resume_from, signals)
 
 
 def alone_in(run_folder: Path) -> AbstractContextManager[None]:
@@ -154,6 +151,7 @@ def find_checkpoint(config: TrainConfig, run_folder: Path) -> Path | None:
         return None
     last, checkpoint = found
     stored = stored_config(checkpoint, last)
+    check_resumable(checkpoint, last)
     now, before = config.to_dict(), stored.to_dict()
     changed = [field.name for field in dataclasses.fields(TrainConfig) if now[field.name] != before[field.name]]
     fixed = {*config.architecture(), "task", "dataset"}
@@ -189,7 +187,9 @@ def make_data(config: TrainConfig) -> ImageDataModule:
     )
 
 
-def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume_from: Path | None) -> None:
+def train(
+    config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume_from: Path | None, signals: StopSignals
+) -> None:
     """Trains, from `resume_from` if given."""
     quiet_lightning()
     pl.seed_everything(config.random_seed, workers=True, verbose=False)
@@ -207,20 +207,21 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
     )
     checkpoints = Checkpoints(
         run_folder if config.make_checkpoint else None,
-        StopSignals(),
+        signals,
         every_n_steps=config.checkpoint_every_n_steps,
         every_minutes=config.checkpoint_every_minutes,
         keep=config.keep_last,
         best=config.task == "density_estimation",  # that of an annealed β is that of a small β (DEVIATIONS.md)
     )
+    checkpoints.resumed_from = resume_from
     skip = SkipNonFinite(
         checkpoints,
         max_skipped=config.max_skipped,
         max_rollbacks=config.max_rollbacks,
         rollback_lrate=config.rollback_lrate,
     )
-    bar = TQDMProgressBar(refresh_rate=10)
-    callbacks = [RunProgress(config.iters), MetricsLog(run_folder), skip, grids, bar, checkpoints]
+    metrics, bar = MetricsLog(run_folder), TQDMProgressBar(refresh_rate=10)
+    callbacks = [RunProgress(config.iters), metrics, skip, grids, bar, checkpoints]
     if not config.make_checkpoint:
         say("note: without --make_checkpoint no weights of this run are kept")
     if config.beta_rate * config.iters < 1:
@@ -250,6 +251,15 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         profiler=profiler,
         enable_model_summary=False,
     )
+    # Lightning's handlers wait for other processes inside a signal handler; ours only take note.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    if several:
+        try:
+            trainer.strategy.cluster_environment.validate_settings(
+                num_devices=devices["devices"], num_nodes=config.num_nodes
+            )
+        except ValueError as error:
+            raise ConfigError(" ".join(str(error).split())) from None
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{config.exp_name}: {parameters:,} parameters, {config.dataset}, {precision}")
     training = TRAINING[config.task](model, config, provenance())
@@ -268,6 +278,8 @@ def train(config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume
         say(profiler.summary())
     if checkpoints.io.failure:
         raise checkpoints.io.failure
+    if metrics.unwritten:
+        raise OSError(f"{metrics.unwritten} rows of the logs in {run_folder} could not be written: is the disk full?")
     if trainer.is_global_zero:
         kept = f"weights and metrics in {run_folder}" if config.make_checkpoint else f"metrics in {run_folder}"
         print(f"{kept}, pictures in {figures}")
@@ -291,6 +303,13 @@ def faults_in_one_line() -> Iterator[None]:
         print(f"train.py: error: {str(error).splitlines()[0]} A smaller --batch needs less; {again}", file=sys.stderr)
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
+        if "DataLoader timed out" in str(error):
+            print(
+                f"train.py: error: the loader gave no batch for {LOADER_TIMEOUT} s; {again}",
+                file=sys.stderr,
+                flush=True,
+            )
+            end_at_once(FAILED)  # its processes may never end by themselves
         if re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", str(error)):
             fault = f"a loader process died, often for lack of memory ({last}); fewer --num_workers need less"
         elif isinstance(error, dist.DistError) or re.search(r"gloo|nccl|by peer", last, re.IGNORECASE):
@@ -334,4 +353,5 @@ def quiet_lightning() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = UnfailingStream(sys.stdout), UnfailingStream(sys.stderr)
     main()

@@ -18,6 +18,7 @@ from .errors import DataError
 from .get_dataset import DATASETS, SPLITS, get_dataset
 
 PADDING = -1
+LOADER_TIMEOUT = 600  # seconds without a batch: a loader that hangs is a fault, not a wait
 FLIP = 1  # beside seed and key: a random number of its own
 
 
@@ -186,6 +187,11 @@ class ImageDataModule(pl.LightningDataModule):
                 f"{processes} processes: use a batch of at most {images // processes}"
             )
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Training batches of each process."""
+        return (self.epoch_images or len(self._open("train"))) // self._world_size // self.batch
+
     def train_dataloader(self) -> DataLoader:
         self.check_batch(self._world_size)
         # Loader workers read ahead before Lightning calls set_epoch for the first time.
@@ -210,6 +216,7 @@ class ImageDataModule(pl.LightningDataModule):
             drop_last=order["shuffle"],
             collate_fn=as_it_is,
             num_workers=self.num_workers,
+            timeout=LOADER_TIMEOUT if self.num_workers else 0,
             worker_init_fn=leave_signals_to_the_main_process,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from .DisentanglementVAE import DisentanglementVAE
 from .evaluation.figures import save_grid, side_by_side
 from .evaluation.synthesis import encode, interpolate, reconstruct, sample_images, traverse
-from .files import whole_file
+from .files import sync, whole_file
 from .processes import say
 from .training import VAETraining
 
@@ -36,12 +36,17 @@ class CsvFile:
         if resume_step and path.is_file():
             with path.open(newline="") as file:
                 whole = (row for row in csv.DictReader(file) if None not in row.values())  # a kill can cut the last
-                rows = [row for row in whole if int(row["step"]) <= resume_step]
+                rows = [row for row in whole if row["step"].isdecimal() and int(row["step"]) <= resume_step]
         with whole_file(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         self._size = path.stat().st_size
+
+    @property
+    def unwritten(self) -> int:
+        """How many rows wait."""
+        return len(self._unwritten)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         reported = bool(self._unwritten)
@@ -72,16 +77,22 @@ class MetricsLog(pl.Callback):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.unwritten = 0  # rows that could not be written until the end
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         # Since the last validation, of which epochs.csv has the means; they survive a restart.
         self._since = {"images": 0, "seconds": 0.0, "neg_elbo": 0.0, "steps": 0, "lr": 0.0}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: VAETraining, checkpoint: dict[str, Any]) -> None:
         self._write(trainer)  # a run goes on from the checkpoint with the next row
+        if trainer.is_global_zero:
+            for file in (self._steps, self._epochs):
+                file.append([])  # what waits
+                with contextlib.suppress(OSError):
+                    sync(file.path)
         checkpoint["since_validation"] = self._since | {"seconds": self._seconds()}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: VAETraining, checkpoint: dict[str, Any]) -> None:
-        self._since = dict(checkpoint.get("since_validation", self._since))
+        self._since |= checkpoint.get("since_validation", {})
 
     def _seconds(self) -> float:
         return self._since["seconds"] + time.perf_counter() - self._epoch_start
@@ -182,6 +193,10 @@ class MetricsLog(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         self._write(trainer)
+        if trainer.is_global_zero:
+            for file in (self._steps, self._epochs):
+                file.append([])
+                self.unwritten += file.unwritten
 
     def on_exception(self, trainer: pl.Trainer, pl_module: VAETraining, exception: BaseException) -> None:
         with contextlib.suppress(RuntimeError):  # a failed GPU has no values left; the first exception counts

@@ -44,7 +44,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in candidates:
         try:
             return path, read_checkpoint(path)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             damage.append(error)
             if path != candidates[-1]:
                 say(f"note: {error}; trying the one before it")
@@ -52,6 +52,17 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         before = f"; {len(damage) - 1} more are damaged, too" if len(damage) > 1 else ""
         raise CheckpointError(f"{damage[0]}{before}")
     return None
+
+
+def check_resumable(checkpoint: dict[str, Any], path: Path) -> None:
+    """Raises CheckpointError if a checkpoint lacks what a run needs to go on, beside the weights."""
+    needed = {"epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": dict}
+    needed |= {"optimizer_states": list, "lr_schedulers": list}
+    optional = {"callbacks": dict, "position": dict, "since_validation": dict, "lrate_factor": float}
+    wrong = [name for name, kind in needed.items() if not isinstance(checkpoint.get(name), kind)]
+    wrong += [name for name, kind in optional.items() if not isinstance(checkpoint.get(name, kind()), kind)]
+    if wrong:
+        raise CheckpointError(f"{path} cannot be trained on: {', '.join(wrong)} missing or damaged")
 
 
 class RunProgress(pl.Callback):
@@ -111,7 +122,10 @@ class RunProgress(pl.Callback):
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """How Lightning writes checkpoints: whole, with a hash, or not at all; `failure` says why not, the last time."""
+    """How Lightning writes checkpoints: whole, with a hash, or not at all; `failure` says why not, the last time.
+
+    It reads them as evaluate.py does.
+    """
 
     failure: OSError | None = None
 
@@ -121,6 +135,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
             self.failure = None
         except OSError as error:
             self.failure = error
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        return read_checkpoint(path)
 
 
 class Checkpoints(Checkpoint):
@@ -154,29 +171,34 @@ class Checkpoints(Checkpoint):
         self.keep, self.best = keep, best
         self.requested = False
         self.io = WholeCheckpointIO()
-        self._best_score = float("inf")
+        self.resumed_from: Path | None = None
+        self._best_score, self._best_step = float("inf"), -1
         self._is_best = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self._best_score}
+        return {"best_score": self._best_score, "best_step": self._best_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._best_score = state["best_score"]
+        self._best_score, self._best_step = state["best_score"], state["best_step"]
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: VAETraining, checkpoint: dict[str, Any]) -> None:
-        for name, state in checkpoint["callbacks"].items():  # of earlier versions, whose metric was val/bpd at first
+        for name, state in checkpoint.get("callbacks", {}).items():  # of earlier versions
             monitored = f"'{MONITORED}'" in name or "'val/bpd'" in name
             if monitored and (score := state.get("best_model_score")) is not None:
                 self._best_score = float(score)
 
     def setup(self, trainer: pl.Trainer, pl_module: VAETraining, stage: str) -> None:
-        self.signals.listen()
+        self.signals.training = True
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
-        self.signals.listen()
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
+        # The run may have been killed after it wrote this checkpoint, and before it gave it its other names.
+        if self.folder and self.resumed_from and trainer.is_global_zero and STEP_FILE.fullmatch(self.resumed_from.name):
+            self._give_names(self.resumed_from)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
-        self.signals.listen()
+        here = (trainer.global_step, pl_module.position.epoch, pl_module.position.images)
+        if agree(trainer, *here) != [-least for least in agree(trainer, *(-number for number in here))]:
+            raise CheckpointError("the processes of this run went on from different checkpoints: is the folder shared?")
         self._last_step = self._saved_step = trainer.global_step
         self._saved_time = time.monotonic()
         if self.folder and trainer.is_global_zero:
@@ -217,25 +239,31 @@ class Checkpoints(Checkpoint):
         self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
         if self.folder is None:
             return False
-        best_before = self._best_score
+        best_before = self._best_score, self._best_step
         if self._is_best:
-            self._best_score = trainer.callback_metrics[MONITORED].item()
+            self._best_score, self._best_step = trainer.callback_metrics[MONITORED].item(), trainer.global_step
         path = self.folder / f"step_{trainer.global_step:07d}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero and not self.io.failure:
             try:
-                second_name(path, self.folder / "last.ckpt")
-                if self._is_best:
-                    second_name(path, self.folder / "best.ckpt")
-                for old in step_checkpoints(self.folder)[self.keep :]:
-                    old.unlink()
+                self._give_names(path)
             except OSError as error:
                 self.io.failure = error
         if self.io.failure:
-            self._best_score = best_before
+            self._best_score, self._best_step = best_before
             say(f"note: no checkpoint of step {trainer.global_step}: {self.io.failure}; those before it are whole")
         self._is_best = False
         return self.io.failure is None
+
+    def _give_names(self, path: Path) -> None:
+        """Makes a checkpoint the last and, if it is, the best one; removes older ones, and newer ones, as damaged."""
+        step = int(STEP_FILE.fullmatch(path.name)[1])
+        second_name(path, self.folder / "last.ckpt")
+        if step == self._best_step:
+            second_name(path, self.folder / "best.ckpt")
+        newer = [other for other in step_checkpoints(self.folder) if int(STEP_FILE.fullmatch(other.name)[1]) > step]
+        for other in [*newer, *step_checkpoints(self.folder)[len(newer) + self.keep :]]:
+            other.unlink()
 
     def _stop(self, trainer: pl.Trainer, signum: int) -> None:
         """Ends the run on all ranks, with a checkpoint."""

@@ -79,8 +79,12 @@ class TrainConfig:
     make_checkpoint: bool = _flag(False, "Run", "keep checkpoints: the best (density estimation only) and the last")
     use_checkpoint: bool = _flag(False, "Run", "go on from the experiment's last checkpoint, if there is one")
 
-    checkpoint_every_n_steps: int = _flag(0, SAFETY, "optimizer steps between checkpoints inside an epoch; 0: any")
-    checkpoint_every_minutes: float = _flag(10.0, SAFETY, "minutes between checkpoints inside an epoch; 0: any")
+    checkpoint_every_n_steps: int = _flag(
+        0, SAFETY, "optimizer steps between checkpoints inside an epoch; 0: none by steps"
+    )
+    checkpoint_every_minutes: float = _flag(
+        10.0, SAFETY, "minutes between checkpoints inside an epoch; 0: none by time"
+    )
     keep_last: int = _flag(2, SAFETY, "how many of the last checkpoints to keep, beside the best")
     grad_clip: float = _flag(0.0, SAFETY, "scale gradients down to this norm; 0: never")
     max_skipped: int = _flag(20, SAFETY, "go back after so many steps in a row with a loss or gradient not finite")
@@ -164,6 +168,9 @@ class TrainConfig:
         for name in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "grad_clip", "max_rollbacks"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("random_seed", self.random_seed < 2**32, "below 2^32")
+        self._require("max_skipped", self.max_skipped <= 100, "at most 100")
+        self._require("num_workers", self.num_workers <= 1024, "at most 1024")
+        self._require("epoch_images", self.epoch_images <= 10**9, "at most 10^9")
         self._require("gpus", self.gpus is None or self.gpus >= 0, "0 (the CPU) or more")
         self._require("max_epochs", self.max_epochs == -1 or self.max_epochs >= 1, "-1 (no limit) or at least 1")
         self._require("lrate", self.lrate > 0, "above 0")
@@ -224,15 +231,27 @@ class TrainConfig:
     def from_dict(cls, stored: dict[str, Any]) -> TrainConfig:
         """The inverse of `to_dict`; fields that a later version added get their default."""
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(stored) - known)
+        unknown = sorted(set(stored) - known, key=str)
         if unknown:
-            raise ConfigError(f"the stored configuration has unknown fields: {', '.join(unknown)}")
+            raise ConfigError(f"the stored configuration has unknown fields: {', '.join(map(str, unknown))}")
+        for field in dataclasses.fields(cls):
+            if field.name in stored and not _fits(field, stored[field.name]):
+                raise ConfigError(f"the stored {field.name} cannot be {ascii(stored[field.name])[:60]}")
         return cls(**stored)
 
 
 def flag_default(field: dataclasses.Field) -> Any:
     """The default of a field of `TrainConfig`."""
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def _fits(field: dataclasses.Field, value: Any) -> bool:
+    """Whether a stored value is of the field's type."""
+    kind, is_list = flag_type(field.name)
+    if value is None or is_list is not isinstance(value, list):
+        return value is None and flag_default(field) is None
+    kinds = (int, float) if kind is float else (kind,)
+    return all(type(item) in kinds for item in (value if is_list else [value]))
 
 
 def flag_type(name: str) -> tuple[type, bool]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, read_checkpoint
@@ -85,13 +86,12 @@ class SkipNonFinite(pl.Callback):
 
     def _go_back(self, trainer: pl.Trainer, pl_module: VAETraining, batches: list, since: int, how_many: str) -> None:
         step = trainer.global_step
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             where = first_non_finite(pl_module, batches, getattr(trainer.precision_plugin, "scaler", None))
-        good = self._good_checkpoint(step - since) if self.checkpoints.folder else None
+        path = self._good_checkpoint(step - since) if self.checkpoints.folder else None
         trouble = f"step {step}: {how_many} had a loss or gradient that is not finite; {where}"
-        if good is None:
+        if path is None:
             raise Diverged(f"{trouble}; there is no checkpoint to go back to")
-        path, state = good
         if self._rollbacks >= self.max_rollbacks:
             times = f"after going back {self._rollbacks} times" if self._rollbacks else "with --max_rollbacks 0"
             newest = step_checkpoints(self.checkpoints.folder)[0]
@@ -99,7 +99,12 @@ class SkipNonFinite(pl.Callback):
                 f"{trouble}; stopped {times}. --use_checkpoint goes on from {newest}: with a smaller --lrate, "
                 "with --grad_clip or with more --max_rollbacks"
             )
+        # Rank 0's choice: another may see a damaged file, or an old list of them.
+        state = read_checkpoint(path.with_name(trainer.strategy.broadcast(path.name)))
         pl_module.load_state_dict(state["state_dict"])
+        scaler = type(trainer.precision_plugin).__qualname__
+        if scaler in state:
+            trainer.precision_plugin.load_state_dict(state[scaler])
         trainer.strategy.load_optimizer_state_dict(state)
         pl_module.lrate_factor *= self.rollback_lrate
         pl_module.set_lrate()
@@ -109,14 +114,15 @@ class SkipNonFinite(pl.Callback):
         lrate = pl_module.lr_schedulers().get_last_lr()[0]
         say(f"note: {trouble}; back to the weights of {path.name}, with the learning rate {lrate:g}")
 
-    def _good_checkpoint(self, step: int) -> tuple[Path, dict[str, Any]] | None:
+    def _good_checkpoint(self, step: int) -> Path | None:
         """The newest checkpoint that is not later than `step`, else the oldest; None if there is none."""
         paths = step_checkpoints(self.checkpoints.folder)
         later = [path for path in paths if int(STEP_FILE.fullmatch(path.name)[1]) > step]
         for path in [*paths[len(later) :], *reversed(later)]:
             try:
-                return path, read_checkpoint(path)
-            except CheckpointError as error:
+                read_checkpoint(path)
+                return path
+            except (CheckpointError, OSError) as error:
                 say(f"note: {error}; trying another one")
         return None
 

@@ -26,7 +26,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield partial
         sync(partial)
         os.replace(partial, path)
-        sync(path.parent)
+        with suppress(OSError):  # some file systems cannot
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -66,6 +67,7 @@ def folder_for_one(folder: Path, message: str) -> Iterator[None]:
                 raise BlockingIOError  # its holder removed it a moment ago, and another may hold a new one
         except BlockingIOError:
             raise BlockingIOError(message) from None
+        os.register_at_fork(after_in_child=lock.close)  # or loader workers would hold it after this process's death
         try:
             yield
         finally:

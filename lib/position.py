@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -21,11 +21,25 @@ class Position:
     validate: bool = False
 
     def batches(self, global_batch: int) -> int:
-        """Batches of the epoch that are done, where `global_batch` images are in the batches of all ranks.
+        """Batches of the epoch that are done, where `global_batch` images are in the batches of all ranks."""
+        return self.images // global_batch
 
-        Rounded up: a run that goes on with other batches leaves out a part of one rather than see it twice.
+    def on_grid(self, global_batch: int, accumulate: int, batches: int) -> Position:
+        """This position or, for a run that goes on with other batches than before, the last one before it that has a
+        whole number of optimizer steps behind it and at least one ahead.
+
+        Arguments:
+            global_batch: Images in the batches of all ranks.
+            accumulate: Batches of a step.
+            batches: Of an epoch.
         """
-        return -(-self.images // global_batch)
+        done = self.batches(global_batch)
+        if self.validate:
+            done = min(max(done, 1), batches)
+        else:
+            done = min(done, batches - 1)
+            done -= done % accumulate
+        return replace(self, images=done * global_batch)
 
 
 def set_loops(loops: dict[str, Any], position: Position, global_batch: int) -> None:

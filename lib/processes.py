@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -45,33 +46,64 @@ def agree(trainer: pl.Trainer, *flags: int | torch.Tensor) -> list[int]:
 
 
 class StopSignals:
-    """Notes signals that ask a run to stop; it looks at `received` where it can. The second Ctrl-C ends it at once.
+    """A context in which signals that ask a run to stop are noted in `received`, where the run looks when it can.
 
-    Lightning has handlers, too, which wait for other processes inside a signal handler and keep no checkpoint of a
-    place inside an epoch; `listen` takes theirs over, and `Trainer` restores at the end what was there before it.
+    Before `training` begins, and at the second Ctrl-C, they end the process at once.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self.training = False
+        self._before: dict[int, Any] = {}
 
-    def listen(self) -> None:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for signum in STOPPING:
-                signal.signal(signum, self._note)
+            self._before = {signum: signal.signal(signum, self._note) for signum in STOPPING}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: object) -> None:
-        if signum == signal.SIGINT and self.received == signal.SIGINT:
-            os.write(2, b"stopped at once; what came after the last checkpoint is lost\n")
+        before, self.received = self.received, signum
+        if not self.training:
+            end_at_once(STOPPING[signum])
+        if signum == signal.SIGINT and before == signal.SIGINT:
+            self._tell("stopped at once; what came after the last checkpoint is lost")
             end_at_once(INTERRUPTED)
-        if not self.received:
+        if not before:
             again = "; press Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(signum).name}: stopping after this step{again}\n".encode())
-        self.received = signum
+            self._tell(f"\n{signal.Signals(signum).name}: stopping after this step{again}")
+
+    @staticmethod
+    def _tell(message: str) -> None:
+        with suppress(OSError):  # nobody reads
+            os.write(2, f"{message}\n".encode())
+
+
+class UnfailingStream:
+    """A text stream whose reader may go away, or whose disk may be full: what cannot be written is lost."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextmanager
 def watched(trainer: pl.Trainer) -> Iterator[None]:
-    """Ends this process when one of those that Lightning started on this machine dies, instead of waiting for it.
+    """Ends this process when one that Lightning started, or that started this one, dies, instead of waiting for it.
 
     torchrun and SLURM watch the processes that they start themselves.
     """
@@ -81,7 +113,7 @@ def watched(trainer: pl.Trainer) -> Iterator[None]:
         return
     ended = threading.Event()
     parent = os.getppid()
-    started_by_lightning = "LOCAL_RANK" in os.environ and not trainer.is_global_zero
+    is_child = "LOCAL_RANK" in os.environ and not trainer.is_global_zero
 
     def watch() -> None:
         while not ended.wait(1):
@@ -90,18 +122,17 @@ def watched(trainer: pl.Trainer) -> Iterator[None]:
                     how = f"status {process.returncode}"
                     if process.returncode < 0:
                         how = signal.Signals(-process.returncode).name
-                    die(f"process {rank} of this machine died ({how})")
-            if started_by_lightning and os.getppid() != parent and not ended.wait(2):
-                die("the main process died")
+                    die(f"process {rank} of this machine died ({how})", max(process.returncode, FAILED))
+            if is_child and os.getppid() != parent and not ended.wait(2):
+                die("the main process died", FAILED)
 
-    def die(reason: str) -> None:
-        again = "--use_checkpoint goes on from the last checkpoint"
-        print(
-            f"{os.path.basename(sys.argv[0])}: error: {reason}, so this run ends; {again}", file=sys.stderr, flush=True
-        )
+    def die(reason: str, status: int) -> None:
+        program, again = os.path.basename(sys.argv[0]), "--use_checkpoint goes on from the last checkpoint"
+        with suppress(OSError):
+            print(f"{program}: error: {reason}, so this run ends; {again}", file=sys.stderr, flush=True)
         for process in launcher.procs:
             process.kill()
-        end_at_once(FAILED)
+        end_at_once(status)
 
     threading.Thread(target=watch, daemon=True, name="watch").start()
     try:

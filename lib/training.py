@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from .checkpoint import CheckpointError
 from .config import TrainConfig
 from .models import VAE, Output
 from .position import Position, set_loops
@@ -36,6 +37,11 @@ def objective(output: Output, *, beta: float = 1.0, free_bits: float = 0.0) -> T
 def mean_of_many() -> MeanMetric:
     """A mean over all ranks that is summed in float64: how images are shared out changes nothing that is logged."""
     return MeanMetric().set_dtype(torch.float64)
+
+
+def shape_of(tensors: dict[str, Any], name: str) -> Any:
+    """The shape of a tensor, or None if there is none."""
+    return getattr(tensors.get(name), "shape", None)
 
 
 class VAETraining(pl.LightningModule):
@@ -172,8 +178,13 @@ class VAETraining(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        stored, own = checkpoint["state_dict"], self.state_dict()
+        if wrong := sorted(n for n in own.keys() | stored.keys() if shape_of(own, n) != shape_of(stored, n)):
+            raise CheckpointError(f"the checkpoint does not fit the model: {wrong[0]} is missing or has another shape")
         if "position" in checkpoint:  # earlier versions wrote checkpoints at the end of epochs only
-            self.position = Position(**checkpoint["position"])
+            batches = self.trainer.datamodule.batches_per_epoch
+            position = Position(**checkpoint["position"])
+            self.position = position.on_grid(self.global_batch, self.config.accumulate_grad_batches, batches)
             set_loops(checkpoint["loops"], self.position, self.global_batch)
         else:
             self.position = Position(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])

@@ -82,9 +82,25 @@ def test_a_folder_is_for_one_process(tmp_path):
     assert not list(tmp_path.iterdir()), "nothing remains of a folder that stayed empty"
 
 
-@pytest.mark.parametrize(("batch", "expected"), [(8, 3), (4, 6), (24, 1), (16, 2), (5, 5)])
-def test_a_position_in_batches_of_any_size(batch, expected):
-    assert Position(2, 24).batches(batch) == expected
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "batches", "validate", "expected"),
+    [
+        (8, 1, 5, False, 24),
+        (8, 3, 5, False, 24),
+        (4, 1, 10, False, 24),
+        (16, 1, 3, False, 16),
+        (5, 1, 9, False, 20),
+        (8, 2, 5, False, 16),
+        (8, 1, 3, False, 16),
+        (48, 1, 2, False, 0),
+        (8, 1, 3, True, 24),
+        (16, 1, 2, True, 16),
+        (48, 1, 1, True, 48),
+    ],
+)
+def test_a_run_goes_on_at_a_whole_step(batch, accumulate, batches, validate, expected):
+    """With another global batch, accumulation or length of an epoch: not behind where it was, and a step is ahead."""
+    assert Position(2, 24, validate).on_grid(batch, accumulate, batches) == Position(2, expected, validate)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +185,7 @@ def test_a_full_disk_costs_neither_the_run_nor_older_checkpoints(kept, tmp_path,
     shutil.copytree(kept / "checkpoints", tmp_path / "checkpoints")
     folder = tmp_path / "checkpoints/sdn"
     before = {path.name: path.read_bytes() for path in folder.glob("*.ckpt")}
-    done = limited(100_000, *flags(images, tmp_path, "--iters", 20))
+    done = limited(100_000, *flags(images, tmp_path, "--iters", 20, "--keep_last", 3))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "note: no checkpoint of step 16: " in done.stderr and "those before it are whole" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train.py: error: ")

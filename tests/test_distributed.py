@@ -134,8 +134,8 @@ def test_two_tasks_of_slurm(alone, images):
         _, errors = task.communicate(timeout=120)
         assert task.returncode == 0, errors
     ours, theirs = weights(alone, "slurm"), weights(alone, "one")
-    if read_checkpoint(alone / "checkpoints/slurm/last.ckpt")["global_step"] == 12:
-        assert all(torch.allclose(ours[key], theirs[key], rtol=1e-7, atol=1e-9) for key in ours)
+    assert read_checkpoint(alone / "checkpoints/slurm/last.ckpt")["global_step"] == 12, "it was stopped before"
+    assert all(torch.allclose(ours[key], theirs[key], rtol=1e-7, atol=1e-9) for key in ours)
 
 
 @pytest.mark.parametrize("first", [2, 1])
@@ -243,5 +243,5 @@ def test_damage_that_one_rank_finds_ends_all(tmp_path, images):
             for index in range(8):
                 transaction.put(str(index).encode(), bytes(3072 if index != 2 else 7))
     done = run("train.py", *TINY, "--root", tmp_path, "--output_dir", tmp_path, "--num_processes", 2)
-    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
     assert "image 2 has 7 bytes" in done.stderr

@@ -13,6 +13,7 @@ from PIL import Image
 
 import evaluate
 from data.get_dataset import get_dataset
+from lib.checkpoint import write_checkpoint
 from lib.evaluation.figures import save_image
 from lib.evaluation.options import ONLY_DISENTANGLEMENT
 from lib.evaluation.results import add_result
@@ -311,7 +312,7 @@ def test_folders_that_cannot_be_written_are_one_line(finished, tmp_path, capfd):
 def test_weights_that_are_not_numbers_are_one_line(finished, tmp_path, capfd):
     checkpoint = torch.load(finished / "checkpoints/tiny/best.ckpt", weights_only=True)
     checkpoint["state_dict"]["average.module.h"].fill_(float("nan"))
-    torch.save(checkpoint, tmp_path / "diverged.ckpt")
+    write_checkpoint(checkpoint, tmp_path / "diverged.ckpt")
     for task, quantity in (("--elbo", "ELBO"), ("--likelihood", "log-likelihood")):
         options = ["--output_dir", tmp_path, "--limit", 2, "--importance_samples", 2]
         refusal = refused_here(capfd, "--checkpoint", tmp_path / "diverged.ckpt", task, *options)
@@ -332,7 +333,7 @@ def test_files_that_are_no_checkpoint_are_one_line(finished, tmp_path, capfd):
     torch.save({"state_dict": {}, "global_step": 0}, tmp_path / "other.ckpt")
     checkpoint = torch.load(finished / "checkpoints/tiny/best.ckpt", weights_only=True)
     del checkpoint["state_dict"]["average.module.h"]
-    torch.save(checkpoint, tmp_path / "lacking.ckpt")
+    write_checkpoint(checkpoint, tmp_path / "lacking.ckpt")
     expected = {
         "cut": "is not a checkpoint, or is cut off",
         "text": "is not a checkpoint, or is cut off",

@@ -8,46 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from helpers import REPOSITORY, TINY, TINY_BETA, csv_rows, run
 
+from benchmarks.runs_compared import differences, same
 from lib.checkpoint import read_checkpoint
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as `run`: another number of threads rounds otherwise
-TIMES = ("images_per_second", "seconds", "peak_memory_mib")
-# Names, times, and Lightning's own counters, instead of which "position" counts.
-NOT_COMPARED = ("hyper_parameters", "provenance", "since_validation", "loops")
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether nested values are equal, NaN to NaN, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan())
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or a != a and b != b
-
-
-def assert_same_runs(folder: Path, one: str, other: str) -> None:
-    """Weights, average, optimizer, scheduler, position, best checkpoint, logs and pictures are the same."""
-    runs = [folder / "checkpoints" / name for name in (one, other)]
-    for name in ("last.ckpt", "best.ckpt"):
-        if (runs[0] / name).exists():
-            a, b = (read_checkpoint(run / name) for run in runs)
-            for key in a.keys() - set(NOT_COMPARED):
-                assert same(a[key], b[key]), f"{name}: {key}"
-    for name in ("steps.csv", "epochs.csv"):
-        a, b = ([{k: v for k, v in row.items() if k not in TIMES} for row in csv_rows(run / name)] for run in runs)
-        assert a == b, name
-    a, b = ({path.name: path.read_bytes() for path in (folder / "figs" / name).iterdir()} for name in (one, other))
-    assert a.keys() == b.keys()
-    assert [name for name in a if a[name] != b[name]] == []
 
 
 def run_and_die(hook: str, step: int, *arguments: object) -> None:
@@ -99,7 +67,7 @@ def test_killed_at_any_moment(tmp_path, images):
         run_and_die(hook, step, *common, "--exp_name", "killed")
     done = run("train.py", *common, "--exp_name", "killed")
     assert done.returncode == 0, done.stderr
-    assert_same_runs(tmp_path, "whole", "killed")
+    assert differences(tmp_path, "whole", "killed") == []
 
 
 KINDS = {
@@ -135,7 +103,7 @@ def test_killed_at_random_moments(kind, tmp_path, images):
     done = run("train.py", *common, "--exp_name", "killed")
     assert done.returncode == 0, done.stderr
     assert kills, "the run was over before it could be killed"
-    assert_same_runs(tmp_path, "whole", "killed")
+    assert differences(tmp_path, "whole", "killed") == []
 
 
 def test_a_run_that_ended_inside_an_epoch_goes_on_there(tmp_path, images):

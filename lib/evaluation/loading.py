@@ -92,6 +92,8 @@ def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], bac
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path} does not fit its own configuration: {reason[:300]}") from None
         step, remarks = checkpoint["global_step"], []
+        if type(step) is not int or step < 0:
+            raise CheckpointError(f"{path}: its global_step cannot be {ascii(step)[:60]}")
     model.eval()
     return LoadedModel(model, config, step, released is not None, remarks, _fingerprint(model.state_dict(), config))
 
