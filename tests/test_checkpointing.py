@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,24 @@ def test_a_folder_is_for_one_process(tmp_path):
         done = subprocess.run([sys.executable, "-c", other], cwd=REPOSITORY, capture_output=True, text=True)
         assert done.stderr.endswith("BlockingIOError: in use\n")
     assert not list(tmp_path.iterdir()), "nothing remains of a folder that stayed empty"
+
+
+def test_children_do_not_hold_the_folder_of_a_dead_process(tmp_path):
+    """Loader workers live on for seconds after their process was killed."""
+    code = f"""
+import os, time
+from pathlib import Path
+from lib.files import folder_for_one
+with folder_for_one(Path({str(tmp_path)!r}), "in use"):
+    if os.fork():
+        time.sleep(1)
+        os._exit(0)
+    time.sleep(30)
+"""
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+    with folder_for_one(tmp_path, "in use"):
+        assert time.monotonic() - begin < 20, "the child is still there"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +186,24 @@ def test_fewer_epochs_than_there_are_is_one_line(kept, tmp_path, images):
     write_checkpoint(content | {"epoch": 5}, path)
     done = run("train.py", *flags(images, tmp_path, "--max_epochs", 3))
     assert_one_line_error(done, "--max_epochs 3: ", "step_0000011.ckpt has 5 epochs already")
+
+
+def without(content: dict, name: str) -> dict:
+    return {key: value for key, value in content.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: without(c, "loops"), "cannot be trained on: loops missing or damaged"),
+        (lambda c: c | {"position": 3}, "cannot be trained on: position missing or damaged"),
+        (lambda c: c | {"state_dict": without(c["state_dict"], "model.h")}, "model.h is missing or has another shape"),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_is_one_line(kept, tmp_path, images, change, message):
+    path = tmp_path / "checkpoints/sdn/last.ckpt"
+    write_checkpoint(change(read_checkpoint(step_checkpoints(kept / "checkpoints/sdn")[0])), path)
+    assert_one_line_error(run("train.py", *flags(images, tmp_path, "--iters", 12)), message)
 
 
 def limited(limit: int, *arguments: str) -> subprocess.CompletedProcess:

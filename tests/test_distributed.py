@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY, TINY, csv_rows, run
+from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
 
 from lib.checkpoint import read_checkpoint
 
@@ -111,6 +111,13 @@ def test_two_nodes_of_two_processes(alone, images):
         _, errors = agent.communicate(timeout=300)
         assert agent.returncode == 0, errors
     assert_same_training(alone, "nodes", "one")
+
+
+def test_a_job_of_another_size_is_one_line(tmp_path, images):
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NODELIST": "127.0.0.1"}
+    job |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    done = run("train.py", *TINY, *common(tmp_path, images), "--num_processes", 2, **job)
+    assert_one_line_error(done, "ntasks-per-node")
 
 
 def test_two_tasks_of_slurm(alone, images):

@@ -240,3 +240,13 @@ def test_a_loader_worker_that_dies_is_one_line(tmp_path, images):
     assert process.returncode == 1 and "Traceback" not in errors, errors
     assert "train.py: error: a loader process died" in errors.splitlines()[-1]
     assert "--use_checkpoint goes on" in errors.splitlines()[-1]
+
+
+def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path, images):
+    """Its output goes to a full disk."""
+    command = [sys.executable, "train.py", *flags(images, tmp_path, "--iters", 3)]
+    with open("/dev/full", "w") as full:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=full, stderr=full)
+    assert done.returncode == 0
+    assert read_checkpoint(tmp_path / "checkpoints/sdn/last.ckpt")["global_step"] == 3

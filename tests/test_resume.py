@@ -50,10 +50,12 @@ MOMENTS = [
     ("lib.checkpointing.Checkpoints.on_train_batch_end", 8),
     ("lib.callbacks.MetricsLog.on_validation_end", 8),
     ("lib.checkpointing.Checkpoints.on_train_epoch_end", 8),
+    ("lib.checkpointing.second_name", 8),  # of the best
     ("lib.files.sync", 9),
     ("lib.checkpointing.second_name", 12),
     ("lib.callbacks.ImageGrids.on_validation_epoch_end", 16),
     ("lib.checkpointing.Checkpoints.on_train_epoch_end", 19),
+    ("lib.checkpointing.second_name", 19),
 ]
 
 
