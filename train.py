@@ -36,7 +36,7 @@ from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.faults import Diverged, SkipNonFinite
 from lib.files import folder_for_one
 from lib.models import VAE, build_model
-from lib.processes import FAILED, Stopped, StopSignals, UnfailingStream, end_at_once, say, watched
+from lib.processes import FAILED, Stopped, StopSignals, UnfailingStream, kill_loader_workers, say, watched
 
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
@@ -294,6 +294,7 @@ def faults_in_one_line() -> Iterator[None]:
         return
     except Stopped as stopped:
         say(f"train.py: {stopped}")
+        kill_loader_workers()
         # Lightning kills a main process of which a child ended with a status before it ended itself.
         launched = "LOCAL_RANK" in os.environ and not (dist.is_torchelastic_launched() or SLURMEnvironment.detect())
         sys.exit(0 if launched and os.environ["LOCAL_RANK"] != "0" else stopped.status)
@@ -304,19 +305,15 @@ def faults_in_one_line() -> Iterator[None]:
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         if "DataLoader timed out" in str(error):
-            print(
-                f"train.py: error: the loader gave no batch for {LOADER_TIMEOUT} s; {again}",
-                file=sys.stderr,
-                flush=True,
-            )
-            end_at_once(FAILED)  # its processes may never end by themselves
-        if re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", str(error)):
+            fault = f"the loader gave no batch for {LOADER_TIMEOUT} s"
+        elif re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", str(error)):
             fault = f"a loader process died, often for lack of memory ({last}); fewer --num_workers need less"
         elif isinstance(error, dist.DistError) or re.search(r"gloo|nccl|by peer", last, re.IGNORECASE):
             fault = "lost contact with another process of this run"
         else:
             raise
         print(f"train.py: error: {fault}; {again}", file=sys.stderr, flush=True)
+    kill_loader_workers()
     sys.exit(FAILED)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -139,6 +140,13 @@ def watched(trainer: pl.Trainer) -> Iterator[None]:
         yield
     finally:
         ended.set()
+
+
+def kill_loader_workers() -> None:
+    """Ends them before the process itself ends: one that is stuck (its queue's lock died with another worker) would
+    be waited for without end."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def end_at_once(status: int) -> None:

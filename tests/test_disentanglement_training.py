@@ -138,7 +138,7 @@ def test_the_best_result_of_an_earlier_version_is_known(metric):
     checkpoint = {"callbacks": {name: {"best_model_score": torch.tensor(3.5)}, "MetricsLog": {}}}
     checkpoints = Checkpoints(None, StopSignals())
     checkpoints.on_load_checkpoint(None, None, checkpoint)
-    assert checkpoints.state_dict() == {"best_score": 3.5}
+    assert checkpoints.state_dict()["best_score"] == 3.5
 
 
 def test_the_defaults_of_the_task_are_the_specifications():
