@@ -154,7 +154,7 @@ def test_the_estimated_memory_of_a_pass_is_not_below_the_truth():
 @needs_proc
 def test_the_chunk_is_halved_when_memory_really_runs_out(tmp_path):
     path = tmp_path / "little.csv"
-    with in_another_process(f"test_importance.compute_in_little_memory({str(path)!r}, {350 * 2**20})") as process:
+    with in_another_process(f"test_importance.compute_in_little_memory({str(path)!r}, {160 * 2**20})") as process:
         stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     little = json.loads(stdout)
