@@ -36,7 +36,17 @@ from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.faults import Diverged, SkipNonFinite
 from lib.files import folder_for_one
 from lib.models import VAE, build_model
-from lib.processes import FAILED, Stopped, StopSignals, UnfailingStream, kill_loader_workers, say, watched
+from lib.processes import (
+    AGAIN,
+    FAILED,
+    Stopped,
+    StopSignals,
+    UnfailingStream,
+    say,
+    watched,
+    watched_loaders,
+    worker_died,
+)
 
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
@@ -267,7 +277,7 @@ def train(
         training.model.compile(fullgraph=True)  # in place, so that names in checkpoints stay
     if precision == "64-true":
         training.double()  # Lightning does it after it has loaded a checkpoint, into float32
-    with faults_in_one_line(), watched(trainer):
+    with faults_in_one_line(), watched_loaders(), watched(trainer):
         trainer.fit(
             training,
             datamodule=data,
@@ -288,32 +298,29 @@ def train(
 @contextmanager
 def faults_in_one_line() -> Iterator[None]:
     """Ends the process with one line for what is neither bad input nor an error in the program."""
-    again = "--use_checkpoint goes on from the last checkpoint"
     try:
         yield
         return
     except Stopped as stopped:
         say(f"train.py: {stopped}")
-        kill_loader_workers()
         # Lightning kills a main process of which a child ended with a status before it ended itself.
         launched = "LOCAL_RANK" in os.environ and not (dist.is_torchelastic_launched() or SLURMEnvironment.detect())
         sys.exit(0 if launched and os.environ["LOCAL_RANK"] != "0" else stopped.status)
     except Diverged as error:
         say(f"train.py: error: {error}")
     except torch.OutOfMemoryError as error:
-        print(f"train.py: error: {str(error).splitlines()[0]} A smaller --batch needs less; {again}", file=sys.stderr)
+        print(f"train.py: error: {str(error).splitlines()[0]} A smaller --batch needs less; {AGAIN}", file=sys.stderr)
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         if "DataLoader timed out" in str(error):
             fault = f"the loader gave no batch for {LOADER_TIMEOUT} s"
         elif re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", str(error)):
-            fault = f"a loader process died, often for lack of memory ({last}); fewer --num_workers need less"
+            fault = worker_died(error)
         elif isinstance(error, dist.DistError) or re.search(r"gloo|nccl|by peer", last, re.IGNORECASE):
             fault = "lost contact with another process of this run"
         else:
             raise
-        print(f"train.py: error: {fault}; {again}", file=sys.stderr, flush=True)
-    kill_loader_workers()
+        print(f"train.py: error: {fault}; {AGAIN}", file=sys.stderr, flush=True)
     sys.exit(FAILED)
 
 

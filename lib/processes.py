@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,10 +16,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
+from torch.utils.data._utils import signal_handling
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as of any program
 PREEMPTED = 75  # after SIGTERM or SIGUSR1: "try again later", EX_TEMPFAIL of sysexits.h
 FAILED = 1  # after a fault that is not the user's
+AGAIN = "--use_checkpoint goes on from the last checkpoint"
 STOPPING = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
 
 
@@ -128,9 +131,9 @@ def watched(trainer: pl.Trainer) -> Iterator[None]:
                 die("the main process died", FAILED)
 
     def die(reason: str, status: int) -> None:
-        program, again = os.path.basename(sys.argv[0]), "--use_checkpoint goes on from the last checkpoint"
+        program = os.path.basename(sys.argv[0])
         with suppress(OSError):
-            print(f"{program}: error: {reason}, so this run ends; {again}", file=sys.stderr, flush=True)
+            print(f"{program}: error: {reason}, so this run ends; {AGAIN}", file=sys.stderr, flush=True)
         for process in launcher.procs:
             process.kill()
         end_at_once(status)
@@ -142,11 +145,43 @@ def watched(trainer: pl.Trainer) -> Iterator[None]:
         ended.set()
 
 
-def kill_loader_workers() -> None:
-    """Ends them before the process itself ends: one that is stuck (its queue's lock died with another worker) would
-    be waited for without end."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
+@contextmanager
+def watched_loaders() -> Iterator[None]:
+    """Ends this process when one of its loader workers dies.
+
+    By itself, torch would raise an exception wherever the main thread happens to be, be it within a checkpoint's
+    writing, where it counts as a full disk, or in the interpreter's last steps.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def check(signum: int, frame: object) -> None:
+        try:
+            signal_handling._error_if_any_worker_fails()
+        except RuntimeError as error:
+            with suppress(OSError):
+                os.write(2, f"\n{os.path.basename(sys.argv[0])}: error: {worker_died(error)}; {AGAIN}\n".encode())
+            end_at_once(FAILED)
+
+    signal_handling._set_SIGCHLD_handler()  # which torch does once, so that it does not replace the next
+    signal.signal(signal.SIGCHLD, check)
+    try:
+        yield
+    except (ConnectionError, EOFError):
+        time.sleep(2)  # the end of a worker's connection comes before the signal of its death
+        raise
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # One that is stuck (its queue's lock died with another worker) would be waited for without end.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+
+def worker_died(error: Exception) -> str:
+    """What to tell of it."""
+    last = str(error).strip().splitlines()[-1]
+    return f"a loader process died, often for lack of memory ({last}); fewer --num_workers need less"
 
 
 def end_at_once(status: int) -> None:

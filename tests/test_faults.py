@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -240,6 +241,28 @@ def test_a_loader_worker_that_dies_is_one_line(tmp_path, images):
     assert process.returncode == 1 and "Traceback" not in errors, errors
     assert "train.py: error: a loader process died" in errors.splitlines()[-1]
     assert "--use_checkpoint goes on" in errors.splitlines()[-1]
+
+
+DIES = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader
+from lib.processes import watched_loaders
+with watched_loaders():
+    batches = iter(DataLoader(range(100), num_workers=2, timeout=600))
+    next(batches)
+    try:
+        os.kill(batches._workers[1].pid, signal.SIGKILL)
+        time.sleep(20)
+    except Exception:
+        print("taken for something else")
+"""
+
+
+def test_a_loader_worker_that_dies_is_never_taken_for_another_fault():
+    """As by whoever writes a checkpoint at that moment."""
+    done = subprocess.run([sys.executable, "-c", DIES], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and not done.stdout
+    assert re.fullmatch(r".*: error: a loader process died, .*; --use_checkpoint goes on from .*", done.stderr.strip())
 
 
 def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path, images):
