@@ -125,7 +125,7 @@ class Disturbed:
             wrong.append(f"status {status} instead of {promised}")
         if end != "SIGKILL" and "Traceback" in errors:  # orphaned workers may say that they lost their process
             wrong.append("a traceback")
-        if status == 1 and len(re.findall("^train.py: error: a loader process died", errors, re.MULTILINE)) != 1:
+        if status == 1 and len(re.findall(r"^\w+\.py: error: a loader process died", errors, re.MULTILINE)) != 1:
             wrong.append("not one line about a dead loader process")
         if status in (75, 130) and "stopped after step" not in errors:
             wrong.append("no line about where it stopped")

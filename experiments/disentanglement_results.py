@@ -14,20 +14,20 @@ writes, and figs/RUN/results.json of evaluate.py; RUN is `naming.Run.folder`. Wr
 
 from __future__ import annotations
 
-import csv
 import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments import output
 from experiments.naming import DECODERS, Run
+from experiments.output import limits, mean_and_deviation, note_differences, panels, write_csv
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import ConfigError
 from lib.DisentanglementVAE.metrics import TITLES
@@ -135,15 +135,13 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def markdown(table: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
     """The table as Markdown: mean ± standard deviation, the mean alone where there is no deviation."""
     shown = {name: QUANTITIES.get(name, (TITLES.get(name, name), 3)) for name in names}
-    lines = [["β", "decoder", "seeds", *(heading for heading, _ in shown.values())], ["---"] * (3 + len(shown))]
+    lines = [["β", "decoder", "seeds", *(heading for heading, _ in shown.values())]]
     for line in table:
         cells = [f"{line['beta']:g}", line["decoder"].upper(), str(line["seeds"])]
         for name, (_, decimals) in shown.items():
-            mean, std = line[f"{name}_mean"], line[f"{name}_std"]
-            cell = "-" if mean is None else f"{mean:.{decimals}f}".replace("-", "−")
-            cells.append(cell if std is None else f"{cell} ± {std:.{decimals}f}")
+            cells.append(mean_and_deviation(line[f"{name}_mean"], line[f"{name}_std"], decimals))
         lines.append(cells)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return output.markdown(lines)
 
 
 def last_step(path: Path) -> int:
@@ -200,22 +198,10 @@ def learning_curves(paths: Mapping[Run, Path], bins: int = 200) -> Curves:
     return Curves((edges[:-1] + 1 + edges[1:]) / 2, values, annealed)
 
 
-def limits(values: np.ndarray) -> tuple[float, float]:
-    """Limits of a y axis for curves [curves, B]: percentiles 1 and 99 of their values and a margin of 12%.
-
-    Without the first twentieth of the bins: -ELBO starts at 60,000 nats where training ends at 10,000.
-    """
-    later = values[:, values.shape[1] // 20 :]
-    later = later[np.isfinite(later)]
-    low, high = np.percentile(later, [1, 99]) if later.size else (0, 0)
-    margin = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
-    return low - margin, high + margin
-
-
 def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Figure 7: the two metrics against β, mean and standard deviation over seeds; each seed a faint dot."""
     betas = sorted({row["beta"] for row in rows})
-    with _panels(path, 1, 2, size=(9.2, 3.9)) as ((left, right),):
+    with panels(path, 1, 2, size=(9.2, 3.9)) as ((left, right),):
         left.set_ylabel("score (mean ± s.d. over seeds)")
         for axes, metric in ((left, "beta_vae"), (right, "factor_vae")):
             for decoder, side in zip(DECODERS, (-1, 1), strict=True):
@@ -238,7 +224,7 @@ def draw_curves(curves: Curves, path: Path) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     x, betas = curves.steps, sorted({beta for beta, _ in curves.values})
-    with _panels(path, len(betas), len(CURVES), size=(11.5, 1.9 * len(betas) + 1)) as grid:
+    with panels(path, len(betas), len(CURVES), size=(11.5, 1.9 * len(betas) + 1)) as grid:
         for row, beta in zip(grid, betas, strict=True):
             decoders = [decoder for decoder in DECODERS if (beta, decoder) in curves.values]
             for column, axes in enumerate(row):
@@ -259,46 +245,10 @@ def draw_curves(curves: Curves, path: Path) -> None:
             grid[-1, column].set_xlabel("iterations")
 
 
-@contextmanager
-def _panels(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[np.ndarray]:
-    """Axes [rows, columns] of a figure of `size` inches, which is written at the end, with a legend above."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure, named = Figure(figsize=size, layout="constrained"), {}
-    FigureCanvasAgg(figure)
-    yield figure.subplots(rows, columns, squeeze=False, sharex="col")
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="0.9", linewidth=0.8, zorder=0)
-        named |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    labels, handles = zip(*sorted(named.items()), strict=True)
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, handlelength=3, frameon=False)
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=160, metadata={"Software": None})
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    with whole_file(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def note_runs(runs: Sequence[str], total: int, what: str) -> None:
     """Names runs in one line on stderr, if there are any."""
     if runs:
         print(f"{PROGRAM}: note: {len(runs)} of {total} runs {what}: {', '.join(runs)}", file=sys.stderr)
-
-
-def note_differences(what: str, by_run: Mapping[str, Any]) -> None:
-    """One line that says which values the runs have, if it is more than one; up to three runs of each are named."""
-    runs = defaultdict(list)
-    for run, value in by_run.items():
-        runs[str(value)].append(run)
-    if len(runs) > 1:
-        some = (f"{value}: {', '.join(r[:3])}{f' and {len(r) - 3} more' if r[3:] else ''}" for value, r in runs.items())
-        print(f"{PROGRAM}: note: the runs differ in {what}: {'; '.join(some)}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -325,9 +275,9 @@ def gather(output_dir: Path, name: str, folder: Path) -> None:
     for metric in names[len(QUANTITIES) :]:
         note_runs([row["run"] for row in rows if metric not in row], len(rows), f"have no {metric}")
     note_runs([run.folder for run, end in ends.items() if not end], len(runs), "have no learning curve in steps.csv")
-    note_differences("the last step of training", {run.folder: end for run, end in ends.items() if end})
+    note_differences(PROGRAM, "the last step of training", {run.folder: end for run, end in ends.items() if end})
     for what, column in (("step", "steps"), ("number of images", "images"), ("levels of the factors", "levels")):
-        note_differences(f"the {what} evaluated", {row["run"]: row[column] for row in rows})
+        note_differences(PROGRAM, f"the {what} evaluated", {row["run"]: row[column] for row in rows})
     text = markdown(table := summarize(rows), names)
     written = [folder / file for file in ("runs.csv", "table.csv", "table.md")]
     write_csv(written[0], [*ROW_START, *names], rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import resource
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from .processes import say
 from .training import VAETraining
 
 ROWS_BEFORE_WRITING = 50
+RUN_FILE = "run.json"
 
 
 class CsvFile:
@@ -66,13 +68,16 @@ class CsvFile:
 class MetricsLog(pl.Callback):
     """Writes steps.csv (one row per optimizer step) and epochs.csv (one row per validation), and feeds the dashboard.
 
+    Beside them run.json says what the run is: its configuration, its number of parameters, and the commits, versions
+    and command that it was started with.
+
     In the unit of the training, bits/dim or nats per image, throughout. kl_0, kl_1, ... are of the layers from the
     topmost, or of the latent dimensions; beta_kl is β times the rate. steps.csv holds rank 0's own batches, epochs.csv
     the validation over all ranks, computed with the averaged weights where there are such. Values stay on the device
     until `ROWS_BEFORE_WRITING` rows have come together, so that training is not synchronized at every step.
 
     Arguments:
-        folder: Where the two files are.
+        folder: Where the files are.
     """
 
     def __init__(self, folder: str | Path):
@@ -109,9 +114,25 @@ class MetricsLog(pl.Callback):
         step = ["step", "epoch", *parts, "beta", "grad_norm", "skipped", "lr", "loss_scale", "images_per_second"]
         epoch = ["step", "epoch", *(f"val_{name}" for name in parts), "train_neg_elbo", "lr"]
         epoch += ["images_per_second", "seconds", "peak_memory_mib"]
+        self._describe(pl_module, trainer.global_step)
         self._steps = CsvFile(self.folder / "steps.csv", step, trainer.global_step)
         validated = trainer.global_step - pl_module.position.validate
         self._epochs = CsvFile(self.folder / "epochs.csv", epoch, validated)
+
+    def _describe(self, pl_module: VAETraining, resume_step: int) -> None:
+        path, commit = self.folder / RUN_FILE, pl_module.provenance.get("commit")
+        commits = []
+        if resume_step:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                commits = [str(known) for known in json.loads(path.read_text())["commits"] if known != commit]
+        description = {
+            "parameters": sum(each.numel() for each in pl_module.model.parameters() if each.requires_grad),
+            "config": pl_module.config.to_dict(),
+            "commits": [*commits, commit],
+            "provenance": pl_module.provenance,
+        }
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(description, indent=1) + "\n")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: VAETraining, optimizer) -> None:
         self._since["lr"] = optimizer.param_groups[0]["lr"]  # the scheduler may step before the batch ends

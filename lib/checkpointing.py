@@ -59,6 +59,7 @@ def check_resumable(checkpoint: dict[str, Any], path: Path) -> None:
     needed = {"epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": dict}
     needed |= {"optimizer_states": list, "lr_schedulers": list}
     optional = {"callbacks": dict, "position": dict, "since_validation": dict, "lrate_factor": float}
+    optional |= {"best_validation": float, "validations_since": int}
     wrong = [name for name, kind in needed.items() if not isinstance(checkpoint.get(name), kind)]
     wrong += [name for name, kind in optional.items() if not isinstance(checkpoint.get(name, kind()), kind)]
     if wrong:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from .DensityVAE.blocks import BLOCKS, HIGHWAY
 from .nn import BACKENDS, BORDERS
 from .probability import OBSERVATIONS, POSTERIORS, PRIORS
 
@@ -43,6 +44,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "downsample_first",
         "h_size",
         "sdn_nfeat_diff",
+        "block",
+        "highway",
         "ema_coef",
         "checkpoint_activations",
     ),
@@ -114,10 +117,17 @@ class TrainConfig:
     sdn_nfeat_0: int = _flag(360, ARCHITECTURE, "features of the first SDN layers")
     sdn_nfeat_diff: int = _flag(128, ARCHITECTURE, "fewer features after each downsampling SDN layer, not below 50")
     sdn_num_dirs: int = _flag(2, ARCHITECTURE, "directions of each SDN layer, 1 to 4")
+    block: str = _flag(
+        "sdn", ARCHITECTURE, "what is at the scales with SDN layers; others are for ablations (Table 4)", BLOCKS
+    )
+    highway: str = _flag("auto", ARCHITECTURE, "whether blocks are gated with a convolution; auto: sdn is", HIGHWAY)
     border: str = _flag("zeros", ARCHITECTURE, "first line of a sweep: corrected (paper) or kept (release)", BORDERS)
 
     lrate: float = _flag(0.002, "Optimization", "learning rate of Adamax")
     lrate_decay: float = _flag(0.999, "Optimization", "multiplies the learning rate after each epoch; 1: constant")
+    lrate_patience: int = _flag(
+        0, "Optimization", "halve the learning rate after so many validations in a row without a better one; 0: never"
+    )
     free_bits: float = _flag(0.01, "Optimization", "nats of KL that each layer (dimension) has for free")
     beta_final: float = _flag(1.0, "Optimization", "weight of the KL, once annealed")
     beta_rate: float = _flag(1.0, "Optimization", "part of beta_final that is added each step, from 0; 1: no annealing")
@@ -165,7 +175,13 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("sdn_nfeat_0", "sdn_nfeat_diff", "random_seed", "beta_final", "epoch_images", "val_images"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("checkpoint_every_n_steps", "checkpoint_every_minutes", "grad_clip", "max_rollbacks"):
+        for name in (
+            "checkpoint_every_n_steps",
+            "checkpoint_every_minutes",
+            "grad_clip",
+            "max_rollbacks",
+            "lrate_patience",
+        ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("random_seed", self.random_seed < 2**32, "below 2^32")
         self._require("max_skipped", self.max_skipped <= 100, "at most 100")
@@ -188,10 +204,15 @@ class TrainConfig:
             )
         if self.sdn_num_dirs > 4:
             raise ConfigError(f"--sdn_num_dirs must be at most 4; got {self.sdn_num_dirs}")
-        if self.sdn_max_scale > 0 and (self.sdn_num_dirs < 1 or self.sdn_nfeat_0 < 1):
+        with_sdn = self.sdn_max_scale > 0 and self.block == "sdn"
+        if with_sdn and (self.sdn_num_dirs < 1 or self.sdn_nfeat_0 < 1):
             raise ConfigError("--sdn_num_dirs and --sdn_nfeat_0 must be at least 1, or --sdn_max_scale 0 (no SDN)")
         if self.sdn_max_scale > 0 and self.sdn_min_scale > self.sdn_max_scale:
             raise ConfigError(f"--sdn_min_scale {self.sdn_min_scale} is above --sdn_max_scale {self.sdn_max_scale}")
+        if self.sdn_max_scale == 0 and (self.block not in ("sdn", "conv3") or self.highway == "on"):
+            raise ConfigError(
+                f"--block {self.block} --highway {self.highway} is for scales up to --sdn_max_scale, which is 0"
+            )
         if self.amp and self.precision is not None:
             raise ConfigError("--amp and --precision exclude each other; --amp is --precision 16-mixed")
         if self.task == "disentanglement" and self.post_model != "IsoGaussian":

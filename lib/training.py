@@ -16,6 +16,7 @@ from .checkpoint import CheckpointError
 from .config import TrainConfig
 from .models import VAE, Output
 from .position import Position, set_loops
+from .processes import say
 from .utils import keyed_noise, mixed_seed
 
 
@@ -53,7 +54,8 @@ class VAETraining(pl.LightningModule):
 
     Attributes:
         position: Where the run is; callbacks keep it up to date.
-        lrate_factor: Of the learning rate, below 1 once a run went back to an earlier checkpoint.
+        lrate_factor: Of the learning rate, below 1 once a run went back to an earlier checkpoint, or validations in a
+            row were no better (`lrate_patience`).
         grad_norm: Of the last optimizer step, before clipping.
         skipped: Whether the last optimizer step changed nothing, as its loss or a gradient was not finite.
 
@@ -75,6 +77,7 @@ class VAETraining(pl.LightningModule):
         self.val_rates = nn.ModuleList(mean_of_many() for _ in range(model.num_rates))
         self.position = Position()
         self.lrate_factor = 1.0
+        self.best_validation, self.validations_since = float("inf"), 0
         self.grad_norm = torch.tensor(float("nan"))
         self.skipped = False
 
@@ -168,8 +171,24 @@ class VAETraining(pl.LightningModule):
         values |= {f"val/kl_{step}": rate for step, rate in enumerate(rates)}
         values["val/beta_kl"] = self.beta * rates.sum()
         self.log_dict(values, logger=False)
+        if self.config.lrate_patience and not self.trainer.sanity_checking:
+            self._lower_lrate_on_plateau(values["val/neg_elbo"].item())
         for metric in (self.val_distortion, *self.val_rates):
             metric.reset()
+
+    def _lower_lrate_on_plateau(self, neg_elbo: float) -> None:
+        """Halves it after `lrate_patience` validations in a row without a better -ELBO (paper, A.2)."""
+        self.validations_since += 1
+        if neg_elbo < self.best_validation:
+            self.best_validation, self.validations_since = neg_elbo, 0
+        elif self.validations_since >= self.config.lrate_patience:
+            self.validations_since = 0
+            self.lrate_factor *= 0.5
+            self.set_lrate()
+            lrate = self.optimizers().param_groups[0]["lr"]
+            say(
+                f"note: {self.config.lrate_patience} validations without a better -ELBO; the learning rate is {lrate:g}"
+            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -189,10 +208,13 @@ class VAETraining(pl.LightningModule):
         else:
             self.position = Position(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
         self.lrate_factor = checkpoint.get("lrate_factor", 1.0)
+        self.best_validation = checkpoint.get("best_validation", self.best_validation)
+        self.validations_since = checkpoint.get("validations_since", 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         set_loops(checkpoint["loops"], self.position, self.global_batch)
         checkpoint["position"] = dataclasses.asdict(self.position)
         checkpoint["epoch"] = self.position.epoch
-        checkpoint["lrate_factor"] = self.lrate_factor
+        for name in ("lrate_factor", "best_validation", "validations_since"):
+            checkpoint[name] = getattr(self, name)
         checkpoint["provenance"] = dict(self.provenance)

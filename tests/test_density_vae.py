@@ -9,6 +9,7 @@ import torch
 from helpers import SMALL, SMALL_SDN
 
 from lib.DensityVAE import DensityVAE
+from lib.DensityVAE.blocks import BLOCKS, HALF_SCALE, SAME_SCALE, Block, Highway, make_block
 from lib.evaluation.likelihood import negative_elbo
 from lib.nn import ResSDNLayer
 from lib.training import objective
@@ -34,6 +35,9 @@ VARIANTS = {
     "downsample first": dict(downsample_first=True, image_size=16),
     "wide": dict(image_size=(8, 12)),
     "five bits": dict(nbits=5),
+    "conv5": dict(block="conv5"),
+    "conv3x4, highway": dict(block="conv3x4", highway="on", downsample_first=True, image_size=16),
+    "sdn, no highway": dict(highway="off"),
     "one layer": dict(depth=1, ds_list=[]),
     "to scale 1": dict(image_size=4, depth=5, ds_list=[0, 1, 2, 3, 4]),
 }
@@ -106,6 +110,58 @@ def test_sdn_is_placed_featured_and_directed_as_specified():
     assert features == [80, 80, 80, 80, 60, 60, 80], "drops after the downsampling layer 1; the last layer starts anew"
     directions = [layer.dirs for layer in sdn]
     assert directions == [(0, 1, 2), (3, 0, 1), (2, 3, 0), (1, 2, 3), (0, 1, 2), (3, 0, 1), (2, 3, 0, 1)]
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("highway", [False, True])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_have_the_shapes_and_parameters_of_their_description(kind, highway, upsample):
+    """In 5, out 6: a block with a highway has an ungated one with 12 outputs, and the plain convolution."""
+    kernel, k = (HALF_SCALE, 4) if upsample else (SAME_SCALE, 3)
+    block = Block(kind, highway, num_features=7, dirs=(0, 2))
+    made = make_block(5, 6, kernel, upsample=upsample, block=block)
+    size = 8 if upsample else 4
+    assert made(torch.randn(2, 5, 4, 4)).shape == (2, 6, size, size)
+    out = 12 if highway else 6
+    hidden = max(5, out)
+    sdn = 5 * 7 * k**2 + 7 + 2 * (3 * 7 * 4 * 7 + 6 * 7) + 7 * out + out
+    deeper = lambda number: (  # noqa: E731
+        5 * hidden * k**2 + hidden + (number - 2) * (hidden**2 * 9 + hidden) + hidden * out * 9 + out
+    )
+    own = {
+        "sdn": sdn,
+        "conv3": 5 * out * k**2 + out,
+        "conv5": 5 * out * (k + 2) ** 2 + out,
+        "conv3x2": deeper(2),
+        "conv3x4": deeper(4),
+    }[kind]
+    assert count(made) == own + (5 * 6 * k**2 + 6 if highway else 0)
+
+
+def test_a_highway_gates_with_the_plain_convolution():
+    made = make_block(4, 4, SAME_SCALE, upsample=False, block=Block("conv5", highway=True))
+    x = torch.randn(2, 4, 5, 6)
+    with torch.no_grad():
+        made.block.weight[4:], made.block.bias[4:] = 0, torch.tensor([30.0, -30.0, 0.0, 0.0])  # the gates
+    y, transform, plain = made(x), made.block(x)[:, :4], made.cnn(x)
+    torch.testing.assert_close(y[:, 0], plain[:, 0])
+    torch.testing.assert_close(y[:, 1], transform[:, 1])
+    torch.testing.assert_close(y[:, 2:], (plain[:, 2:] + transform[:, 2:]) / 2)
+
+
+def test_blocks_stand_where_the_sdn_layers_would():
+    """The lowest ladder layer of two is at a scale that is too large; the last layer too."""
+    model = small_model(block="conv5", highway="on", sdn_max_scale=4, depth=2, ds_list=[0])
+    assert [isinstance(layer.down_a, Highway) for layer in model.ladder_layers] == [False, True]
+    plain, baseline = small_model(block="conv3"), small_model(sdn_max_scale=0)
+    assert plain.state_dict().keys() == baseline.state_dict().keys() and count(plain) == count(baseline)
+    for wrong in (dict(block="conv7"), dict(highway="maybe")):
+        with pytest.raises(ValueError, match="block must be one of sdn, conv3.* highway one of auto"):
+            small_model(**wrong)
 
 
 def test_sdn_features_never_fall_below_fifty_nor_rise():

@@ -12,6 +12,7 @@ from helpers import REPOSITORY
 import train
 from experiments import disentanglement
 from lib.config import TrainConfig
+from lib.DensityVAE.blocks import BLOCKS
 
 COMMON = dict(batch=32, lrate_decay=0.999, obs_model="DML", nbits=8, z_size=4, h_size=200, free_bits=0.01, gpus=8)
 COMMON |= dict(ema_coef=0.999, random_seed=1234, sampling_temperature=0.85, amp=True, make_checkpoint=True)
@@ -64,6 +65,38 @@ def test_further_flags_win(script, tmp_path):
     assert (config.amp, config.precision) == (False, "bf16-mixed")
     header = (REPOSITORY / script).read_text()
     assert "expected: unknown" in header and "hardware" in header
+
+
+@pytest.mark.parametrize(
+    ("block", "lrate", "kind", "highway"),
+    [
+        ("sdn", 0.002, "sdn", "auto"),
+        ("conv3", 0.002, "conv3", "auto"),
+        ("conv5", 0.0005, "conv5", "auto"),
+        ("conv3x2-highway", 0.001, "conv3x2", "on"),
+        ("conv3x4", 0.0005, "conv3x4", "auto"),
+    ],
+)
+def test_ablation_differs_from_cifar10_in_the_block_and_the_learning_rate(block, lrate, kind, highway, tmp_path):
+    config = flags_of("train_ablation.sh", block, "--gpus", "0", tmp_path=tmp_path, cwd="/")
+    assert (config.block, config.highway, config.gpus) == (kind, highway, 0)
+    assert (config.lrate, config.lrate_decay, config.lrate_patience) == (lrate, 1, 10)
+    assert config.use_checkpoint and config.exp_name == f"ablation_{block}"
+    others = {"block", "highway", "gpus", "lrate", "lrate_decay", "lrate_patience", "use_checkpoint", "exp_name"}
+    cifar = flags_of("train_cifar.sh", tmp_path=tmp_path).to_dict()
+    assert {name for name, value in config.to_dict().items() if value != cifar[name]} <= others
+
+
+def test_ablation_of_everything_and_of_what_there_is_not(tmp_path):
+    command, environment = ["bash", str(REPOSITORY / "train_ablation.sh")], os.environ | {"SDN_PYTHON": "echo"}
+    everything = subprocess.run(command, env=environment, capture_output=True, text=True)
+    names = re.findall(r"--exp_name ablation_(\S+)", everything.stdout)
+    highway = [f"{kind}-highway" for kind in BLOCKS[2:]]
+    assert sorted(names) == sorted([*BLOCKS, *highway]), everything.stderr
+    wrong = subprocess.run([*command, "conv7"], env=environment, capture_output=True, text=True)
+    assert (
+        wrong.returncode == 2 and "there is no block conv7; blocks are sdn conv3" in wrong.stderr and not wrong.stdout
+    )
 
 
 def test_3dshapes_is_the_paper_s_experiment(tmp_path):

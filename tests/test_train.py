@@ -54,6 +54,19 @@ def test_the_average_follows_the_weights(tmp_path, images):
         assert all(same) if decay == "0" else sum(same) == len(frozen)
 
 
+def test_the_learning_rate_is_halved_without_progress(tmp_path, images):
+    """With a rate that moves nothing, after each two validations but the first; a stop in between changes nothing."""
+    common = [*TINY, "--root", images, "--make_checkpoint", "--use_checkpoint", "--output_dir", tmp_path]
+    common += ["--lrate", 1e-30, "--lrate_decay", 1, "--lrate_patience", 2, "--epoch_images", 8]
+    for name, epochs in (("whole", 6), ("stopped", 2), ("stopped", 6)):
+        done = run("train.py", *common, "--exp_name", name, "--max_epochs", epochs)
+        assert done.returncode == 0, done.stderr
+    assert "2 validations without a better -ELBO; the learning rate is 2.5e-31" in done.stderr
+    whole, stopped = (csv_rows(tmp_path / f"checkpoints/{name}/epochs.csv") for name in ("whole", "stopped"))
+    assert [float(row["lr"]) for row in whole] == [1e-30, 1e-30, 1e-30, 5e-31, 5e-31, 2.5e-31]
+    assert [(row["step"], row["lr"]) for row in whole] == [(row["step"], row["lr"]) for row in stopped]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_equals_never_stopping(tmp_path, images, workers):
     """3 epochs at once, and 1 epoch followed by 2 more: the same steps, learning rates, weights and average."""

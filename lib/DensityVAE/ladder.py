@@ -1,50 +1,17 @@
 """One layer of the ladder: a bottom-up residual block, a top-down one, and the latent between them.
 
 Paper, Figure 4: the ResNet block of IAF-VAE (Kingma et al. 2016) with gated residuals and, on the top-down path,
-ResSDN layers instead of convolutions.
+ResSDN layers instead of convolutions (or another block, `blocks.py`).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import ResSDNLayer, make_convolution
 from ..probability import POSTERIORS, PRIORS, gaussian_kl
-
-
-@dataclass(frozen=True)
-class SDNBlock:
-    """Where a convolution is to be a ResSDN layer: its features, its directions, and how the sweeps are computed."""
-
-    num_features: int
-    dirs: tuple[int, ...]
-    border: str
-    backend: str
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """Kernel size, stride and padding of a block."""
-
-    size: int
-    stride: int
-    padding: int
-
-
-SAME_SCALE = Kernel(3, 1, 1)
-HALF_SCALE = Kernel(4, 2, 1)
-
-
-def make_block(in_ch: int, out_ch: int, kernel: Kernel, *, upsample: bool, sdn: SDNBlock | None) -> nn.Module:
-    """A block of the ladder, the one place where it is chosen: a ResSDN layer, or without `sdn` a convolution."""
-    shape = (kernel.size, kernel.stride, kernel.padding, upsample)
-    if sdn is None:
-        return make_convolution(in_ch, out_ch, *shape)
-    return ResSDNLayer(in_ch, out_ch, sdn.num_features, sdn.dirs, *shape, border=sdn.border, backend=sdn.backend)
+from .blocks import HALF_SCALE, PLAIN, SAME_SCALE, Block, make_block
 
 
 class LadderLayer(nn.Module):
@@ -56,7 +23,7 @@ class LadderLayer(nn.Module):
         downsample: Whether the bottom-up pass halves the scale here and the top-down pass doubles it.
         post_model: "IAF" or "IsoGaussian".
         prior_model: "IsoGaussian".
-        sdn_a, sdn_b: The ResSDN layers of `down_a` and `down_b`, or None for convolutions.
+        block_a, block_b: What `down_a` and `down_b` are.
         analytic_kl: Whether the KL is the closed form instead of the one-sample estimate; Gaussian posteriors only.
     """
 
@@ -68,8 +35,8 @@ class LadderLayer(nn.Module):
         downsample: bool,
         post_model: str = "IAF",
         prior_model: str = "IsoGaussian",
-        sdn_a: SDNBlock | None = None,
-        sdn_b: SDNBlock | None = None,
+        block_a: Block = PLAIN,
+        block_b: Block = PLAIN,
         analytic_kl: bool = False,
     ):
         super().__init__()
@@ -81,10 +48,10 @@ class LadderLayer(nn.Module):
         q_params, p_params = self.post_model.param_channels, self.prior_model.param_channels
         kernel = HALF_SCALE if downsample else SAME_SCALE
 
-        self.up_a = make_block(h_size, h_size + q_params, kernel, upsample=False, sdn=None)
-        self.up_b = make_block(h_size, 2 * h_size, SAME_SCALE, upsample=False, sdn=None)
-        self.down_a = make_block(h_size, h_size + q_params + p_params, SAME_SCALE, upsample=False, sdn=sdn_a)
-        self.down_b = make_block(z_size + h_size, 2 * h_size, kernel, upsample=downsample, sdn=sdn_b)
+        self.up_a = make_block(h_size, h_size + q_params, kernel, upsample=False)
+        self.up_b = make_block(h_size, 2 * h_size, SAME_SCALE, upsample=False)
+        self.down_a = make_block(h_size, h_size + q_params + p_params, SAME_SCALE, upsample=False, block=block_a)
+        self.down_b = make_block(z_size + h_size, 2 * h_size, kernel, upsample=downsample, block=block_b)
 
     def bottom_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [B, h, H, W] to (output [B, h, H', W'], posterior parameters [B, q, H', W'])."""

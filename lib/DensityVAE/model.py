@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..probability import POSTERIORS, PRIORS, make_observation, standard_normal
 from ..utils import initialize_convolutions
-from .ladder import HALF_SCALE, SAME_SCALE, LadderLayer, SDNBlock, make_block
+from .blocks import BLOCKS, HALF_SCALE, HIGHWAY, PLAIN, SAME_SCALE, Block, make_block
+from .ladder import LadderLayer
 
 SMALLEST_SDN = 50  # features; the schedule of sdn_nfeat_diff stops here
 
@@ -52,11 +53,14 @@ class DensityVAE(nn.Module):
         downsample_first: Whether the first convolution halves the scale already.
         post_model, prior_model: "IAF" or "IsoGaussian"; "IsoGaussian".
         obs_model, nbits, mix_components: Observation model "DML" or "DL", bits per colour, components of DML.
-        sdn_min_scale, sdn_max_scale: A layer whose lower side has a scale in this range uses ResSDN layers.
+        sdn_min_scale, sdn_max_scale: A layer whose lower side has a scale in this range uses ResSDN layers, or whatever
+            `block` says.
         sdn_nfeat_0, sdn_nfeat_diff: Features of the SDN layers: at first, and how many fewer after each downsampling
             layer with SDN (not below 50).
         sdn_num_dirs: Directions of each SDN layer, 1 to 4, dealt out in turn.
         border, backend: See `lib.nn.SDNLayer`.
+        block: "sdn", or for ablations "conv3", "conv5", "conv3x2" or "conv3x4", see `blocks.py`.
+        highway: Whether blocks are gated with a convolution: "on", "off", or "auto": the spatial dependency layer is.
         analytic_kl: Closed-form KL where the posterior is Gaussian.
         checkpoint_activations: Whether training keeps only what passes between the layers, and computes a layer's
             activations anew in the backward pass: less memory for a second forward pass. The results are the same.
@@ -86,6 +90,8 @@ class DensityVAE(nn.Module):
         sdn_num_dirs: int = 0,
         border: str = "zeros",
         backend: str = "auto",
+        block: str = "sdn",
+        highway: str = "auto",
         analytic_kl: bool = False,
         checkpoint_activations: bool = False,
     ):
@@ -96,10 +102,18 @@ class DensityVAE(nn.Module):
         _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl)
         self.observation = make_observation(obs_model, nbits, mix_components)
 
+        if block not in BLOCKS or highway not in HIGHWAY:
+            raise ValueError(
+                f"block must be one of {', '.join(BLOCKS)}, and highway one of {', '.join(HIGHWAY)}; "
+                f"got {block!r} and {highway!r}"
+            )
+        gated = highway == "on" or highway == "auto" and block == "sdn"
         first_direction = 0
 
-        def next_sdn(num_features: int, num_dirs: int) -> SDNBlock:
+        def next_block(num_features: int, num_dirs: int) -> Block:
             nonlocal first_direction
+            if block != "sdn":
+                return Block(block, gated)
             if num_features < 1 or num_dirs not in range(1, 5):
                 raise ValueError(
                     f"with SDN on (sdn_max_scale {sdn_max_scale}) sdn_nfeat_0 must be at least 1 and sdn_num_dirs "
@@ -107,13 +121,13 @@ class DensityVAE(nn.Module):
                 )
             dirs = tuple((first_direction + i) % 4 for i in range(num_dirs))
             first_direction += num_dirs
-            return SDNBlock(num_features, dirs, border, backend)
+            return Block(block, gated, num_features, dirs, border, backend)
 
         scale = _halved((height, width), "the first layer") if downsample_first else (height, width)
         num_features = sdn_nfeat_0
         layers, shapes = [], []
         for i in range(depth):
-            use_sdn = sdn_max_scale > 0 and sdn_min_scale <= max(scale) <= sdn_max_scale
+            in_range = sdn_max_scale > 0 and sdn_min_scale <= max(scale) <= sdn_max_scale
             downsample = i in ds_list and min(scale) > 1
             layers.append(
                 LadderLayer(
@@ -122,25 +136,25 @@ class DensityVAE(nn.Module):
                     downsample=downsample,
                     post_model=post_model,
                     prior_model=prior_model,
-                    sdn_a=next_sdn(num_features, sdn_num_dirs) if use_sdn else None,
-                    sdn_b=next_sdn(num_features, sdn_num_dirs) if use_sdn else None,
+                    block_a=next_block(num_features, sdn_num_dirs) if in_range else PLAIN,
+                    block_b=next_block(num_features, sdn_num_dirs) if in_range else PLAIN,
                     analytic_kl=analytic_kl,
                 )
             )
             if downsample:
                 scale = _halved(scale, f"layer {i}")
-                if use_sdn:  # small models are not raised to SMALLEST_SDN (DEVIATIONS.md)
+                if in_range:  # small models are not raised to SMALLEST_SDN (DEVIATIONS.md)
                     num_features = max(num_features - sdn_nfeat_diff, min(num_features, SMALLEST_SDN))
             shapes.append((z_size, *scale))
 
         kernel = HALF_SCALE if downsample_first else SAME_SCALE
-        last_sdn = next_sdn(sdn_nfeat_0, 4) if sdn_max_scale >= max(height, width) else None
-        self.first_layer = make_block(3, h_size, kernel, upsample=False, sdn=None)
+        last_block = next_block(sdn_nfeat_0, 4) if sdn_max_scale >= max(height, width) else PLAIN
+        self.first_layer = make_block(3, h_size, kernel, upsample=False)
         self.ladder_layers = nn.ModuleList(layers)
         self.h = nn.Parameter(torch.zeros(h_size))
         self.last_layer = nn.Sequential(
             nn.ELU(),
-            make_block(h_size, self.observation.param_channels, kernel, upsample=downsample_first, sdn=last_sdn),
+            make_block(h_size, self.observation.param_channels, kernel, upsample=downsample_first, block=last_block),
         )
         self.latent_shapes = shapes[::-1]  # top-down order, without the batch dimension
         initialize_convolutions(self)

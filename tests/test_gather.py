@@ -1,0 +1,108 @@
+"""Gathering runs: found by their files, seeds together, comparisons at equal steps and equal time."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
+from PIL import Image
+
+from experiments import gather
+from lib.config import TrainConfig
+
+
+def write_run(folder, curve, *, seconds=60.0, parameters=1000, commit="a" * 40, neg_log_p=None, **flags):
+    """The files of a run with validations every 100 steps."""
+    folder.mkdir(parents=True)
+    config = TrainConfig.for_task(exp_name=folder.name, **flags).to_dict()
+    text = json.dumps({"parameters": parameters, "config": config, "commits": [commit], "provenance": {}})
+    (folder / "run.json").write_text(text)
+    with (folder / "epochs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "val_neg_elbo", "seconds"])
+        writer.writeheader()
+        rows = enumerate(curve, start=1)
+        writer.writerows({"step": 100 * i, "val_neg_elbo": value, "seconds": seconds} for i, value in rows)
+    if neg_log_p is not None:
+        results = folder.parent.parent / "figs" / folder.name / "results.json"
+        results.parent.mkdir(parents=True)
+        results.write_text(json.dumps({"likelihood": {"bits_per_dim": neg_log_p}}))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of an SDN-VAE, of which one ends with a worse value than its best, and a baseline that is at work."""
+    folder = tmp_path / "checkpoints"
+    common = dict(dataset="Photos32", iters=300)
+    write_run(folder / "sdn_seed0", [6.0, 5.0, 4.0], random_seed=0, neg_log_p=3.9, **common)
+    write_run(folder / "sdn_seed1", [6.5, 4.2, 4.5], random_seed=1, num_workers=7, commit="b" * 40, **common)
+    write_run(folder / "cnn_seed0", [7.0, 6.0], seconds=30, parameters=10, random_seed=0, sdn_max_scale=0, **common)
+    return folder
+
+
+def test_seeds_are_one_row_with_mean_and_deviation(runs, tmp_path, capsys):
+    more = ["--reach", 5, 1, "--at_steps", 200, "--at_minutes", 1]
+    gather.main(list(map(str, [runs, "--output", tmp_path / "out", *more])))
+    cnn, sdn = csv_rows(tmp_path / "out/table.csv")
+    assert (sdn["name"], sdn["kind"]) == ("sdn", "SDN, 2 directions, scales up to 32") and cnn["kind"] == "IAF-VAE+"
+    assert (sdn["seeds"], sdn["finished"], cnn["finished"], cnn["parameters"]) == ("2", "2", "0", "10")
+    assert float(sdn["neg_elbo_mean"]) == pytest.approx(4.1), "of the best validations, 4.0 and 4.2"
+    assert float(sdn["neg_elbo_std"]) == pytest.approx(0.2 / 2**0.5) and cnn["neg_elbo_std"] == ""
+    assert float(sdn["hours_mean"]) == pytest.approx(0.05)
+    assert (sdn["steps_to_5_mean"], sdn["steps_to_1_mean"], cnn["steps_to_5_mean"]) == ("200.0", "", "")
+    assert float(sdn["neg_elbo_at_200_steps_mean"]) == pytest.approx(4.6)
+    assert (float(sdn["neg_elbo_at_1_minutes_mean"]), float(cnn["neg_elbo_at_1_minutes_mean"])) == (6.25, 6.0)
+    out = capsys.readouterr()
+    assert "| 4.100 ± 0.141 |" in out.out and "| 3.900 (1 of 2) |" in out.out and "1 (0 finished)" in out.out
+    assert "differ in commit" in out.err and (tmp_path / "out/table.md").read_text() in out.out
+    by_run = {row["run"]: row for row in csv_rows(tmp_path / "out/runs.csv")}
+    assert by_run["sdn_seed1"]["best_step"] == "200" and by_run["cnn_seed0"]["state"] == "not finished"
+    assert Image.open(tmp_path / "out/curves_Photos32.png").width > 1000
+
+
+def test_what_cannot_be_told_is_left_out_and_named(runs, tmp_path, capsys):
+    (runs / "cnn_seed0/run.json").write_text("{")
+    (runs / "sdn_seed1/epochs.csv").write_text("step,val_neg_elbo,seconds\n")
+    (runs / "sdn_seed0/epochs.csv").open("a").write("400,3.")  # cut off by a kill
+    gather.main([str(runs), "--output", str(tmp_path / "out")])
+    errors = capsys.readouterr().err
+    assert "cnn_seed0 is left out: damaged" in errors and "sdn_seed1 is left out: no validation yet" in errors
+    (row,) = csv_rows(tmp_path / "out/runs.csv")
+    assert row["run"] == "sdn_seed0" and row["steps"] == "300"
+
+
+def test_other_settings_are_another_row(runs, tmp_path):
+    write_run(runs / "sdn_seed2", [6.0], random_seed=2, dataset="Photos32", iters=300, lrate=0.1)
+    gather.main([str(runs), "--output", str(tmp_path / "out")])
+    assert [row["seeds"] for row in csv_rows(tmp_path / "out/table.csv")] == ["1", "2", "1"]
+
+
+@pytest.mark.parametrize("what", ["nothing", "no folder"])
+def test_no_runs_are_one_line(what, tmp_path):
+    folder = tmp_path if what == "nothing" else tmp_path / "none"
+    done = run("-m experiments.gather", folder, "--output", tmp_path / "out", cwd=REPOSITORY)
+    assert_one_line_error(done, "there are no runs of train.py in", "run.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_beta_vae_is_told_from_a_density_model():
+    flags = dict(task="disentanglement", beta_final=32.0)
+    assert gather.describe(TrainConfig.for_task(**flags)) == "β 32, SDN, 1 direction"
+    assert gather.describe(TrainConfig.for_task(**flags, sdn_max_scale=0)) == "β 32, CNN"
+    conv5 = TrainConfig.for_task(block="conv5", highway="on", sdn_max_scale=16)
+    assert gather.describe(conv5) == "conv5 with highway, scales up to 16"
+
+
+def test_a_real_run_is_found_and_goes_on_in_the_same_row(images, tmp_path):
+    flags = [*TINY, "--root", images, "--output_dir", tmp_path, "--make_checkpoint", "--use_checkpoint"]
+    for iters in (2, 4):
+        done = run("train.py", *flags, "--exp_name", "tiny_seed1234", "--iters", iters)
+        assert done.returncode == 0, done.stderr
+    described = json.loads((tmp_path / "checkpoints/tiny_seed1234/run.json").read_text())
+    assert described["config"]["iters"] == 4 and len(described["commits"]) == 1 and described["parameters"] > 1000
+    done = run("-m experiments.gather", tmp_path, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    (row,) = csv_rows(tmp_path / "out/runs.csv")
+    assert (row["run"], row["state"], row["steps"]) == ("tiny_seed1234", "finished", "4")
+    assert float(row["neg_elbo"]) > 0 and int(row["parameters"]) == described["parameters"]
