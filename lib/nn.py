@@ -12,12 +12,11 @@ This file needs PyTorch and the standard library only and works as a single copi
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -37,9 +36,6 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 # Rows (lines x positions x images) whose matrix products are taken together; on a CPU they should stay in its cache.
 BLOCK_ROWS_CPU = 4096
 BLOCK_ROWS_GPU = 32768
-
-HUGE_PAGE = 2**21  # bytes, of Linux on most processors
-MADV_HUGEPAGE = 14  # <sys/mman.h>
 
 
 class SDNLayer(nn.Module):
@@ -464,12 +460,12 @@ def _sweep_torch(
 
     blocks = _blocks(lines, reverse)
     longest = max(block.stop - block.start for block in blocks)
-    stored = _empty(lines, num_lines if differentiable else longest, rows, 4 * C)  # first the pre-activations
+    stored = lines.new_empty(num_lines if differentiable else longest, rows, 4 * C)  # first the pre-activations
     by_parts = _by_parts(lines)
     parts = [part.t() for part in w_ih.split(C, dim=1)]
     neighbours = None if by_parts else lines.new_zeros(1, num_positions, batch, 3 * C, dtype=product_dtype)
-    candidate = _empty(lines, num_positions, batch, C)
-    corrected = _empty(lines)
+    candidate = lines.new_empty(num_positions, batch, C)
+    corrected = torch.empty_like(lines)
     previous = None
     for block in blocks:
         first = block.start if differentiable else 0
@@ -514,21 +510,21 @@ def _sweep_backward_torch(
     if grad_corrected.stride(-1) != 1:
         grad_corrected = grad_corrected.contiguous()
 
-    grad_lines = _empty(lines)
+    grad_lines = torch.empty_like(lines)
     grad_w_ih = lines.new_zeros(3 * C, 3 * C)
     grad_w_own = lines.new_zeros(3 * C, C)
     grad_bias = lines.new_zeros(4 * C)
     blocks = _blocks(lines, reverse)
     longest = max(block.stop - block.start for block in blocks)
-    grad_gates_buffer = _empty(lines, longest, num_positions, batch, 4 * C)  # of the pre-activations
-    grad_own_buffer = _empty(lines, longest, num_positions, batch, C)
+    grad_gates_buffer = lines.new_empty(longest, num_positions, batch, 4 * C)  # of the pre-activations
+    grad_own_buffer = lines.new_empty(longest, num_positions, batch, C)
     neighbours_buffer = lines.new_zeros(longest, num_positions, batch, 3 * C, dtype=product_dtype)
     # What each position j of the line visited next sends back to the values at j-1, j, j+1 of this one.
     by_parts = _by_parts(lines)
     parts = [part.contiguous() for part in reversed(w_ih.split(C, dim=1))]
     sent_back = None if by_parts else lines.new_zeros(num_positions, batch, 3 * C, dtype=product_dtype)
     visited_next = None
-    total = _empty(lines, num_positions, batch, C)
+    total = lines.new_empty(num_positions, batch, C)
     first_visited = num_lines - 1 if reverse else 0
 
     for block in reversed(blocks):
@@ -584,32 +580,6 @@ def _sweep_backward_torch(
         grad_bias[C:].to(weight_ih.dtype, copy=True),
         torch.cat([grad_bias[C : 3 * C], grad_bias[:C]]).to(weight_hh.dtype),
     )
-
-
-def _empty(lines: Tensor, *shape: int) -> Tensor:
-    """A new tensor of the type of `lines`, or if no shape is given also of their shape and strides.
-
-    Large ones on a CPU are to be in huge pages, where Linux leaves that to the program: the first write to each page of
-    new memory waits for the kernel, which at 4 KiB a page takes as long as a sixth of a whole sweep.
-    """
-    tensor = lines.new_empty(shape) if shape else torch.empty_like(lines)
-    if lines.device.type == "cpu" and tensor.nbytes >= 2 * HUGE_PAGE and (advise := _madvise()):
-        start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        length = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE * HUGE_PAGE
-        advise(start, length, MADV_HUGEPAGE)  # advice only: that it is not taken is no error
-    return tensor
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        madvise = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):
-        return None
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
