@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from data.datamodule import IndexedImages, as_it_is
+from data.datamodule import BatchLoader, IndexedImages
 from data.errors import DataError
 from data.get_dataset import DATASETS, get_dataset
 from lib.checkpoint import CheckpointError
@@ -320,8 +320,7 @@ def overfitting(model: VAE, inputs: Inputs, mirror: bool, flags: argparse.Namesp
 def in_batches(dataset: Dataset, limit: int, batch: int, num_workers: int) -> Iterable[tuple[Tensor, Tensor]]:
     """The first `limit` images, nothing augmented: (uint8 images [B, 3, H, W], their indices [B])."""
     images = Subset(IndexedImages(dataset, augment=False, flip=False, seed=0), range(limit))
-    pin = torch.cuda.is_available()
-    return DataLoader(images, batch, collate_fn=as_it_is, num_workers=num_workers, pin_memory=pin)
+    return BatchLoader(images, batch, num_workers=num_workers)
 
 
 def report(results: dict[str, Any], loaded: LoadedModel, name: str, folder: Path) -> Path:

@@ -47,6 +47,7 @@ from lib.processes import (
     watched_loaders,
     worker_died,
 )
+from lib.profiling import StepProfile
 
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
@@ -231,7 +232,7 @@ def train(
         rollback_lrate=config.rollback_lrate,
     )
     metrics, bar = MetricsLog(run_folder), TQDMProgressBar(refresh_rate=10)
-    callbacks = [RunProgress(config.iters), metrics, skip, grids, bar, checkpoints]
+    callbacks: list[pl.Callback] = [RunProgress(config.iters), metrics, skip, grids, bar, checkpoints]
     if not config.make_checkpoint:
         say("note: without --make_checkpoint no weights of this run are kept")
     if config.beta_rate * config.iters < 1:
@@ -242,6 +243,7 @@ def train(
         say("note: float16 is for GPUs; on this CPU training runs in bf16-mixed")
         precision = "bf16-mixed"
     profiler = SimpleProfiler() if config.profiler_mode else None
+    callbacks += [StepProfile()] if config.profiler_mode else []
     several = devices["devices"] * config.num_nodes > 1
     trainer = pl.Trainer(
         **devices,

@@ -151,7 +151,9 @@ class TrainConfig:
     checkpoint_activations: bool = _flag(
         False, "Hardware", "less memory: layers' activations are computed anew in the backward pass; density estimation"
     )
-    profiler_mode: bool = _flag(False, "Hardware", "print where a run's time goes")
+    profiler_mode: bool = _flag(
+        False, "Hardware", "print where a run's time goes, and time and memory of a few steps, by operator"
+    )
 
     logger: str = _flag(
         "auto", "Logging", "dashboard beside the CSV files; auto: wandb if installed", ("auto", "wandb", "none")

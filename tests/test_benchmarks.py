@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import REPOSITORY
+from helpers import REPOSITORY, run
 
 from benchmarks import common, kernel_check, table5_parameters, table6_runtime, train_step
 from lib import nn as sdn
@@ -149,6 +149,16 @@ def test_wrong_flags(benchmark, arguments):
     with pytest.raises(SystemExit) as refusal:
         benchmark.main(arguments)
     assert refusal.value.code == 2
+
+
+@pytest.mark.slow
+def test_memory_of_the_recipes_is_that_of_a_real_step(tmp_path):
+    """The program itself compares; here that it does. In a process of its own: it sets Triton's interpreter."""
+    output = tmp_path / "memory.json"
+    done = run("-m benchmarks.recipe_memory", "--quick", "--output", output)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())["verified"]
+    assert found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1) and found["computed_mib"] > 10
 
 
 @pytest.mark.slow

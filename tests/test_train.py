@@ -139,6 +139,20 @@ def test_options_run(flags, tmp_path, images):
         assert "training runs in bf16-mixed" in done.stderr
     if "--profiler_mode" in flags:
         assert "run_training_batch" in done.stderr
+        assert "--profiler_mode: 2 batches are too few" in done.stderr
+
+
+def test_a_profile_of_steps(tmp_path, images):
+    done = run("train.py", *TINY, "--root", images, "--iters", 7, "--output_dir", tmp_path, "--profiler_mode")
+    assert done.returncode == 0, done.stderr
+    table = done.stderr[done.stderr.index("3 batches on cpu:") :].splitlines()
+    names = [line.split()[0] for line in table[2:14]]
+    assert "sdn::sweep_backward_v1" in names and any(name.startswith("aten::") for name in names)
+    shares = [float(line.split()[-1]) for line in table[2:14]]
+    assert shares == sorted(shares, reverse=True) and 30 < sum(shares) <= 100.1
+    allocated = table.index(next(line for line in table if line.startswith("allocates more")))
+    assert float(table[allocated + 1].split()[-1]) > 0
+    assert any(re.fullmatch(r"peak memory of this process so far: \d+ MiB", line) for line in table)
 
 
 WRONG_FLAGS = [

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from test_datamodule import NoisyPictures, Pictures
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import Subset, default_collate
 
-from data.datamodule import PADDING, ImageDataModule, IndexedImages, as_it_is
+from data.datamodule import PADDING, BatchLoader, ImageDataModule, IndexedImages
 from data.shapes3d_rendered import Shapes3DRendered
 
 
@@ -63,9 +63,14 @@ def test_a_loader_of_scenes(workers):
     assert torch.equal(last[-1], data.validation.dataset[99])
 
 
-def test_a_loader_of_a_subset():
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_of_a_subset(workers):
     """As evaluate.py reads."""
     images = IndexedImages(BatchedPictures(10), augment=False, flip=False, seed=0)
-    batches = list(DataLoader(Subset(images, range(7)), 4, collate_fn=as_it_is))
+    batches = list(BatchLoader(Subset(images, range(7)), 4, num_workers=workers))
+    for part, indices in batches:
+        assert part.dtype == torch.uint8 and indices.dtype == torch.int64
+        part += 1  # nobody else's memory
+        part -= 1
     assert torch.equal(torch.cat([indices for _, indices in batches]), torch.arange(7))
     assert torch.equal(torch.cat([part for part, _ in batches]), images.dataset.pictures[:7])
