@@ -152,8 +152,12 @@ def rebuild_config(
     """
     architecture = [f.name for f in dataclasses.fields(TrainConfig) if f.metadata["group"] == ARCHITECTURE]
     needed = [name for name in (*architecture, "dataset") if stored.get(name) is not None]
-    # The release leaves a sweep's first line as it is.
-    values = {"border": "keep"} | OPTIONAL | {name: _plain(stored[name], name, path) for name in needed}
+    # The release leaves a sweep's first line as it is, and has no blocks for ablations.
+    values = (
+        {"border": "keep", "block": "sdn", "highway": "auto"}
+        | OPTIONAL
+        | {name: _plain(stored[name], name, path) for name in needed}
+    )
     lacking = sorted({*architecture, "dataset"} - values.keys())
     if lacking:
         raise CheckpointError(f"{path}: its hyper-parameters lack {', '.join(lacking)}")

@@ -144,7 +144,8 @@ def test_the_last_and_the_best_are_kept(kept):
         {"epoch": 1, "images": 0, "validate": False},
         {"epoch": 0, "images": 24, "validate": False},
     ]
-    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".ckpt") == ["epochs.csv", "steps.csv"]
+    others = sorted(path.name for path in folder.iterdir() if path.suffix != ".ckpt")
+    assert others == ["epochs.csv", "run.json", "steps.csv"]
 
 
 def test_the_one_before_a_damaged_checkpoint_is_used(kept, tmp_path, images, capfd):

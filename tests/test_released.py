@@ -82,9 +82,10 @@ def test_the_configuration_is_rebuilt():
     loaded = load_model(GOLDEN / "tiny_5bit.ckpt", IMAGE_SIZES)
     config, stored = loaded.config, golden("tiny_5bit")["hyper_parameters"]
     assert loaded.released and loaded.step == 1234 and not loaded.model.training
-    assert config.border == "keep"
+    ours = {"border": "keep", "block": "sdn", "highway": "auto"}
+    assert {name: getattr(config, name) for name in ours} == ours
     for name in (*config.architecture(), "dataset", "lrate", "free_bits", "ema_coef", "random_seed", "amp"):
-        if name != "border":
+        if name not in ours:
             assert getattr(config, name) == stored[name], name
     assert config.root == "data", "folders are the authors'"
 
