@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${SDN_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 jobs=2 seeds="0 1 2" arms="iaf sdn2 iaf-wide conv5-highway conv3x2 sdn1 sdn4 sdn2-low iaf-time"
-steps=1500 time_steps=4500
+steps=1200 time_steps=2400
 while [ $# -gt 0 ]; do
     case $1 in
     --jobs) jobs=$2 ;;
