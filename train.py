@@ -25,6 +25,7 @@ from pytorch_lightning.profilers import SimpleProfiler
 from data.datamodule import LOADER_TIMEOUT, ImageDataModule
 from data.errors import DataError
 from data.get_dataset import DATASETS
+from lib import sweep_triton
 from lib.callbacks import ImageGrids, MetricsLog
 from lib.checkpoint import CheckpointError, stored_config
 from lib.checkpointing import Checkpoints, RunProgress, check_resumable, newest_checkpoint, step_checkpoints
@@ -145,6 +146,15 @@ def choose_devices(config: TrainConfig) -> dict[str, Any]:
     if gpus:
         return {"accelerator": "gpu", "devices": gpus}
     return {"accelerator": "cpu", "devices": config.num_processes}
+
+
+def how_to_compile(config: TrainConfig, devices: dict[str, Any]) -> dict[str, Any]:
+    """Options of torch.compile. Where the sweeps' kernels cannot run, as on a V100, a GPU mostly waits for the launches
+    of the sweeps' loops: the whole step is replayed as CUDA graphs. Gradients that live in a graph's memory cannot be
+    added up over batches, so that with accumulated batches there are none."""
+    loops = config.backend == "torch" or config.backend == "auto" and sweep_triton.available() is not None
+    replayed = devices["accelerator"] == "gpu" and loops and config.accumulate_grad_batches == 1
+    return {"backend": "cudagraphs", "dynamic": False} if replayed else {}
 
 
 def find_checkpoint(config: TrainConfig, run_folder: Path) -> Path | None:
@@ -276,7 +286,7 @@ def train(
     say(f"{config.exp_name}: {parameters:,} parameters, {config.dataset}, {precision}")
     training = TRAINING[config.task](model, config, provenance())
     if config.compile:
-        training.model.compile(fullgraph=True)  # in place, so that names in checkpoints stay
+        training.model.compile(fullgraph=True, **how_to_compile(config, devices))  # in place: names in checkpoints stay
     if precision == "64-true":
         training.double()  # Lightning does it after it has loaded a checkpoint, into float32
     with faults_in_one_line(), watched_loaders(), watched(trainer):

@@ -73,7 +73,7 @@ else
     echo "== loader: skipped, it needs pytorch_lightning and lmdb"
 fi
 if [ "$device" = cuda ]; then
-    bench train_step-compiled 240 --device cuda --precision "$precision" --contenders auto compiled
+    bench train_step-compiled 240 --device cuda --precision "$precision" --contenders auto compiled torch replayed
 else
     echo "== train_step-compiled: not run on a CPU, where compiling takes minutes"
 fi

@@ -4,8 +4,9 @@
 
 A step is forward pass, loss, backward pass and Adamax, on random images; models have the architecture of the authors'
 CIFAR10 recipe (batch 32). Contenders: `auto` and `torch` (backends of the sweeps), `compiled` (`auto`, as one graph of
-torch.compile), `checkpointed` (`auto`, activations of each ladder layer computed anew in the backward pass),
-`yardstick` (a torch.nn.GRUCell call for each line, see `benchmarks.sdn_layer`) and `cnn` (the baseline without SDN).
+torch.compile), `replayed` (`torch`, the whole step replayed as CUDA graphs), `checkpointed` (`auto`, activations of each
+ladder layer computed anew in the backward pass), `yardstick` (a torch.nn.GRUCell call for each line, see
+`benchmarks.sdn_layer`) and `cnn` (the baseline without SDN).
 First the losses and gradients of all but `cnn`, on a small model in float32, are compared with the reference in
 float64; one that differs ends the program with status 1. Times are medians over rounds in which contenders take turns.
 
@@ -33,7 +34,7 @@ from lib.DensityVAE import DensityVAE
 from lib.nn import SDNLayer
 from lib.utils import keyed_noise, nats_to_bits_per_dim
 
-CONTENDERS = ("auto", "torch", "compiled", "checkpointed", "yardstick", "cnn")
+CONTENDERS = ("auto", "torch", "compiled", "replayed", "checkpointed", "yardstick", "cnn")
 SMALL = dict(h_size=8, z_size=2, depth=2, ds_list=[1], mix_components=2, sdn_max_scale=8, sdn_nfeat_0=6, sdn_num_dirs=2)
 TOLERANCE = 1e-4  # relative norm; rounding through a whole model
 
@@ -41,7 +42,7 @@ TOLERANCE = 1e-4  # relative norm; rounding through a whole model
 def build(name: str, size: int, architecture: dict) -> DensityVAE:
     """The contender of that name, with the same weights as every other but `cnn`."""
     torch.manual_seed(0)
-    backend = "torch" if name in ("torch", "yardstick") else "reference" if name == "reference" else "auto"
+    backend = "torch" if name in ("torch", "replayed", "yardstick") else "reference" if name == "reference" else "auto"
     changes = CNN if name == "cnn" else dict(backend=backend, checkpoint_activations=name == "checkpointed")
     model = DensityVAE(size, **(architecture | changes))
     if name == "yardstick":
@@ -50,6 +51,8 @@ def build(name: str, size: int, architecture: dict) -> DensityVAE:
                 module.__class__ = YardstickSDNLayer
     if name == "compiled":
         model.compile(fullgraph=True)
+    if name == "replayed":
+        model.compile(fullgraph=True, backend="cudagraphs", dynamic=False)
     return model
 
 

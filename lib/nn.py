@@ -232,7 +232,7 @@ def correct_lines_reference(
     Returns:
         Corrected features, same shape; float32 under autocast, whose type the matrix products then use.
     """
-    if torch.is_autocast_enabled(lines.device.type):
+    if _autocasts(lines):
         lines = lines.float()
     visited = lines.flip(0) if reverse else lines
     corrected: list[Tensor] = []
@@ -280,7 +280,7 @@ def correct_lines(
     if backend == "reference":
         return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
     device, product_dtype = lines.device.type, lines.dtype
-    if torch.is_autocast_enabled(device):  # only products are in its type, and parameters stay as they are
+    if _autocasts(lines):  # only products are in its type, and parameters stay as they are
         lines, product_dtype = lines.float(), torch.get_autocast_dtype(device)
     if lines.stride(-1) != 1 or torch.empty_like(lines, device="meta").stride() != lines.stride():
         lines = lines.contiguous()  # channels side by side, nothing between positions
@@ -580,6 +580,10 @@ def _sweep_backward_torch(
         grad_bias[C:].to(weight_ih.dtype, copy=True),
         torch.cat([grad_bias[C : 3 * C], grad_bias[:C]]).to(weight_hh.dtype),
     )
+
+
+def _autocasts(lines: Tensor) -> bool:
+    return not lines.is_meta and torch.is_autocast_enabled(lines.device.type)  # tensors without content have none
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:

@@ -6,8 +6,13 @@ import shutil
 
 import pytest
 import torch
-from helpers import SMALL_SDN, relative_error
+from helpers import SMALL_SDN, TINY, csv_rows, relative_error, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import train
+from lib import nn as sdn
+from lib.config import TrainConfig
 from lib.DensityVAE import DensityVAE
 from lib.DisentanglementVAE.model import DisentanglementVAE
 from lib.training import objective
@@ -92,9 +97,86 @@ def test_batches_of_other_sizes_and_without_gradients(name):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("name", [pytest.param("density", marks=pytest.mark.slow), "disentanglement"])
-def test_a_training_step_as_machine_code(name):
-    model, x, noise = build(name)
+def test_a_training_step_as_machine_code():
+    """Of the smaller model; the other is compiled in a whole run below."""
+    model, x, noise = build("disentanglement")
     expected = step(model, x, noise)
     model.compile(fullgraph=True)
     compare(step(model, x, noise), expected, 1e-4)
+
+
+class Devices(TorchDispatchMode):
+    """Notes every tensor that is not on the device meta."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.elsewhere = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+        self.elsewhere += [function for each in tensors if not each.is_meta]
+        self.calls += 1
+        return result
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_step_stays_on_its_device(name):
+    """What CUDA graphs need, and what keeps a GPU busy: no tensor of another device, and no number that is read: a
+    tensor without content raises when one is."""
+    with torch.device("meta"), Devices() as devices:
+        model = MODELS[name]()
+        output = model(torch.zeros(2, *model.image_shape))
+        objective(output, beta=0.5, free_bits=0.1).backward()
+    assert devices.calls > 100 and devices.elsewhere == []
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("product_dtype", [torch.float32, torch.float16])
+def test_a_sweep_stays_on_its_device(reverse, product_dtype):
+    """The inside of the operator, which the test above does not see."""
+    with torch.device("meta"), torch.no_grad(), Devices() as devices:
+        lines, cell = torch.zeros(4, 5, 3, 6), torch.nn.GRUCell(18, 6)
+        weights = (cell.weight_ih, cell.weight_hh)
+        corrected, gates = sdn._sweep_torch(
+            lines, *weights, cell.bias_ih, cell.bias_hh, reverse, False, product_dtype, True
+        )
+        sdn._sweep_backward_torch(corrected, lines, *weights, corrected, gates, reverse, False, product_dtype)
+    assert devices.calls > 100 and devices.elsewhere == []
+
+
+def test_graphs_are_replayed_where_the_kernels_cannot_run(monkeypatch):
+    """torch's backend "cudagraphs" runs the same graph step by step where there is no GPU."""
+    gpu, cpu = {"accelerator": "gpu"}, {"accelerator": "cpu"}
+    replayed = {"backend": "cudagraphs", "dynamic": False}
+    monkeypatch.setattr(train.sweep_triton, "available", lambda: "of the test")
+    assert train.how_to_compile(TrainConfig(), gpu) == replayed
+    assert train.how_to_compile(TrainConfig(), cpu) == {}
+    assert train.how_to_compile(TrainConfig(accumulate_grad_batches=2), gpu) == {}
+    monkeypatch.setattr(train.sweep_triton, "available", lambda: None)
+    assert train.how_to_compile(TrainConfig(), gpu) == {}
+    assert train.how_to_compile(TrainConfig(backend="torch"), gpu) == replayed
+
+    model, x, noise = build("density")
+    expected = step(model, x, noise)
+    model.compile(fullgraph=True, **replayed)
+    compare(step(model, x, noise), expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_compiled_run_is_the_same_run(tmp_path, images):
+    """With noise by image, `--compile` changes rounding only: losses, validation, and the run goes on without it."""
+    common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--noise", "image"]
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        done = run("train.py", *common, *flags, "--exp_name", name, "--iters", 4)
+        assert done.returncode == 0, done.stderr
+    done = run("train.py", *common, "--exp_name", "compiled", "--iters", 5, "--use_checkpoint")
+    assert done.returncode == 0, done.stderr
+    plain, compiled = (csv_rows(tmp_path / f"checkpoints/{name}/steps.csv") for name in ("plain", "compiled"))
+    assert [int(row["step"]) for row in compiled] == [1, 2, 3, 4, 5]
+    for one, other in zip(plain, compiled, strict=False):
+        assert float(other["neg_elbo"]) == pytest.approx(float(one["neg_elbo"]), rel=1e-4)
+        assert float(other["grad_norm"]) == pytest.approx(float(one["grad_norm"]), rel=1e-3)
+    plain, compiled = (csv_rows(tmp_path / f"checkpoints/{name}/epochs.csv") for name in ("plain", "compiled"))
+    assert float(compiled[0]["val_neg_elbo"]) == pytest.approx(float(plain[0]["val_neg_elbo"]), rel=1e-3)
