@@ -1,15 +1,17 @@
 """Runs entry scripts in copies of a process that has imported what they need: a start takes milliseconds, not seconds.
 
 `python tests/forked.py` is that process, one for each test process. It reads requests, lines of JSON, and for each
-forks itself; the copy becomes the script: its working directory, environment, arguments and outputs, with an
-interpreter's own ending. Only installed packages are imported before; the repository's files are read anew.
+forks itself; the copy becomes the script: its working directory, environment, arguments and outputs, and its exit
+status. Only installed packages are imported before; the repository's files are read anew.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import random
@@ -26,19 +28,17 @@ from pathlib import Path
 def run(command: list[str], cwd: Path, environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
     """As subprocess.run with captured text; `command` is a script's path or "-m" and a module, and arguments."""
     server = _server()
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        files = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (stdout, stderr)]
-        request = {"command": command, "cwd": str(cwd), "environment": environment, "files": files}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        paths = list(map(str, files))
+        request = {"command": command, "cwd": str(cwd), "environment": environment, "files": paths}
         server.stdin.write(json.dumps(request).encode() + b"\n")
-        server.stdin.flush()
         pid = int(server.stdout.readline())
         expired = not select.select([server.stdout], [], [], timeout)[0]
         if expired:
             os.kill(pid, signal.SIGKILL)
         status = int(server.stdout.readline())
-        for file in (stdout, stderr):
-            file.seek(0)
-        output, errors = stdout.read().decode(), stderr.read().decode()
+        output, errors = (file.read_text() for file in files)
     if expired:
         raise subprocess.TimeoutExpired(command, timeout, output, errors)
     return subprocess.CompletedProcess(command, status, output, errors)
@@ -58,7 +58,7 @@ def serve() -> list[str] | None:
         pid = os.fork()
         if pid == 0:
             for number, path in enumerate([os.devnull, *request["files"]]):
-                flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND
+                flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
                 os.dup2(os.open(path, flags), number)
             os.chdir(request["cwd"])
             os.environ.clear()
@@ -83,11 +83,9 @@ def become(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import lmdb  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import pytorch_lightning  # noqa: F401
-    import torchvision  # noqa: F401
-
+    for package in ("lmdb", "matplotlib.pyplot", "pytorch_lightning", "torchvision"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
     gc.freeze()  # or collections would touch, and so copy, all memory
     if command := serve():
         status = 1
