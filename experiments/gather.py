@@ -1,12 +1,16 @@
 """Runs of train.py, gathered: a table (Tables 1, 2 and 4 of the paper) and learning curves against steps and time.
 
     python -m experiments.gather checkpoints [more folders ...] [--reach 4.5] [--at_minutes 10] [--output FOLDER]
+        [--claim LOWER HIGHER ...]
 
 A run is any folder, at any depth, with run.json and epochs.csv, which train.py writes; finished or not. Runs whose
 names differ by `_seedN` at the end and whose configurations by `random_seed` are seeds of one row. Writes:
 
 - runs.csv: a row for each run; table.csv and table.md: mean and standard deviation over seeds (ddof 1).
 - curves_DATASET.png: validation -ELBO against steps and against time, each seed thin and their mean thick.
+- claims.md, with `--claim LOWER HIGHER`: whether -ELBO of the first name is lower than that of the second. That *holds*
+  if the means over seeds differ so by more than two standard errors of the difference, is *refuted* if they differ so
+  the other way, and is else *open*.
 
 -ELBO is that of the checkpoint that evaluate.py reads: the best validation, or for β-VAEs the last. Its unit is
 bits/dim, nats per image for β-VAEs. -log p(x) is taken from figs/RUN/results.json if evaluate.py has written it. Time
@@ -250,22 +254,56 @@ def draw_curves(groups: Sequence[Sequence[Run]], path: Path) -> None:
         right.set(xlabel="minutes", ylim=left.get_ylim())
 
 
-def gather(folders: Sequence[Path], output: Path, **more: Sequence[float]) -> str:
-    """Reads the runs below the folders and writes tables and figures; the table for people.
+def judged(claims: Sequence[tuple[str, str]], table: Sequence[dict[str, Any]]) -> str:
+    """For people: differences of claimed lower and higher -ELBO, and whether the claims hold.
 
     Raises:
-        ConfigError: if there are no runs, or a file of results is damaged.
+        ConfigError: if a name is not that of exactly one row of finished runs, or the rows' units differ.
+    """
+    lines = [["claim: −ELBO is lower", "than", "difference", "standard error", "the claim"]]
+    for names in claims:
+        pair = []
+        for name in names:
+            rows = [row for row in table if row["name"] == name]
+            if len(rows) != 1 or rows[0]["finished"] < rows[0]["seeds"]:
+                problem = "no run" if not rows else "several rows" if len(rows) > 1 else "runs that are not finished"
+                raise ConfigError(f"--claim {name}: there is {problem} of this name; names are in table.csv")
+            pair += rows
+        lower, higher = pair
+        if (lower["unit"], lower["dataset"]) != (higher["unit"], higher["dataset"]):
+            raise ConfigError(f"--claim {' '.join(names)}: their data or units differ")
+        difference = lower["neg_elbo_mean"] - higher["neg_elbo_mean"]
+        error, verdict = None, "open: it needs two seeds of each"
+        if min(lower["neg_elbo_n"], higher["neg_elbo_n"]) > 1:
+            error = math.sqrt(sum(row["neg_elbo_std"] ** 2 / row["neg_elbo_n"] for row in pair))
+            verdict = "open" if abs(difference) <= 2 * error else "holds" if difference < 0 else "refuted"
+        lines.append([*names, f"{difference:+.3f}", "-" if error is None else f"{error:.3f}", verdict])
+    return markdown(lines)
+
+
+def gather(
+    folders: Sequence[Path], output: Path, claims: Sequence[tuple[str, str]] = (), **more: Sequence[float]
+) -> str:
+    """Reads the runs below the folders and writes tables and figures; the tables for people.
+
+    Raises:
+        ConfigError: if there are no runs, a file of results is damaged, or a claim cannot be judged.
     """
     runs = find_runs(folders)
     groups = grouped(runs)
     rows = {run.folder: row_of(run, **more) for run in runs}
     table = summarize(groups, rows)
+    verdicts = judged(claims, table) if claims else None
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "runs.csv", list(next(iter(rows.values()))), rows.values())
     write_csv(output / "table.csv", list(table[0]), table)
     text = as_markdown(table)
     with whole_file(output / "table.md") as partial:
         partial.write_text(text)
+    if verdicts:
+        text += f"\n{verdicts}"
+        with whole_file(output / "claims.md") as partial:
+            partial.write_text(verdicts)
     for task, dataset in sorted({(run.config.task, run.config.dataset) for run in runs}):
         of = [group for group in groups if (group[0].config.task, group[0].config.dataset) == (task, dataset)]
         draw_curves(of, output / f"curves_{dataset}.png")
@@ -280,15 +318,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--reach", type=float, nargs="+", default=[], help="adds the steps until -ELBO is so low")
     parser.add_argument("--at_steps", type=int, nargs="+", default=[], help="adds -ELBO after so many steps")
     parser.add_argument("--at_minutes", type=float, nargs="+", default=[], help="adds -ELBO after so many minutes")
+    meaning = "two names: is -ELBO of the first lower? may be given again"
+    parser.add_argument("--claim", nargs=2, action="append", default=[], metavar=("LOWER", "HIGHER"), help=meaning)
     flags = parser.parse_args(arguments)
     with one_line_errors(PROGRAM, ConfigError, OSError):
-        print(
-            gather(
-                flags.folders, flags.output, reach=flags.reach, at_steps=flags.at_steps, at_minutes=flags.at_minutes
-            ),
-            f"written to {flags.output}",
-            sep="\n",
-        )
+        more = dict(reach=flags.reach, at_steps=flags.at_steps, at_minutes=flags.at_minutes)
+        print(gather(flags.folders, flags.output, flags.claim, **more), f"written to {flags.output}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -106,3 +106,34 @@ def test_a_real_run_is_found_and_goes_on_in_the_same_row(images, tmp_path):
     (row,) = csv_rows(tmp_path / "out/runs.csv")
     assert (row["run"], row["state"], row["steps"]) == ("tiny_seed1234", "finished", "4")
     assert float(row["neg_elbo"]) > 0 and int(row["parameters"]) == described["parameters"]
+
+
+def test_claims_are_judged_by_two_standard_errors(tmp_path, capsys):
+    folder, common = tmp_path / "checkpoints", dict(dataset="Photos32", iters=100)
+    values = {"low": (4.0, 4.1, 4.2), "near": (4.2, 4.3, 4.1), "high": (5.0, 5.1, 5.2), "single": (9.0,)}
+    for name, of in values.items():
+        for seed, value in enumerate(of):
+            write_run(folder / f"{name}_seed{seed}", [value], random_seed=seed, **common)
+    claims = [("low", "high"), ("high", "low"), ("low", "near"), ("low", "single")]
+    flags = [text for claim in claims for text in ("--claim", *claim)]
+    gather.main([str(folder), "--output", str(tmp_path / "out"), *flags])
+    text = (tmp_path / "out/claims.md").read_text()
+    assert text in capsys.readouterr().out
+    for row in (  # the standard error: sqrt(2 * 0.1^2 / 3)
+        "| low | high | -1.000 | 0.082 | holds |",
+        "| high | low | +1.000 | 0.082 | refuted |",
+        "| low | near | -0.100 | 0.082 | open |",
+        "| low | single | -4.900 | - | open: it needs two seeds of each |",
+    ):
+        assert row in text
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("sdn", "absent"), "no run of this name"), (("sdn", "cnn"), "runs that are not finished")],
+)
+def test_a_claim_that_cannot_be_judged_is_one_line(runs, tmp_path, names, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gather.main([str(runs), "--output", str(tmp_path / "out"), "--claim", *names])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
