@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
 # The paper's claims on density models at a scale that two CPU cores reach; RESULTS.md says what came of it.
 #
-#   bash experiments/claims.sh [--jobs 2] [--seeds "0 1 2"] [--arms "iaf sdn2"] [flags of train.py ...]
+#   bash experiments/claims.sh [--jobs 2] [--seeds "0 1 2"] [--arms "iaf sdn2"] [--output_dir .] [flags of train.py ...]
 #
 # Trains small models on Photos32, all with the same data, steps, batch, optimizer, latents and seeds; only the top-down
 # path differs, see `flags_of`. `iaf-time` is the baseline with as many steps as take it the time of `sdn2`, `iaf-wide`
 # with as many channels as give it the parameters of `sdn2`. Each run has one thread, so that times compare. The same
-# command goes on after an interruption; what is finished is left alone. Then: `experiments.gather`.
+# command goes on after an interruption; what is finished is left alone. After it, -log p(x) of 64 patches with 16
+# importance samples. Then: `experiments.gather`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${SDN_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 jobs=2 seeds="0 1 2" arms="iaf sdn2 iaf-wide conv5-highway conv3x2 sdn1 sdn4 sdn2-low iaf-time"
-steps=1200 time_steps=2400
+steps=1200 time_steps=2400 folder=.
 while [ $# -gt 0 ]; do
     case $1 in
     --jobs) jobs=$2 ;;
     --seeds) seeds=$2 ;;
     --arms) arms=$2 ;;
+    --output_dir) folder=$2 ;;
     *) break ;;
     esac
     shift 2
@@ -46,17 +48,20 @@ common="--dataset Photos32 --gpus 0 --num_workers 0 --logger none --make_checkpo
     --batch 16 --batch_val 64 --epoch_images 1600 --val_images 512 --figsize 4 --lrate 0.004 --lrate_decay 1
     --ema_coef 0.99 --free_bits 0.01 --downsample_first --depth 4 --ds_list 0 2 --h_size 32 --z_size 4
     --mix_components 3 --sdn_nfeat_0 32 --sdn_nfeat_diff 0"
-one() { # FLAGS: a run, with its output in a log
+one() { # FLAGS: a run and its likelihood, with their output in a log
     name=$(sed 's/.*--exp_name \([^ ]*\).*/\1/' <<<"$1")
-    mkdir -p checkpoints
+    log=$folder/checkpoints/$name.log
     # shellcheck disable=SC2086 - several words
-    if OMP_NUM_THREADS=1 "$python" train.py $common $1 $rest >"checkpoints/$name.log" 2>&1; then
-        echo "$name: $(tail -c 2000 "checkpoints/$name.log" | tr '\r' '\n' | grep -o 'validation -ELBO [0-9.]*' | tail -1)"
+    if OMP_NUM_THREADS=1 "$python" train.py $common $1 --output_dir "$folder" $rest >"$log" 2>&1 &&
+        OMP_NUM_THREADS=1 "$python" evaluate.py --model "$name" --output_dir "$folder" --likelihood \
+            --importance_samples 16 --limit 64 >>"$log" 2>&1; then
+        echo "$name: $(tr '\r' '\n' <"$log" | grep -o 'validation -ELBO [0-9.]*' | tail -1)"
     else
-        echo "$name: failed, see checkpoints/$name.log" && return 1
+        echo "$name: failed, see $log" && return 1
     fi
 }
+mkdir -p "$folder/checkpoints"
 rest=$*
 export -f one
-export python common rest
+export python common rest folder
 printf '%s\0' "${commands[@]}" | xargs -0 -P "$jobs" -I{} bash -c 'one "$1"' one {}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
@@ -137,3 +140,30 @@ def test_a_claim_that_cannot_be_judged_is_one_line(runs, tmp_path, names, messag
         gather.main([str(runs), "--output", str(tmp_path / "out"), "--claim", *names])
     assert ended.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def claims(*arguments):
+    command = ["bash", REPOSITORY / "experiments/claims.sh", *arguments]
+    environment = os.environ | {"SDN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_claims_experiment_runs_and_is_gathered(tmp_path):
+    pytest.importorskip("skimage")
+    small = ["--h_size", 8, "--sdn_nfeat_0", 4, "--iters", 2, "--val_images", 8, "--figsize", 1]
+    done = claims("--arms", "iaf sdn2-low", "--seeds", "3", "--output_dir", tmp_path, *small)
+    assert done.returncode == 0, done.stdout
+    assert sorted(line.split(":")[0] for line in done.stdout.splitlines()) == [
+        "claims_iaf_seed3",
+        "claims_sdn2-low_seed3",
+    ]
+    gather.main([str(tmp_path), "--output", str(tmp_path / "out"), "--claim", "claims_iaf", "claims_sdn2-low"])
+    rows = csv_rows(tmp_path / "out/runs.csv")
+    assert [row["kind"] for row in rows] == ["IAF-VAE+", "SDN, 2 directions, scales up to 8"]
+    assert all(float(row["neg_log_p"]) > 0 and row["state"] == "finished" for row in rows)
+
+
+def test_a_claims_arm_that_does_not_exist_is_refused(tmp_path):
+    done = claims("--arms", "iaf sdn9", "--output_dir", tmp_path / "out")
+    assert done.returncode == 2 and "there is no arm sdn9" in done.stderr and not (tmp_path / "out").exists()
