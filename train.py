@@ -22,7 +22,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.profilers import SimpleProfiler
 
-from data.datamodule import LOADER_TIMEOUT, ImageDataModule
+from data.datamodule import LOADER_TIMEOUT, ImageDataModule, loader_hangs
 from data.errors import DataError
 from data.get_dataset import DATASETS
 from lib import sweep_triton
@@ -149,9 +149,12 @@ def choose_devices(config: TrainConfig) -> dict[str, Any]:
 
 
 def how_to_compile(config: TrainConfig, devices: dict[str, Any]) -> dict[str, Any]:
-    """Options of torch.compile. Where the sweeps' kernels cannot run, as on a V100, a GPU mostly waits for the launches
-    of the sweeps' loops: the whole step is replayed as CUDA graphs. Gradients that live in a graph's memory cannot be
-    added up over batches, so that with accumulated batches there are none."""
+    """Options of torch.compile.
+
+    Where the sweeps' kernels cannot run, as on a V100, a GPU mostly waits for the launches of the sweeps' loops: the
+    model's passes are replayed as CUDA graphs. Gradients that live in a graph's memory cannot be added up over batches,
+    so that with accumulated batches they are not.
+    """
     loops = config.backend == "torch" or config.backend == "auto" and sweep_triton.available() is not None
     replayed = devices["accelerator"] == "gpu" and loops and config.accumulate_grad_batches == 1
     return {"backend": "cudagraphs", "dynamic": False} if replayed else {}
@@ -325,7 +328,7 @@ def faults_in_one_line() -> Iterator[None]:
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         if "DataLoader timed out" in str(error):
-            fault = f"the loader gave no batch for {LOADER_TIMEOUT} s"
+            fault = loader_hangs(LOADER_TIMEOUT)
         elif re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", str(error)):
             fault = worker_died(error)
         elif isinstance(error, dist.DistError) or re.search(r"gloo|nccl|by peer", last, re.IGNORECASE):

@@ -12,7 +12,8 @@
 #
 # "-highway": gated with a 3x3 convolution, as the ResSDN layer is. Without a block: all, one after another. The rates are
 # the paper's, halved after ten validations without a better one; which of its blocks B1, B2, B4 had which is lost with
-# Figure 8, so that the order is our reading. All else is train_cifar.sh. expected: the paper's Table 4 is lost, too; it
+# Figure 8, so that the order is our reading. This takes the place of train_cifar.sh's decay; all else is as there. A run is
+# called ablation_BLOCK_seedSEED (--random_seed, 1234 if not given). expected: the paper's Table 4 is lost, too; it
 # says that no block, whatever its parameters, comes near ResSDN. hardware: 8 V100 32 GB, for days, for each block.
 # The same command goes on after an interruption. `python -m experiments.gather checkpoints` makes the table.
 set -euo pipefail
@@ -26,6 +27,16 @@ while [ $# -gt 0 ] && [[ $1 != -* ]]; do
     esac
 done
 [ ${#blocks[@]} -gt 0 ] || read -ra blocks <<<"$all"
+seed=1234
+for ((i = 1; i <= $#; i++)); do
+    case ${!i} in
+    --random_seed) next=$((i + 1)) && seed=${!next:-} ;;
+    --random_seed=*) seed=${!i#*=} ;;
+    --exp_name | --exp_name=*)
+        echo "train_ablation.sh: error: --exp_name is chosen for each block: ablation_BLOCK_seedSEED" >&2 && exit 2
+        ;;
+    esac
+done
 for block in "${blocks[@]}"; do
     case $block in
     sdn | conv3) lrate=0.002 ;;
@@ -34,6 +45,6 @@ for block in "${blocks[@]}"; do
     esac
     highway=()
     case $block in *-highway) highway=(--highway on) ;; esac
-    bash train_cifar.sh --exp_name "ablation_$block" --use_checkpoint --lrate "$lrate" --lrate_decay 1 \
+    bash train_cifar.sh --exp_name "ablation_${block}_seed$seed" --use_checkpoint --lrate "$lrate" --lrate_decay 1 \
         --lrate_patience 10 --block "${block%-highway}" "${highway[@]}" "$@"
 done

@@ -6,9 +6,10 @@ The models of train_cifar.sh, train_imagenet.sh and train_celeb.sh make one trai
 but no content (torch's FakeTensorMode), in mixed precision, with one and with two images; torch's MemTracker adds up
 what is alive at the same time. From these two peaks: bytes of each image, and bytes that do not depend on the batch, to
 which Adamax's two moments and the average of the weights are added. `--backend triton` counts what the kernels for GPUs
-keep between the passes, `torch` the gates as well; `checkpointed` is --checkpoint_activations. Not counted: CUDA's
-context, the allocator's waste, workspaces of cuDNN, and what a sweep needs for itself while it runs (at most 0.3 GB at
-the recipes' features), for which `ALLOWANCE` is left.
+keep between the passes, `torch` the gates as well; `checkpointed` is --checkpoint_activations. Not counted: with
+several GPUs, one more copy of the gradients (as large as the weights) in DDP's buckets; CUDA's context, the allocator's
+waste, workspaces of cuDNN, and what a sweep needs for itself while it runs (at most 0.3 GB at the recipes' features),
+for which `ALLOWANCE` is left.
 
 First the same computation for a small model is compared with what torch's profiler sees allocated in a real step on the
 CPU; a difference of more than 10 % ends the program with status 1.

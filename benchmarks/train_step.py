@@ -4,7 +4,7 @@
 
 A step is forward pass, loss, backward pass and Adamax, on random images; models have the architecture of the authors'
 CIFAR10 recipe (batch 32). Contenders: `auto` and `torch` (backends of the sweeps), `compiled` (`auto`, as one graph of
-torch.compile), `replayed` (`torch`, the whole step replayed as CUDA graphs), `checkpointed` (`auto`, activations of
+torch.compile), `replayed` (`torch`, both passes replayed as CUDA graphs), `checkpointed` (`auto`, activations of
 each ladder layer computed anew in the backward pass), `yardstick` (a torch.nn.GRUCell call for each line, see
 `benchmarks.sdn_layer`) and `cnn` (the baseline without SDN).
 First the losses and gradients of all but `cnn`, on a small model in float32, are compared with the reference in

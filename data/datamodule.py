@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lib.position import Position
+from lib.processes import Patience
 from lib.utils import mixed_seed
 
 from .errors import DataError
@@ -77,9 +79,21 @@ class BatchLoader(DataLoader):
         super().__init__(dataset, batch_size, num_workers=num_workers, collate_fn=collate, **options)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, keys in super().__iter__():
-            images, keys = torch.as_tensor(images), torch.as_tensor(keys)
-            yield (images.pin_memory(), keys.pin_memory()) if torch.cuda.is_available() else (images, keys)
+        batches = super().__iter__()
+        # torch's own limit is for the first byte of a batch; a worker that stops in its middle would stop all.
+        with Patience(self.timeout * 1.1, loader_hangs(self.timeout)) if self.timeout else nullcontext() as patience:
+            while True:
+                with patience.waiting() if patience else nullcontext():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                images, keys = map(torch.as_tensor, batch)
+                yield (images.pin_memory(), keys.pin_memory()) if torch.cuda.is_available() else (images, keys)
+
+
+def loader_hangs(seconds: float) -> str:
+    """What to tell of it."""
+    return f"the loader gave no batch for {seconds:g} s"
 
 
 def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -215,7 +229,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         self.check_batch(self._world_size)
-        # Loader workers read ahead before Lightning calls set_epoch for the first time.
+        # A resumed run begins inside an epoch.
         epoch = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
         module = self.trainer.lightning_module if self.trainer else None
         position = getattr(module, "position", Position(epoch))

@@ -13,16 +13,23 @@ cd "$(dirname "$0")/.."
 python=${SDN_PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 jobs=2 seeds="0 1 2" arms="iaf sdn2 iaf-wide conv5-highway conv3x2 sdn1 sdn4 sdn2-low iaf-time"
 steps=1200 time_steps=2400 folder=.
+rest=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --jobs) jobs=$2 ;;
-    --seeds) seeds=$2 ;;
-    --arms) arms=$2 ;;
-    --output_dir) folder=$2 ;;
-    *) break ;;
+    --jobs | --seeds | --arms | --output_dir)
+        [ $# -gt 1 ] || { echo "claims.sh: error: $1 needs a value" >&2 && exit 2; }
+        case $1 in
+        --jobs) jobs=$2 ;;
+        --seeds) seeds=$2 ;;
+        --arms) arms=$2 ;;
+        --output_dir) folder=$2 ;;
+        esac
+        shift 2
+        ;;
+    *) rest+=("$1") && shift ;;
     esac
-    shift 2
 done
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "claims.sh: error: --jobs must be at least 1; got $jobs" >&2 && exit 2; }
 flags_of() { # ARM
     case $1 in
     iaf) echo "--iters $steps --sdn_max_scale 0" ;;                # the baseline, IAF-VAE+
@@ -48,20 +55,20 @@ common="--dataset Photos32 --gpus 0 --num_workers 0 --logger none --make_checkpo
     --batch 16 --batch_val 64 --epoch_images 1600 --val_images 512 --figsize 4 --lrate 0.004 --lrate_decay 1
     --ema_coef 0.99 --free_bits 0.01 --downsample_first --depth 4 --ds_list 0 2 --h_size 32 --z_size 4
     --mix_components 3 --sdn_nfeat_0 32 --sdn_nfeat_diff 0"
-one() { # FLAGS: a run and its likelihood, with their output in a log
-    name=$(sed 's/.*--exp_name \([^ ]*\).*/\1/' <<<"$1")
+one() { # FLAGS [flags of train.py ...]: a run and its likelihood, with their output in a log
+    flags=$1 && shift
+    name=$(sed 's/.*--exp_name \([^ ]*\).*/\1/' <<<"$flags")
     log=$folder/checkpoints/$name.log
     # shellcheck disable=SC2086 - several words
-    if OMP_NUM_THREADS=1 "$python" train.py $common $1 --output_dir "$folder" $rest >"$log" 2>&1 &&
+    if OMP_NUM_THREADS=1 "$python" train.py $common $flags --output_dir "$folder" "$@" >>"$log" 2>&1 &&
         OMP_NUM_THREADS=1 "$python" evaluate.py --model "$name" --output_dir "$folder" --likelihood \
             --importance_samples 16 --limit 64 >>"$log" 2>&1; then
         echo "$name: $(tr '\r' '\n' <"$log" | grep -o 'validation -ELBO [0-9.]*' | tail -1)"
     else
-        echo "$name: failed, see $log" && return 1
+        echo "$name: failed or stopped, see $log" && return 1
     fi
 }
 mkdir -p "$folder/checkpoints"
-rest=$*
 export -f one
-export python common rest folder
-printf '%s\0' "${commands[@]}" | xargs -0 -P "$jobs" -I{} bash -c 'one "$1"' one {}
+export python common folder
+printf '%s\0' "${commands[@]}" | xargs -0 -P "$jobs" -I{} bash -c 'one "$@"' one {} ${rest[@]+"${rest[@]}"} || exit 1

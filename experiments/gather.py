@@ -7,7 +7,7 @@ A run is any folder, at any depth, with run.json and epochs.csv, which train.py 
 names differ by `_seedN` at the end and whose configurations by `random_seed` are seeds of one row. Writes:
 
 - runs.csv: a row for each run; table.csv and table.md: mean and standard deviation over seeds (ddof 1).
-- curves_DATASET.png: validation -ELBO against steps and against time, each seed thin and their mean thick.
+- curves_TASK_DATASET.png: validation -ELBO against steps and against time, each seed thin and their mean thick.
 - claims.md, with `--claim LOWER HIGHER`: whether -ELBO of the first name is lower than that of the second. That *holds*
   if the means over seeds differ so by more than two standard errors of the difference, is *refuted* if they differ so
   the other way, and is else *open*.
@@ -43,18 +43,12 @@ from lib.files import whole_file
 
 PROGRAM = "gather"
 UNITS = {"density_estimation": "bits/dim", "disentanglement": "nats"}
-# Fields of a configuration in which seeds of one row may differ, beside those of the groups Hardware and Logging.
-FREE = (
-    "random_seed",
-    "exp_name",
-    "output_dir",
-    "make_checkpoint",
-    "use_checkpoint",
-    "root",
-    "num_workers",
-    "batch_val",
-)
-ROW = ("run", "kind", "dataset", "parameters", "seed", "state", "steps", "hours", "neg_elbo", "best_step", "neg_log_p")
+# Fields of a configuration in which seeds of one row may differ: they change no result. Of devices, the global batch
+# and the precision count.
+FREE = {"random_seed", "exp_name", "output_dir", "make_checkpoint", "use_checkpoint", "root", "num_workers"}
+FREE |= {"checkpoint_every_n_steps", "checkpoint_every_minutes", "keep_last", "batch", "batch_val", "gpus"}
+FREE |= {"num_processes", "num_nodes", "distributed_backend", "backend", "compile", "checkpoint_activations"}
+FREE |= {"profiler_mode", "logger", "figsize", "sampling_temperature"}
 MEASURED = ("steps", "hours", "neg_elbo", "neg_log_p")
 
 
@@ -66,7 +60,8 @@ class Run:
         folder: Its folder.
         config, parameters, commits: As in run.json.
         steps, hours, neg_elbo: Of each validation, float64 [validations].
-        neg_log_p: Importance-weighted estimate in bits/dim, if there is one.
+        epochs: That the last validation came after, if the file has them.
+        likelihood: What evaluate.py has written of -log p(x), or nothing.
     """
 
     folder: Path
@@ -76,7 +71,8 @@ class Run:
     steps: np.ndarray
     hours: np.ndarray
     neg_elbo: np.ndarray
-    neg_log_p: float | None
+    epochs: int
+    likelihood: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -86,13 +82,14 @@ class Run:
     @property
     def key(self) -> tuple:
         """The same for all seeds of a row."""
-        fields = (field for field in dataclasses.fields(TrainConfig) if field.name not in FREE)
-        fields = (field for field in fields if field.metadata["group"] not in ("Hardware", "Logging", "Safety"))
-        return self.name, *(str(getattr(self.config, field.name)) for field in fields)
+        config = self.config
+        global_batch = config.batch * (config.gpus or config.num_processes) * config.num_nodes
+        fields = (field.name for field in dataclasses.fields(TrainConfig) if field.name not in FREE)
+        return self.name, global_batch, *(str(getattr(config, name)) for name in fields)
 
     @property
     def finished(self) -> bool:
-        return bool(self.steps[-1] >= self.config.iters)
+        return bool(self.steps[-1] >= self.config.iters or 0 < self.config.max_epochs <= self.epochs)
 
     @property
     def chosen(self) -> int:
@@ -120,22 +117,23 @@ def read_run(folder: Path) -> Run | str:
     try:
         described = json.loads((folder / RUN_FILE).read_text())
         config = TrainConfig.from_dict(described["config"])
+        config.validate()
         parameters, commits = int(described["parameters"]), list(map(str, described["commits"]))
         with (folder / "epochs.csv").open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if None not in row.values()]
         columns = [[float(row[name]) for row in rows] for name in ("step", "seconds", "val_neg_elbo")]
+        epochs = int(rows[-1].get("epoch") or -1) + 1 if rows else 0
     except FileNotFoundError as error:
         return f"no {Path(error.filename).name}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         return f"damaged ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     if not rows:
         return "no validation yet"
     steps, seconds, neg_elbo = map(np.array, columns)
-    neg_log_p = None
-    for results in (folder.parent.parent / "figs" / folder.name / "results.json",):
-        found = read_results(results).get("likelihood", {}).get("bits_per_dim")
-        neg_log_p = float(found) if isinstance(found, int | float) else None
-    return Run(folder, config, parameters, commits, steps, seconds.cumsum() / 3600, neg_elbo, neg_log_p)
+    if not np.isfinite([steps, seconds]).all():
+        return "damaged (epochs.csv: a step or a time is no number)"
+    likelihood = read_results(folder.parent.parent / "figs" / folder.name / "results.json").get("likelihood", {})
+    return Run(folder, config, parameters, commits, steps, seconds.cumsum() / 3600, neg_elbo, epochs, likelihood)
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -149,10 +147,28 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     for place, run in found.items():
         if isinstance(run, str):
             print(f"{PROGRAM}: note: {place} is left out: {run}", file=sys.stderr)
-    runs = [run for run in found.values() if isinstance(run, Run)]
+    runs, known = [], {}
+    for place, run in found.items():
+        if isinstance(run, Run):
+            first = known.setdefault((run.key, run.config.random_seed), place)
+            if first == place:
+                runs.append(run)
+            else:
+                print(f"{PROGRAM}: note: {place} is left out: {first} is the same run", file=sys.stderr)
     if not runs:
         raise ConfigError(f"there are no runs of train.py in {', '.join(map(str, folders))} ({RUN_FILE}, epochs.csv)")
     return sorted(runs, key=lambda run: (run.config.task, run.config.dataset, run.name, run.config.random_seed))
+
+
+def neg_log_p_of(run: Run) -> float | None:
+    """The importance-weighted estimate in bits/dim, if it is of the weights that the row is about."""
+    value, step = (run.likelihood.get(name) for name in ("bits_per_dim", "step"))
+    if not isinstance(value, int | float):
+        return None
+    if step is not None and step != run.steps[run.chosen]:
+        print(f"{PROGRAM}: note: -log p(x) of {run.folder} is left out: it is of step {step}", file=sys.stderr)
+        return None
+    return float(value)
 
 
 def row_of(run: Run, *, reach: Sequence[float] = (), at_steps: Sequence[int] = (), at_minutes: Sequence[float] = ()):
@@ -176,7 +192,7 @@ def row_of(run: Run, *, reach: Sequence[float] = (), at_steps: Sequence[int] = (
         "hours": float(run.hours[-1]),
         "neg_elbo": float(run.neg_elbo[best]),
         "best_step": int(run.steps[best]),
-        "neg_log_p": run.neg_log_p,
+        "neg_log_p": neg_log_p_of(run),
         "commits": " ".join(run.commits),
     }
     for value in reach:
@@ -212,7 +228,7 @@ def summarize(groups: Sequence[Sequence[Run]], rows: dict[Path, dict[str, Any]])
             line[f"{name}_n"] = len(values)
             line[f"{name}_mean"] = statistics.fmean(values) if values else None
             line[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        line["commits"] = " ".join(sorted({commit[:8] for run in members for commit in run.commits}))
+        line["commits"] = " ".join(sorted({commit[:8] + commit[40:] for run in members for commit in run.commits}))
         table.append(line)
     return table
 
@@ -266,8 +282,11 @@ def judged(claims: Sequence[tuple[str, str]], table: Sequence[dict[str, Any]]) -
         for name in names:
             rows = [row for row in table if row["name"] == name]
             if len(rows) != 1 or rows[0]["finished"] < rows[0]["seeds"]:
-                problem = "no run" if not rows else "several rows" if len(rows) > 1 else "runs that are not finished"
-                raise ConfigError(f"--claim {name}: there is {problem} of this name; names are in table.csv")
+                problem = "there is no run" if not rows else "there are several configurations"
+                problem = "there are runs that are not finished" if len(rows) == 1 else problem
+                raise ConfigError(f"--claim {name}: {problem} of this name")
+            if not rows[0]["neg_elbo_n"]:
+                raise ConfigError(f"--claim {name}: no -ELBO of it is finite")
             pair += rows
         lower, higher = pair
         if (lower["unit"], lower["dataset"]) != (higher["unit"], higher["dataset"]):
@@ -306,7 +325,10 @@ def gather(
             partial.write_text(verdicts)
     for task, dataset in sorted({(run.config.task, run.config.dataset) for run in runs}):
         of = [group for group in groups if (group[0].config.task, group[0].config.dataset) == (task, dataset)]
-        draw_curves(of, output / f"curves_{dataset}.png")
+        draw_curves(of, output / f"curves_{task}_{dataset}.png")
+    names = ("images", "samples")
+    settings = {run.folder.name: [run.likelihood.get(name) for name in names] for run in runs if run.likelihood}
+    note_differences(PROGRAM, "images and samples of -log p(x)", settings)
     note_differences(PROGRAM, "commit", {run.folder.name: " ".join(run.commits) for run in runs})
     return text
 

@@ -114,10 +114,15 @@ class MetricsLog(pl.Callback):
         step = ["step", "epoch", *parts, "beta", "grad_norm", "skipped", "lr", "loss_scale", "images_per_second"]
         epoch = ["step", "epoch", *(f"val_{name}" for name in parts), "train_neg_elbo", "lr"]
         epoch += ["images_per_second", "seconds", "peak_memory_mib"]
-        self._describe(pl_module, trainer.global_step)
+        self._described = False
         self._steps = CsvFile(self.folder / "steps.csv", step, trainer.global_step)
         validated = trainer.global_step - pl_module.position.validate
         self._epochs = CsvFile(self.folder / "epochs.csv", epoch, validated)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: VAETraining, batch, batch_idx) -> None:
+        if trainer.is_global_zero and not self._described:  # a run that was over before has been described
+            self._described = True
+            self._describe(pl_module, trainer.global_step)
 
     def _describe(self, pl_module: VAETraining, resume_step: int) -> None:
         path, commit = self.folder / RUN_FILE, pl_module.provenance.get("commit")

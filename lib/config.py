@@ -199,6 +199,8 @@ class TrainConfig:
         self._require("nbits", 1 <= self.nbits <= 8, "1 to 8")
         name_ok = self.exp_name not in ("", ".", "..") and not set(self.exp_name) & set("/\\\0")
         self._require("exp_name", name_ok, "a plain folder name")
+        if self.lrate_patience and self.beta_rate < 1:
+            raise ConfigError("--lrate_patience needs --beta_rate 1: while β rises, -ELBO gets worse by itself")
         wrong = [i for i in self.ds_list if i not in range(self.depth)]
         if wrong:
             raise ConfigError(

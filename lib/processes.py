@@ -178,6 +178,46 @@ def watched_loaders() -> Iterator[None]:
             worker.kill()
 
 
+class Patience:
+    """Ends this process, with one line, when something takes longer than a limit; a context manager.
+
+    For waits that cannot be interrupted otherwise. Between `with patience.waiting(): ...` nothing is watched.
+
+    Arguments:
+        limit: Seconds.
+        reason: What is wrong then.
+    """
+
+    def __init__(self, limit: float, reason: str):
+        self.limit, self.reason = limit, reason
+        self._since: float | None = None
+        self._over = threading.Event()
+
+    def __enter__(self) -> Patience:
+        threading.Thread(target=self._watch, daemon=True, name="patience").start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(5.0, self.limit / 4)):
+            since = self._since
+            if since is not None and time.monotonic() - since > self.limit:
+                with suppress(OSError):
+                    line = f"\n{os.path.basename(sys.argv[0])}: error: {self.reason}; {AGAIN}\n"
+                    os.write(2, line.encode())
+                end_at_once(FAILED)
+
+
 def worker_died(error: Exception) -> str:
     """What to tell of it."""
     last = str(error).strip().splitlines()[-1]

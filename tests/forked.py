@@ -24,6 +24,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+import numpy
+
 
 def run(command: list[str], cwd: Path, environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
     """As subprocess.run with captured text; `command` is a script's path or "-m" and a module, and arguments."""
@@ -64,6 +66,7 @@ def serve() -> list[str] | None:
             os.environ.clear()
             os.environ.update(request["environment"])
             random.seed()
+            numpy.random.seed()
             return request["command"]
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

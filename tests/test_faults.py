@@ -265,6 +265,29 @@ def test_a_loader_worker_that_dies_is_never_taken_for_another_fault():
     assert re.fullmatch(r".*: error: a loader process died, .*; --use_checkpoint goes on from .*", done.stderr.strip())
 
 
+HANGS = """
+import os, signal, time
+import torch
+from data.datamodule import BatchLoader, IndexedImages
+images = IndexedImages(torch.zeros(2000, 3, 32, 32, dtype=torch.uint8), augment=False, flip=False, seed=0)
+batches = iter(loader := BatchLoader(images, 100, num_workers=2, timeout=2, persistent_workers=True))
+next(batches)
+time.sleep(1)
+for worker in loader._iterator._workers:
+    os.kill(worker.pid, signal.SIGSTOP)
+for batch in batches:
+    pass
+print("all of them")
+"""
+
+
+def test_a_loader_that_hangs_ends_the_run():
+    """Its workers stop while they send batches that are larger than a pipe: torch's own limit does not see it."""
+    done = subprocess.run([sys.executable, "-c", HANGS], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and not done.stdout
+    assert "error: the loader gave no batch for 2 s; --use_checkpoint goes on from" in done.stderr.splitlines()[-1]
+
+
 def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path, images):
     """Its output goes to a full disk."""
     command = [sys.executable, "train.py", *flags(images, tmp_path, "--iters", 3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,10 +24,11 @@ def write_run(folder, curve, *, seconds=60.0, parameters=1000, commit="a" * 40, 
     text = json.dumps({"parameters": parameters, "config": config, "commits": [commit], "provenance": {}})
     (folder / "run.json").write_text(text)
     with (folder / "epochs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "val_neg_elbo", "seconds"])
+        writer = csv.DictWriter(file, ["step", "epoch", "val_neg_elbo", "seconds"])
         writer.writeheader()
         rows = enumerate(curve, start=1)
-        writer.writerows({"step": 100 * i, "val_neg_elbo": value, "seconds": seconds} for i, value in rows)
+        times = {"seconds": seconds}
+        writer.writerows({"step": 100 * i, "epoch": i - 1, "val_neg_elbo": value} | times for i, value in rows)
     if neg_log_p is not None:
         results = folder.parent.parent / "figs" / folder.name / "results.json"
         results.parent.mkdir(parents=True)
@@ -61,12 +63,12 @@ def test_seeds_are_one_row_with_mean_and_deviation(runs, tmp_path, capsys):
     assert "differ in commit" in out.err and (tmp_path / "out/table.md").read_text() in out.out
     by_run = {row["run"]: row for row in csv_rows(tmp_path / "out/runs.csv")}
     assert by_run["sdn_seed1"]["best_step"] == "200" and by_run["cnn_seed0"]["state"] == "not finished"
-    assert Image.open(tmp_path / "out/curves_Photos32.png").width > 1000
+    assert Image.open(tmp_path / "out/curves_density_estimation_Photos32.png").width > 1000
 
 
 def test_what_cannot_be_told_is_left_out_and_named(runs, tmp_path, capsys):
     (runs / "cnn_seed0/run.json").write_text("{")
-    (runs / "sdn_seed1/epochs.csv").write_text("step,val_neg_elbo,seconds\n")
+    (runs / "sdn_seed1/epochs.csv").write_text("step,epoch,val_neg_elbo,seconds\n")
     (runs / "sdn_seed0/epochs.csv").open("a").write("400,3.")  # cut off by a kill
     gather.main([str(runs), "--output", str(tmp_path / "out")])
     errors = capsys.readouterr().err
@@ -129,6 +131,63 @@ def test_claims_are_judged_by_two_standard_errors(tmp_path, capsys):
         "| low | single | -4.900 | - | open: it needs two seeds of each |",
     ):
         assert row in text
+
+
+def test_what_changes_results_makes_another_row_and_what_does_not_does_not(tmp_path, capsys):
+    common = dict(dataset="Photos32", iters=100)
+    variants = [dict(), dict(gpus=2, batch=16), dict(gpus=8), dict(precision="bf16-mixed"), dict(grad_clip=1.0)]
+    for seed, flags in enumerate(variants):
+        write_run(tmp_path / f"runs/x_seed{seed}", [4.0 + seed], random_seed=seed, **common, **flags)
+    write_run(tmp_path / "copy/x_seed0", [4.0], random_seed=0, **common)
+    gather.main([str(tmp_path), "--output", str(tmp_path / "out")])
+    rows = csv_rows(tmp_path / "out/table.csv")
+    assert [(row["seeds"], float(row["neg_elbo_mean"])) for row in rows] == [("2", 4.5), ("1", 6), ("1", 7), ("1", 8)]
+    assert (
+        "runs/x_seed0 is left out" in (errors := capsys.readouterr().err) and "copy/x_seed0 is the same run" in errors
+    )
+
+
+def test_a_likelihood_of_other_weights_is_left_out(runs, tmp_path, capsys):
+    results = tmp_path / "figs/sdn_seed0/results.json"
+    results.write_text(json.dumps({"likelihood": {"bits_per_dim": 3.9, "step": 100, "images": 64}}))
+    gather.main([str(runs), "--output", str(tmp_path / "out")])
+    assert all(row["neg_log_p"] == "" for row in csv_rows(tmp_path / "out/runs.csv"))
+    assert "-log p(x) of" in (errors := capsys.readouterr().err) and "it is of step 100" in errors
+
+
+def test_a_run_of_all_its_epochs_is_finished(tmp_path):
+    write_run(tmp_path / "a", [4.0, 3.0], dataset="Photos32", max_epochs=2)
+    write_run(tmp_path / "b", [4.0, 3.0], dataset="Photos32", max_epochs=3)
+    gather.main([str(tmp_path), "--output", str(tmp_path / "out")])
+    assert [row["state"] for row in csv_rows(tmp_path / "out/runs.csv")] == ["finished", "not finished"]
+
+
+def test_data_of_both_tasks_have_curves_of_their_own(tmp_path):
+    for task in ("density_estimation", "disentanglement"):
+        write_run(tmp_path / task, [4.0, 3.0], task=task, dataset="Shapes3DRendered", iters=200)
+    gather.main([str(tmp_path), "--output", str(tmp_path / "out")])
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert names == [f"curves_{task}_Shapes3DRendered.png" for task in ("density_estimation", "disentanglement")]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [("run.json", '"density_estimation"', '"no task"'), ("epochs.csv", "200,", "nan,"), ("epochs.csv", "60.0", "inf")],
+)
+def test_nonsense_in_a_file_leaves_its_run_out(runs, tmp_path, capsys, file, old, new):
+    path = runs / "sdn_seed0" / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    gather.main([str(runs), "--output", str(tmp_path / "out")])
+    assert "sdn_seed0 is left out: damaged" in capsys.readouterr().err
+
+
+def test_a_claim_without_a_finite_value_is_one_line(tmp_path, capsys):
+    for name in ("good", "bad"):
+        write_run(tmp_path / name, [4.0 if name == "good" else math.nan], dataset="Photos32", iters=100)
+    with pytest.raises(SystemExit) as ended:
+        gather.main([str(tmp_path), "--output", str(tmp_path / "out"), "--claim", "good", "bad"])
+    assert ended.value.code == 2 and "no -ELBO of it is finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

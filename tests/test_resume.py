@@ -97,10 +97,12 @@ def test_killed_at_random_moments(kind, tmp_path, images):
         process = subprocess.Popen(
             list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ONE_THREAD
         )
+        deadline = time.monotonic() + 240
         while process.poll() is None and step_checkpoints(tmp_path / "checkpoints/killed")[:1] == before:
+            assert time.monotonic() < deadline, "there is no checkpoint after four minutes"
             time.sleep(0.01)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0, 0.3))
+            process.wait(chance.uniform(0, 0.3) if kills else 0)  # the first at once: it must not be over
         kills += process.poll() is None
         process.kill()
         process.wait()

@@ -81,7 +81,7 @@ def test_ablation_differs_from_cifar10_in_the_block_and_the_learning_rate(block,
     config = flags_of("train_ablation.sh", block, "--gpus", "0", tmp_path=tmp_path, cwd="/")
     assert (config.block, config.highway, config.gpus) == (kind, highway, 0)
     assert (config.lrate, config.lrate_decay, config.lrate_patience) == (lrate, 1, 10)
-    assert config.use_checkpoint and config.exp_name == f"ablation_{block}"
+    assert config.use_checkpoint and config.exp_name == f"ablation_{block}_seed1234"
     others = {"block", "highway", "gpus", "lrate", "lrate_decay", "lrate_patience", "use_checkpoint", "exp_name"}
     cifar = flags_of("train_cifar.sh", tmp_path=tmp_path).to_dict()
     assert {name for name, value in config.to_dict().items() if value != cifar[name]} <= others
@@ -90,13 +90,18 @@ def test_ablation_differs_from_cifar10_in_the_block_and_the_learning_rate(block,
 def test_ablation_of_everything_and_of_what_there_is_not(tmp_path):
     command, environment = ["bash", str(REPOSITORY / "train_ablation.sh")], os.environ | {"SDN_PYTHON": "echo"}
     everything = subprocess.run(command, env=environment, capture_output=True, text=True)
-    names = re.findall(r"--exp_name ablation_(\S+)", everything.stdout)
+    names = re.findall(r"--exp_name ablation_(\S+)_seed1234", everything.stdout)
     highway = [f"{kind}-highway" for kind in BLOCKS[2:]]
     assert sorted(names) == sorted([*BLOCKS, *highway]), everything.stderr
     wrong = subprocess.run([*command, "conv7"], env=environment, capture_output=True, text=True)
     assert (
         wrong.returncode == 2 and "there is no block conv7; blocks are sdn conv3" in wrong.stderr and not wrong.stdout
     )
+    for seed in (["--random_seed", "7"], ["--random_seed=7"]):
+        other = subprocess.run([*command, "conv5", *seed], env=environment, capture_output=True, text=True)
+        assert "--exp_name ablation_conv5_seed7 " in other.stdout, "another seed is another run"
+    named = subprocess.run([*command, "conv5", "--exp_name", "x"], env=environment, capture_output=True, text=True)
+    assert named.returncode == 2 and "--exp_name is chosen" in named.stderr and not named.stdout
 
 
 def test_3dshapes_is_the_paper_s_experiment(tmp_path):
