@@ -127,7 +127,11 @@ def main(arguments: list[str] | None = None) -> None:
     result = common.stamp("recipe_memory", arguments, "cpu") | {"verified": verify(), "allowance_gb": ALLOWANCE / 1e9}
     print(f"a small model: {result['verified']}")
     choices = [(r, b, c) for r in options.recipes for b in options.backends for c in (False, True)]
-    result["rows"] = [] if options.quick else [row_of(*choice) for choice in choices]
+    result["rows"] = []
+    for choice in [] if options.quick else choices:
+        result["rows"].append(row_of(*choice))
+        common.write(result, options.output)  # each takes minutes
+        print(f"{' '.join(map(str, choice))}: done")
     if result["rows"]:
         numbers = {
             name: "" if isinstance(value, str | bool | int) else ".3g" for name, value in result["rows"][0].items()
