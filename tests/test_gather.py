@@ -223,6 +223,14 @@ def test_the_claims_experiment_runs_and_is_gathered(tmp_path):
     assert all(float(row["neg_log_p"]) > 0 and row["state"] == "finished" for row in rows)
 
 
-def test_a_claims_arm_that_does_not_exist_is_refused(tmp_path):
-    done = claims("--arms", "iaf sdn9", "--output_dir", tmp_path / "out")
-    assert done.returncode == 2 and "there is no arm sdn9" in done.stderr and not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arms", "iaf sdn9"], "there is no arm sdn9"),
+        (["--jobs", "0"], "--jobs must be at least 1; got 0"),
+        (["--h_size", "8", "--seeds"], "--seeds needs a value"),
+    ],
+)
+def test_wrong_flags_of_the_claims_experiment_are_refused(tmp_path, flags, message):
+    done = claims("--output_dir", tmp_path / "out", *flags)
+    assert done.returncode == 2 and message in done.stderr and not (tmp_path / "out").exists()

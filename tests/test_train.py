@@ -67,6 +67,20 @@ def test_the_learning_rate_is_halved_without_progress(tmp_path, images):
     assert [(row["step"], row["lr"]) for row in whole] == [(row["step"], row["lr"]) for row in stopped]
 
 
+def test_a_run_that_is_over_keeps_its_description(tmp_path, images):
+    common = [*TINY, "--root", images, "--make_checkpoint", "--use_checkpoint", "--output_dir", tmp_path, "--iters", 1]
+    texts = []
+    for figsize in (2, 1):
+        assert run("train.py", *common, "--figsize", figsize).returncode == 0
+        texts.append((tmp_path / "checkpoints/sdn/run.json").read_text())
+    assert texts[0] == texts[1] and '"figsize": 2' in texts[0]
+
+
+def test_a_halving_learning_rate_is_refused_while_beta_rises():
+    with pytest.raises(ConfigError, match="--lrate_patience needs --beta_rate 1"):
+        TrainConfig(lrate_patience=2, beta_rate=0.1).validate()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_equals_never_stopping(tmp_path, images, workers):
     """3 epochs at once, and 1 epoch followed by 2 more: the same steps, learning rates, weights and average."""
