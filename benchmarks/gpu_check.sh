@@ -59,6 +59,9 @@ bench table6_runtime 90 --device "$device" --precision "$precision"
 if [ "$device" = cuda ]; then
     step sdn_layer 90 "$python" -m benchmarks.sdn_layer --device cuda --precision bfloat16 --directions 2 --batch 128 \
         --backends torch triton yardstick --repeats 20 --output "$folder/sdn_layer.json"
+    bench table6_runtime-replayed 60 --device cuda --precision "$precision" --replay --no_memory
+    step sdn_layer-replayed 60 "$python" -m benchmarks.sdn_layer --device cuda --precision bfloat16 --directions 2 \
+        --batch 128 --backends triton --repeats 20 --replay --no_memory --output "$folder/sdn_layer-replayed.json"
     # Compiling the yardstick takes minutes at large scales.
     step sdn_layer-compiled 90 "$python" -m benchmarks.sdn_layer --device cuda --precision bfloat16 --directions 2 \
         --batch 128 --scales 4 8 --backends triton yardstick compiled-yardstick --repeats 20 --slow_repeats 20 \
@@ -66,6 +69,11 @@ if [ "$device" = cuda ]; then
 else
     step sdn_layer 120 "$python" -m benchmarks.sdn_layer --channels 8 --batch 2 --scales 4 --directions 2 \
         --repeats 2 --output "$folder/sdn_layer.json"
+fi
+if [ "$device" = cuda ]; then
+    bench sweep_plans 120 --device cuda --precision "$precision" --scales 4 16 32
+elif has triton; then
+    TRITON_INTERPRET=1 bench sweep_plans 120 --precision "$precision"
 fi
 if has pytorch_lightning && has lmdb; then
     bench loader 60 --epochs 2

@@ -3,13 +3,16 @@
     python -m benchmarks.recipe_memory --output benchmarks/results/recipe_memory.json
 
 The models of train_cifar.sh, train_imagenet.sh and train_celeb.sh make one training step on tensors that have a shape
-but no content (torch's FakeTensorMode), in mixed precision, with one and with two images; torch's MemTracker adds up
-what is alive at the same time. From these two peaks: bytes of each image, and bytes that do not depend on the batch, to
-which Adamax's two moments and the average of the weights are added. `--backend triton` counts what the kernels for GPUs
-keep between the passes, `torch` the gates as well; `checkpointed` is --checkpoint_activations. Not counted: with
-several GPUs, one more copy of the gradients (as large as the weights) in DDP's buckets; CUDA's context, the allocator's
-waste, workspaces of cuDNN, and what a sweep needs for itself while it runs (at most 0.3 GB at the recipes' features),
-for which `ALLOWANCE` is left.
+but no content (torch's FakeTensorMode), in mixed precision; `Live` adds up what is alive at the same time (torch's
+MemTracker does, too, in five times the time: it keeps a sum for each module). To its peak Adamax's two moments and the
+average of the weights are added. Peaks are computed for one image, the recipe's batch B and 4 B. `gb` is what the
+recipe's batch needs, `image_gb` what another image adds (between B and 4 B), `in_16_gb` the largest batch on such a
+card, by straight lines between the three peaks, the second of which is extended. (A peak is the largest of several sums
+that grow evenly with the batch, so a line between two peaks lies above it.) `--backends triton` counts what the kernels
+for GPUs keep between the passes, `torch` the gates as well; `checkpointed` is --checkpoint_activations. Not counted:
+with several GPUs, one more copy of the gradients (as large as the weights) in DDP's buckets; CUDA's context, the
+allocator's waste, workspaces of cuDNN, and what a sweep needs for itself while it runs (at most 0.3 GB at the recipes'
+features), for which `ALLOWANCE` is left and included.
 
 First the same computation for a small model is compared with what torch's profiler sees allocated in a real step on the
 CPU; a difference of more than 10 % ends the program with status 1.
@@ -21,15 +24,20 @@ import argparse
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: shapes of backend triton on a CPU
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from benchmarks import common
@@ -55,6 +63,38 @@ def recipe(script: str, *more: str) -> TrainConfig:
     return train.parse(done.stdout.split()[1:])
 
 
+class Live(TorchDispatchMode):
+    """Bytes of the storages alive: those of the tensors it is given, and all that operators return; `peak` is the most.
+
+    The sizes are those asked for, without the allocator's rounding.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+        self._add(tensors)
+
+    def _add(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()  # the same for all tensors that share it
+            if key not in self.seen:
+                self.seen.add(key)
+                self.now += size
+                weakref.finalize(storage, self._remove, key, size)
+        self.peak = max(self.peak, self.now)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.seen.remove(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self._add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+
 def make(config: TrainConfig) -> DensityVAE:
     model = build_model(config, DATASETS[config.dataset].shape[1:])
     return model.requires_grad_(True)  # the tracker expects it of all
@@ -71,12 +111,10 @@ def one_step(model: DensityVAE, batch: int, autocast: AbstractContextManager) ->
 def computed_peak(config: TrainConfig, batch: int, autocast: AbstractContextManager) -> float:
     """Most bytes alive at a time in a training step, weights and gradients included."""
     with FakeTensorMode():
-        model, tracker = make(config), MemTracker()
-        tracker.track_external(model)
-        with tracker:
+        model = make(config)
+        with Live(model.state_dict().values()) as live:
             one_step(model, batch, autocast)
-        peaks = tracker.get_tracker_snapshot("peak")
-        return sum(part["Total"] for device, part in peaks.items() if device.type == "cpu")
+        return live.peak
 
 
 def allocated_peak(config: TrainConfig, batch: int) -> float:
@@ -105,16 +143,20 @@ def verify() -> dict:
 def row_of(script: str, backend: str, checkpointed: bool) -> dict:
     """What a recipe needs, in GB (10^9 bytes), and the batch that fits into each card."""
     config = recipe(script, "--gpus", "0", "--backend", backend, *["--checkpoint_activations"] * checkpointed)
-    mixed = [torch.autocast("cpu", torch.bfloat16) for _ in range(2)]
-    one, two = (computed_peak(config, batch, mixed[batch - 1]) for batch in (1, 2))
     with torch.device("meta"):
         weights = sum(p.nbytes for p in build_model(config, DATASETS[config.dataset].shape[1:]).parameters())
-    image, fixed = two - one, 2 * one - two + 3 * weights  # two moments and the average
+
+    def needed(batch: int) -> float:
+        return computed_peak(config, batch, torch.autocast("cpu", torch.bfloat16)) + 3 * weights + ALLOWANCE
+
+    batches = [1, config.batch, 4 * config.batch]
+    sizes = [needed(batch) for batch in batches]
     row = {"recipe": script, "backend": backend, "checkpointed": checkpointed, "weights_gb": weights / 1e9}
-    row |= {"fixed_gb": fixed / 1e9, "image_gb": image / 1e9, "batch": config.batch}
-    row["total_gb"] = (fixed + config.batch * image + ALLOWANCE) / 1e9
-    fits = {f"batch_in_{card}_gb": max(0, int((card * 1e9 - fixed - ALLOWANCE) / image)) for card in CARDS}
-    return row | fits
+    row |= {"batch": config.batch, "gb": sizes[1] / 1e9, "image_gb": (sizes[2] - sizes[1]) / (3e9 * config.batch)}
+    far = 1000 * config.batch
+    batches.append(far)
+    sizes.append(sizes[2] + (far - 4 * config.batch) * 1e9 * row["image_gb"])
+    return row | {f"in_{card}_gb": int(np.interp(1e9 * card, sizes, batches, left=0)) for card in CARDS}
 
 
 def main(arguments: list[str] | None = None) -> None:

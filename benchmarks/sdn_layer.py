@@ -8,7 +8,9 @@ torch.nn.GRUCell call for each line, on concatenated neighbours; `sdn<n>/compile
 which takes minutes at large scales and is no default contender. Before anything is timed every spatial dependency layer
 is compared with the reference in float64, output and all gradients; one that differs ends the program, exit status 1.
 
-Times are medians over rounds in which the contenders take turns, after one round that is not counted. Memory is the
+Times are medians over rounds in which the contenders take turns, after one round that is not counted. On CUDA all
+features are channels_last, as convolutions there like them. A pass over a small map is mostly launches of kernels from
+Python; `--replay` measures forward and backward passes that were captured as CUDA graphs instead. Memory is the
 peak of one training step beyond parameters, input and output gradient: on CUDA that of the allocator; on a CPU the peak
 of the resident set of a fresh process (Linux only), which includes what the libraries use for themselves.
 """
@@ -127,11 +129,34 @@ def verify(name: str, options) -> None:
             )
 
 
+def features(scale: int, batch: int, options) -> tuple[Tensor, Tensor]:
+    """Input of a layer and the gradient of its output."""
+    memory_format = torch.channels_last if options.device.startswith("cuda") else torch.contiguous_format
+    shape = (batch, options.channels, scale, scale)
+    pair = (torch.randn(shape, device=options.device).contiguous(memory_format=memory_format) for _ in range(2))
+    x, grad_output = pair
+    return x.requires_grad_(), grad_output
+
+
+def contenders(names: list[str], x: Tensor, options) -> dict[str, nn.Module]:
+    """Layers by name, for features such as x."""
+    layers = {}
+    for name in names:
+        layer = build(name, options.channels).to(options.device)
+        if x.is_cuda:
+            layer = layer.to(memory_format=torch.channels_last)
+        if options.replay:  # an autocast's cache of weights would outlive the capture
+            low = options.precision != "float32"
+            with torch.autocast("cuda", PRECISIONS[options.precision], enabled=low, cache_enabled=False):
+                layer = torch.cuda.make_graphed_callables(layer, (x.detach().clone().requires_grad_(),))
+        layers[name] = layer
+    return layers
+
+
 def measure(names: list[str], scale: int, batch: int, options) -> dict[str, dict]:
     """Median times in milliseconds, the contenders taking turns."""
-    x = torch.randn(batch, options.channels, scale, scale, device=options.device, requires_grad=True)
-    grad_output = torch.randn_like(x)
-    layers = {name: build(name, options.channels).to(options.device) for name in names}
+    x, grad_output = features(scale, batch, options)
+    layers = contenders(names, x, options)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(options.repeats + 1):
         for name, layer in layers.items():
@@ -172,8 +197,7 @@ def one_step_peak(name: str, scale: int, batch: int, options) -> float:
     layer = build(name, options.channels).to(options.device)
     small = torch.randn(1, options.channels, 4, 4, device=options.device, requires_grad=True)
     step(layer, small, torch.randn_like(small), options)  # loads libraries and creates the gradients
-    x = torch.randn(batch, options.channels, scale, scale, device=options.device, requires_grad=True)
-    grad_output = torch.randn_like(x)
+    x, grad_output = features(scale, batch, options)
     return common.peak_memory(lambda: step(layer, x, grad_output, options), options.device)
 
 
@@ -207,6 +231,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--slow_repeats", type=int, default=3, help="rounds in which reference and yardstick take part")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     parser.add_argument("--no_memory", action="store_true", help="time only")
+    parser.add_argument("--replay", action="store_true", help="passes captured as CUDA graphs")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -221,6 +246,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--repeats and --slow_repeats must be at least 1")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available")
+    if options.replay and not options.device.startswith("cuda"):
+        parser.error("--replay needs --device cuda: there are no CUDA graphs elsewhere")
     return options
 
 
@@ -239,6 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = common.stamp("sdn_layer", arguments, options.device, ("triton",)) | {
         "precision": options.precision,
         "channels": options.channels,
+        "replayed": options.replay,
         "directions": {number: DIRECTIONS[number] for number in options.directions},
         "rows": [],
     }

@@ -26,9 +26,8 @@ QUICK = dict(channels=8, batch=2, scales=[4, 5], repeats=2)
 
 def measure(names: list[str], scale: int, options) -> list[dict]:
     """A row for each layer at a scale."""
-    x = torch.randn(options.batch, options.channels, scale, scale, device=options.device, requires_grad=True)
-    grad_output = torch.randn_like(x)
-    layers = {name: sdn_layer.build(name, options.channels).to(options.device) for name in names}
+    x, grad_output = sdn_layer.features(scale, options.batch, options)
+    layers = sdn_layer.contenders(names, x, options)
     times = {name: [] for name in names}
     for turn in range(options.repeats + 1):
         for name, layer in layers.items():
@@ -55,11 +54,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="float32", choices=list(common.PRECISIONS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no_memory", action="store_true", help="time only")
+    parser.add_argument("--replay", action="store_true", help="passes captured as CUDA graphs (of a CUDA device)")
     parser.add_argument("--quick", action="store_true", help="seconds: few channels, small maps, 2 repetitions")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(QUICK)
+    if options.replay and not options.device.startswith("cuda"):
+        parser.error("--replay needs --device cuda: there are no CUDA graphs elsewhere")
     if options.repeats < 2 or min(options.batch, options.channels, *options.scales) < 1:
         parser.error("--repeats must be at least 2, all other numbers at least 1")
     torch.manual_seed(0)
@@ -68,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         sdn_layer.verify(name, options)
     stamp = common.stamp("table6_runtime", arguments, options.device, ("triton",))
     stamp |= {"precision": options.precision, "channels": options.channels, "batch": options.batch}
+    stamp["replayed"] = options.replay
     result = stamp | {"rows": []}
     for scale in options.scales:
         result["rows"] += measure(["conv3", "conv5", *layers], scale, options)

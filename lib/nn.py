@@ -32,6 +32,7 @@ DIRECTIONS = {
 }
 BORDERS = ("zeros", "keep")
 BACKENDS = ("auto", "reference", "torch", "triton")
+KERNEL_FILES = ("sweep_triton.py", "sweep_kernels.py")
 
 # Rows (lines x positions x images) whose matrix products are taken together; on a CPU they should stay in its cache.
 BLOCK_ROWS_CPU = 4096
@@ -61,8 +62,8 @@ class SDNLayer(nn.Module):
             it is corrected with all-zero neighbours. `"keep"` (the authors' release): it stays as it is; needed for
             the authors' checkpoints (DEVIATIONS.md in the repository).
         backend: `"reference"` (open loop, plain autograd, the oracle), `"torch"` (fast, hand-written gradient),
-            `"triton"` (kernels for CUDA devices, in sweep_triton.py beside this file) or `"auto"` (the fastest that is
-            available). The parameters and their names are the same for all.
+            `"triton"` (kernels for CUDA devices, in sweep_triton.py and sweep_kernels.py beside this file) or `"auto"`
+            (the fastest that is available). The parameters and their names are the same for all.
 
     Shapes:
         - input: :math:`[B, \text{in\_ch}, H, W]`, any :math:`H, W \ge 1`, any memory format.
@@ -410,7 +411,7 @@ def _resolved(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
 @functools.cache
 def _why_not_triton() -> str | None:
     kernels = _triton_kernels()
-    return "there is no sweep_triton.py beside nn.py" if kernels is None else kernels.available()
+    return f"there is no {' and '.join(KERNEL_FILES)} beside nn.py" if kernels is None else kernels.available()
 
 
 @functools.cache
@@ -421,13 +422,15 @@ def _warn_once(message: str) -> None:
 @functools.cache
 def _triton_kernels() -> ModuleType | None:
     """The module sweep_triton that lies beside this file, if there is one."""
-    path = Path(__file__).with_name("sweep_triton.py")
-    if not path.exists():
+    folder = Path(__file__).parent
+    if not all((folder / name).exists() for name in KERNEL_FILES):
         return None
     if __package__:
         return importlib.import_module(".sweep_triton", __package__)
-    # A copy outside of a package must not take another copy's kernels.
-    specification = importlib.util.spec_from_file_location(f"{__name__}_sweep_triton", path)
+    # A copy outside of a package must not take another copy's kernels: its folder becomes one of a name of its own.
+    specification = importlib.util.spec_from_file_location(
+        f"{__name__}_sweep_triton", folder / KERNEL_FILES[0], submodule_search_locations=[str(folder)]
+    )
     module = importlib.util.module_from_spec(specification)
     sys.modules[module.__name__] = module
     specification.loader.exec_module(module)

@@ -15,7 +15,7 @@ from helpers import REPOSITORY
 from test_nn_backends import assert_near, run
 
 from lib import nn as sdn
-from lib.nn import ResSDNLayer, SDNLayer, Sweep
+from lib.nn import KERNEL_FILES, ResSDNLayer, SDNLayer, Sweep
 
 LAYERS = [SDNLayer, ResSDNLayer]
 
@@ -125,6 +125,10 @@ def test_several_copies_live_in_one_process(tmp_path):
     for name in ("mine", "theirs/inner"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "mine/sdn_copy.py").write_text(source)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/sdn_full.py").write_text(source)
+    for name in KERNEL_FILES:
+        (tmp_path / "full" / name).write_text((REPOSITORY / "lib" / name).read_text())
     changed = source.replace(
         "bool keep_first, ScalarType product_dtype, bool diff", "bool keep_first, ScalarType p, bool diff"
     )
@@ -136,19 +140,21 @@ def test_several_copies_live_in_one_process(tmp_path):
     program = """
 import importlib, sys, warnings
 warnings.simplefilter("error")
-sys.path[:0] = ["mine"]
+sys.path[:0] = ["mine", "full"]
 import torch
-import lib.nn, sdn.nn, sdn_copy, theirs.inner.nn
+import lib.nn, sdn.nn, sdn_copy, sdn_full, theirs.inner.nn
 old_layer = lib.nn.SDNLayer(2, 2, 3, [0, 3], backend="torch")
-modules = [lib.nn, sdn.nn, sdn_copy, theirs.inner.nn]
+modules = [lib.nn, sdn.nn, sdn_copy, sdn_full, theirs.inner.nn]
 operators = {module._SWEEP for module in modules} | {module._SWEEP_BACKWARD for module in modules}
-assert len(operators) == 8, operators
+assert len(operators) == 10, operators
 importlib.reload(sdn.nn)
 importlib.reload(lib.nn)
-assert len(operators | {lib.nn._SWEEP, sdn.nn._SWEEP}) == 10
+assert len(operators | {lib.nn._SWEEP, sdn.nn._SWEEP}) == 12
 assert sdn_copy._triton_kernels() is None
-with_kernels = lib.nn._triton_kernels(), sdn.nn._triton_kernels()
-assert [module.__name__ for module in with_kernels] == ["lib.sweep_triton", "sdn.sweep_triton"]
+with_kernels = lib.nn._triton_kernels(), sdn.nn._triton_kernels(), sdn_full._triton_kernels()
+names = [module.__name__ for module in with_kernels]
+assert names == ["lib.sweep_triton", "sdn.sweep_triton", "sdn_full_sweep_triton"], names
+assert len({module.kernels for module in with_kernels}) == 3
 x = torch.randn(2, 2, 4, 5)
 expected = [gradient.clone() for gradient in torch.autograd.grad(old_layer(x).square().sum(), old_layer.parameters())]
 for module in modules:
@@ -165,7 +171,7 @@ for module in modules:
 try:
     sdn_copy.SDNLayer(2, 2, 3, [0], backend="triton")(x)
 except RuntimeError as error:
-    assert "there is no sweep_triton.py beside nn.py" in str(error)
+    assert "there is no sweep_triton.py and sweep_kernels.py beside nn.py" in str(error)
     print("ok")
 """
     environment = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "PATH": "", "OMP_NUM_THREADS": "1"}

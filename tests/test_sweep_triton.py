@@ -19,7 +19,7 @@ from test_nn_backends import assert_near
 from lib import nn as sdn
 from lib import sweep_triton
 from lib.nn import SDNLayer, correct_lines, correct_lines_reference
-from lib.sweep_triton import _plan, available
+from lib.sweep_triton import _plan, _plan_by_line, available
 
 correct_lines_triton = functools.partial(correct_lines, backend="triton")
 UNAVAILABLE = available()
@@ -115,10 +115,24 @@ def test_blocks_of_some_lines(monkeypatch, block_rows, reverse, keep_first):
 @pytest.mark.parametrize("shape, images", [((2, 20, 2, 17), 1), ((2, 5, 3, 17), 2), ((2, 9, 2, 17), 2)], ids=str)
 def test_tiles(monkeypatch, shape, images):
     """Several tiles of rows and of channels, the last ones incomplete; a batch that programs do not divide."""
-    tile = dict(IMAGES=images, ROWS=16, CHANNELS=16, REDUCTION=16, num_warps=4, num_stages=2)
+    tile = dict(IMAGES=images, PARTS=1, ROWS=16, CHANNELS=16, REDUCTION=16, num_warps=4, num_stages=2)
     monkeypatch.setattr(sweep_triton, "_plan", lambda *arguments: tile)
     tensors, weight = random_case(shape)
     assert_near(run(correct_lines_triton, tensors, weight, True), exact(tensors, weight, True), TOLERANCE)
+
+
+@kernels
+@pytest.mark.parametrize("reverse, keep_first", SIDES)
+def test_a_launch_for_each_line(monkeypatch, reverse, keep_first):
+    """Lines of which two programs compute some of the channels each, in one block of lines and in two."""
+    tensors, weight = random_case((3, 3, 2, 20))
+    monkeypatch.setattr(sweep_triton, "BY_LINE", True)
+    plan = sweep_triton._plan_by_line
+    monkeypatch.setattr(sweep_triton, "_plan_by_line", lambda *a: plan(*a) | dict(CHANNELS=16, REDUCTION=16, PARTS=2))
+    computed = run(correct_lines_triton, tensors, weight, reverse, keep_first)
+    assert_near(computed, exact(tensors, weight, reverse, keep_first), TOLERANCE)
+    monkeypatch.setattr(sweep_triton, "BLOCK_ROWS", 12)
+    assert_near(run(correct_lines_triton, tensors, weight, reverse, keep_first), computed, TOLERANCE)
 
 
 @pytest.mark.skipif(sweep_triton.triton is None, reason="Triton is not installed")
@@ -128,11 +142,14 @@ def test_plan(dtype):
         (1, 3, 4, 16, 63, 64, 65, 256), (1, 2, 32, 128), (1, 5, 16, 50, 200, 360, 424), (8, 82, 132), (False, True)
     ):
         plan = _plan(positions, batch, C, dtype, multiprocessors, backward)
-        assert 1 <= plan["IMAGES"] <= batch
-        assert plan["IMAGES"] == 1 or plan["IMAGES"] * positions <= plan["ROWS"]
-        assert all(plan[name] >= 16 and plan[name].bit_count() == 1 for name in ("ROWS", "CHANNELS", "REDUCTION"))
-        stage = plan["ROWS"] + (1 if backward else 3) * plan["CHANNELS"]
-        assert stage * plan["REDUCTION"] * dtype.itemsize * plan["num_stages"] <= 96 * 1024
+        by_line = _plan_by_line(positions, batch, C, dtype, multiprocessors)
+        assert plan["PARTS"] == 1 and by_line["PARTS"] * by_line["CHANNELS"] >= C
+        for tile in (plan, by_line):
+            assert 1 <= tile["IMAGES"] <= batch
+            assert tile["IMAGES"] == 1 or tile["IMAGES"] * positions <= tile["ROWS"]
+            assert all(tile[name] >= 16 and tile[name].bit_count() == 1 for name in ("ROWS", "CHANNELS", "REDUCTION"))
+            stage = tile["ROWS"] + (1 if backward else 3) * tile["CHANNELS"]
+            assert stage * tile["REDUCTION"] * dtype.itemsize * tile["num_stages"] <= 96 * 1024
 
 
 def layouts():
@@ -217,11 +234,6 @@ def test_memory(monkeypatch):
     """Between the passes input and output are kept, and during them there is room for a block, not for the sweep."""
     (lines, *parameters), weight = random_case((8, 3, 2, 4))
     monkeypatch.setattr(sweep_triton, "BLOCK_ROWS", 6)
-    largest = []
-    original = torch.Tensor.new_zeros
-    monkeypatch.setattr(
-        torch.Tensor, "new_zeros", lambda *a, **k: (t := original(*a, **k), largest.append(t.numel()))[0]
-    )
     sizes = poison(monkeypatch)
     leaf = lines.requires_grad_()
     corrected = correct_lines_triton(leaf, *parameters, reverse=False, keep_first=False)
@@ -229,8 +241,8 @@ def test_memory(monkeypatch):
     assert saved == 2 * lines.numel() + 9 * 4 * 4 + 3 * 4 * 4 + 2 * 3 * 4
     corrected.backward(weight)
     # A line is 8 padded rows: itself and its neighbours, five numbers per feature. Input and output have 192 numbers.
-    assert max(largest) == (3 * 8 + 1) * 5 * 4  # gates
-    assert sizes.count(lines.numel()) == 2 and max(size for size in sizes if size != lines.numel()) <= 9 * 4 * 4
+    gates = (3 * 8 + 1) * 5 * 4
+    assert sizes.count(lines.numel()) == 2 and max(size for size in sizes if size != lines.numel()) == gates
     with torch.no_grad():
         again = correct_lines_triton(leaf, *parameters, reverse=False, keep_first=False)
     assert again.grad_fn is None and torch.equal(again, corrected)
@@ -320,8 +332,11 @@ def test_registration_is_complete(dtype):
 
 def test_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    specification = importlib.util.spec_from_file_location("sweep_triton_alone", sweep_triton.__file__)
+    specification = importlib.util.spec_from_file_location(
+        "sweep_triton_alone", sweep_triton.__file__, submodule_search_locations=[os.path.dirname(sweep_triton.__file__)]
+    )
     module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     specification.loader.exec_module(module)
     assert module.available() == "Triton is not installed"
     monkeypatch.setattr(sdn, "_why_not_triton", module.available)
