@@ -15,12 +15,13 @@ allocator's waste, workspaces of cuDNN, and what a sweep needs for itself while 
 features), for which `ALLOWANCE` is left and included.
 
 First the same computation for a small model is compared with what torch's profiler sees allocated in a real step on the
-CPU; a difference of more than 10 % ends the program with status 1.
+CPU; a difference of more than 10 % ends the program with status 1. `--real_steps BATCH` does so for the recipes, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -131,13 +132,14 @@ def allocated_peak(config: TrainConfig, batch: int) -> float:
     return weights + highest
 
 
-def verify() -> dict:
-    """Computed and allocated peak of a small model; SystemExit if they differ."""
-    config = train.parse(SMALL.split())
-    computed, allocated = computed_peak(config, 4, nullcontext()), allocated_peak(config, 4)
+def verify(config: TrainConfig, batch: int, what: str) -> dict:
+    """Computed and allocated peak of a step in float32; SystemExit if they differ."""
+    computed, allocated = computed_peak(config, batch, nullcontext()), allocated_peak(config, batch)
     if not abs(computed / allocated - 1) <= TOLERANCE:
-        sys.exit(f"nothing is computed: a small model needs {allocated:.3g} bytes, computed are {computed:.3g}")
-    return {"flags": SMALL, "batch": 4, "computed_mib": computed / 2**20, "allocated_mib": allocated / 2**20}
+        sys.exit(f"nothing is computed: {what} needs {allocated:.3g} bytes, computed are {computed:.3g}")
+    row = {"of": what, "batch": batch, "computed_mib": computed / 2**20, "allocated_mib": allocated / 2**20}
+    print(f"{what}, batch {batch}: computed {row['computed_mib']:.2f} MiB, allocated {row['allocated_mib']:.2f} MiB")
+    return row
 
 
 def row_of(script: str, backend: str, checkpointed: bool) -> dict:
@@ -163,11 +165,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--backends", nargs="+", choices=("triton", "torch"), default=["triton"])
+    parser.add_argument(
+        "--real_steps", type=int, default=0, help="also compare with real steps of recipes of that batch"
+    )
     parser.add_argument("--quick", action="store_true", help="only the comparison with a real step")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args(arguments)
-    result = common.stamp("recipe_memory", arguments, "cpu") | {"verified": verify(), "allowance_gb": ALLOWANCE / 1e9}
-    print(f"a small model: {result['verified']}")
+    result = common.stamp("recipe_memory", arguments, "cpu") | {"allowance_gb": ALLOWANCE / 1e9}
+    result["verified"] = [verify(train.parse(SMALL.split()), 4, SMALL)]
+    for script, flags in itertools.product(options.recipes, ([], ["--checkpoint_activations"])):
+        if options.real_steps:
+            config = recipe(script, "--gpus", "0", "--backend", "torch", *flags)
+            result["verified"].append(verify(config, options.real_steps, " ".join([script, *flags])))
     choices = [(r, b, c) for r in options.recipes for b in options.backends for c in (False, True)]
     result["rows"] = []
     for choice in [] if options.quick else choices:

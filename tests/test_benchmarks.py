@@ -157,7 +157,7 @@ def test_memory_of_the_recipes_is_that_of_a_real_step(tmp_path):
     output = tmp_path / "memory.json"
     done = run("-m benchmarks.recipe_memory", "--quick", "--output", output)
     assert done.returncode == 0, done.stderr
-    found = json.loads(output.read_text())["verified"]
+    (found,) = json.loads(output.read_text())["verified"]
     assert found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1) and found["computed_mib"] > 10
 
 
