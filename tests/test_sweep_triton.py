@@ -122,16 +122,16 @@ def test_tiles(monkeypatch, shape, images):
 
 
 @kernels
-@pytest.mark.parametrize("reverse, keep_first", SIDES)
+@pytest.mark.parametrize("reverse, keep_first", [(False, False), (True, True)])
 def test_a_launch_for_each_line(monkeypatch, reverse, keep_first):
     """Lines of which two programs compute some of the channels each, in one block of lines and in two."""
-    tensors, weight = random_case((3, 3, 2, 20))
+    tensors, weight = random_case((3, 2, 2, 17))
     monkeypatch.setattr(sweep_triton, "BY_LINE", True)
     plan = sweep_triton._plan_by_line
     monkeypatch.setattr(sweep_triton, "_plan_by_line", lambda *a: plan(*a) | dict(CHANNELS=16, REDUCTION=16, PARTS=2))
     computed = run(correct_lines_triton, tensors, weight, reverse, keep_first)
     assert_near(computed, exact(tensors, weight, reverse, keep_first), TOLERANCE)
-    monkeypatch.setattr(sweep_triton, "BLOCK_ROWS", 12)
+    monkeypatch.setattr(sweep_triton, "BLOCK_ROWS", 8)
     assert_near(run(correct_lines_triton, tensors, weight, reverse, keep_first), computed, TOLERANCE)
 
 
