@@ -10,7 +10,8 @@ is compared with the reference in float64, output and all gradients; one that di
 
 Times are medians over rounds in which the contenders take turns, after one round that is not counted. On CUDA all
 features are channels_last, as convolutions there like them. A pass over a small map is mostly launches of kernels from
-Python; `--replay` measures forward and backward passes that were captured as CUDA graphs instead. Memory is the
+Python; `--replay` measures forward and backward passes that were captured as CUDA graphs instead, with a copy of the
+output's gradient for every contender. Memory is the
 peak of one training step beyond parameters, input and output gradient: on CUDA that of the allocator; on a CPU the peak
 of the resident set of a fresh process (Linux only), which includes what the libraries use for themselves.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import statistics
 import subprocess
@@ -138,17 +140,24 @@ def features(scale: int, batch: int, options) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), grad_output
 
 
-def contenders(names: list[str], x: Tensor, options) -> dict[str, nn.Module]:
-    """Layers by name, for features such as x."""
+def contenders(names: list[str], x: Tensor, grad_output: Tensor, options) -> dict[str, nn.Module]:
+    """Layers by name, for features such as x; SystemExit if one replayed as CUDA graphs does not do what it did."""
     layers = {}
+    gc.collect()  # graphs of earlier layers: freeing them while another is captured is not allowed
     for name in names:
         layer = build(name, options.channels).to(options.device)
         if x.is_cuda:
             layer = layer.to(memory_format=torch.channels_last)
-        if options.replay:  # an autocast's cache of weights would outlive the capture
+        if options.replay:
+            expected = [step(layer, x, grad_output, options)[0].detach().clone(), x.grad.clone()]
             low = options.precision != "float32"
+            # An autocast's cache of weights would outlive the capture. The input is x itself, or it would be copied.
             with torch.autocast("cuda", PRECISIONS[options.precision], enabled=low, cache_enabled=False):
-                layer = torch.cuda.make_graphed_callables(layer, (x.detach().clone().requires_grad_(),))
+                layer = torch.cuda.make_graphed_callables(layer, (x,))
+            found = [step(layer, x, grad_output, options)[0].detach(), x.grad]
+            errors = [common.relative_error(one, other) for one, other in zip(found, expected, strict=True)]
+            if not max(errors) <= TOLERANCES[options.precision]:
+                sys.exit(f"{name} is not timed: replayed, it differs by {max(errors):.1e}")
         layers[name] = layer
     return layers
 
@@ -156,7 +165,7 @@ def contenders(names: list[str], x: Tensor, options) -> dict[str, nn.Module]:
 def measure(names: list[str], scale: int, batch: int, options) -> dict[str, dict]:
     """Median times in milliseconds, the contenders taking turns."""
     x, grad_output = features(scale, batch, options)
-    layers = contenders(names, x, options)
+    layers = contenders(names, x, grad_output, options)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(options.repeats + 1):
         for name, layer in layers.items():

@@ -27,7 +27,7 @@ QUICK = dict(channels=8, batch=2, scales=[4, 5], repeats=2)
 def measure(names: list[str], scale: int, options) -> list[dict]:
     """A row for each layer at a scale."""
     x, grad_output = sdn_layer.features(scale, options.batch, options)
-    layers = sdn_layer.contenders(names, x, options)
+    layers = sdn_layer.contenders(names, x, grad_output, options)
     times = {name: [] for name in names}
     for turn in range(options.repeats + 1):
         for name, layer in layers.items():

@@ -275,9 +275,13 @@ def correct_lines(
 
     Raises:
         RuntimeError: with `backend="triton"` where its kernels cannot run.
-        ValueError: with `backend="triton"` for float64, and for tensors that are not on a CUDA device.
+        ValueError: with `backend="triton"` for float64, and for tensors that are not on a CUDA device; for tensors on
+            several devices.
     """
     parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
+    if any(parameter.device != lines.device for parameter in parameters):
+        where = ", ".join(str(parameter.device) for parameter in parameters)
+        raise ValueError(f"features are on {lines.device}, parameters on {where}: all must be on one device")
     if backend == "reference":
         return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
     device, product_dtype = lines.device.type, lines.dtype
@@ -396,7 +400,7 @@ def _resolved(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
     automatic = backend == "auto"
     if backend == "torch" or automatic and (device != "cuda" or product_dtype == torch.float64):
         return "torch"
-    if reason := _why_not_triton():
+    if reason := _why_not_triton(lines.device if device == "cuda" else None):
         if automatic:
             _warn_once(f"sweeps use backend 'torch', not the faster 'triton': {reason}")
             return "torch"
@@ -409,9 +413,9 @@ def _resolved(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _why_not_triton() -> str | None:
+def _why_not_triton(device: torch.device | None) -> str | None:
     kernels = _triton_kernels()
-    return f"there is no {' and '.join(KERNEL_FILES)} beside nn.py" if kernels is None else kernels.available()
+    return f"there is no {' and '.join(KERNEL_FILES)} beside nn.py" if kernels is None else kernels.available(device)
 
 
 @functools.cache

@@ -9,19 +9,22 @@ try:
     import triton
     import triton.language as tl
 
-    # The sizes of blocks vary: one compiled kernel serves all.
-    VARYING = ["first_line", "num_lines", "num_done", "first_step", "last_step", "lines_of_all", "num_padding"]
+    # One compiled kernel serves all sizes and directions; a kernel takes a second to compile.
+    VARYING = (
+        "batch num_positions line_stride position_stride image_stride images first_line num_lines lines_of_all "
+        "num_padding num_done first_step last_step start line_step shift keep_first"
+    ).split()
     jit = triton.jit(do_not_specialize=VARYING)
 except ImportError:
     triton, jit = None, lambda function: function
 
 
 @jit
-def _rows(row, image_0, batch, num_positions, position_stride, image_stride, IMAGES: tl.constexpr):
+def _rows(row, image_0, images, batch, num_positions, position_stride, image_stride):
     """For rows of a program: whether they exist, their row in a padded line, and from a line's first in memory."""
     position = row % num_positions
     image = (image_0 + row // num_positions).to(tl.int64)
-    valid = (row < IMAGES * num_positions) & (image < batch)
+    valid = (row < images * num_positions) & (image < batch)
     padded = image * (num_positions + 1) + position + 1
     return valid, padded, position * position_stride + image * image_stride
 
@@ -56,6 +59,7 @@ def prepare_kernel(
     num_lines,
     lines_of_all,
     num_padding,  # rows of padding in gates
+    shift,  # from a line to the one visited before it
     batch,
     num_positions,
     line_stride,
@@ -64,7 +68,6 @@ def prepare_kernel(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,  # at least C
-    SHIFT: tl.constexpr,  # from a line to the one visited before it
     BACKWARD: tl.constexpr,
 ):
     """Copies and conversions, a job for each index of the grid's second axis; the last are for the first block only."""
@@ -88,7 +91,7 @@ def prepare_kernel(
             to = previous + row.to(tl.int64)[:, None] * C + channel[None, :]
             if BACKWARD:
                 exists = row <= num_lines * line_rows
-                line += first_line + SHIFT
+                line += first_line + shift
                 at = line * line_stride + position * position_stride + image * image_stride
                 known = exists & (row < num_lines * line_rows) & (position >= 0) & (line >= 0) & (line < lines_of_all)
                 value = _load(corrected + at[:, None] * C + channel[None, :], known[:, None] & there)
@@ -97,15 +100,16 @@ def prepare_kernel(
                 zeros = tl.zeros([ROWS, CHANNELS], previous.dtype.element_ty)
                 tl.store(to, zeros, mask=(row <= 2 * line_rows)[:, None] & there)
     elif job == 2:
-        index = tl.program_id(0) * ROWS * CHANNELS + tl.arange(0, ROWS * CHANNELS)
-        value = _load(weight_ih + (index + 6 * C * C) % (9 * C * C), index < 9 * C * C)
-        tl.store(w_ih + index, value.to(w_ih.dtype.element_ty), mask=index < 9 * C * C)
-        value = _load(weight_hh + index, index < 3 * C * C)
-        tl.store(w_hh + index, value.to(w_hh.dtype.element_ty), mask=index < 3 * C * C)
-        value = _load(bias_ih + index, index < 3 * C)
-        from_own = (index < 2 * C) | (index >= 3 * C) & (index < 4 * C)
-        value += _load(bias_hh + tl.where(index < 2 * C, index, index - C), from_own)
-        tl.store(bias + index, value, mask=index < 4 * C)
+        if tl.program_id(0) * ROWS < tl.cdiv(9 * C * C, CHANNELS):
+            index = tl.program_id(0) * ROWS * CHANNELS + tl.arange(0, ROWS * CHANNELS)
+            value = _load(weight_ih + (index + 6 * C * C) % (9 * C * C), index < 9 * C * C)
+            tl.store(w_ih + index, value.to(w_ih.dtype.element_ty), mask=index < 9 * C * C)
+            value = _load(weight_hh + index, index < 3 * C * C)
+            tl.store(w_hh + index, value.to(w_hh.dtype.element_ty), mask=index < 3 * C * C)
+            value = _load(bias_ih + index, index < 3 * C)
+            from_own = (index < 2 * C) | (index >= 3 * C) & (index < 4 * C)
+            value += _load(bias_hh + tl.where(index < 2 * C, index, index - C), from_own)
+            tl.store(bias + index, value, mask=index < 4 * C)
     elif BACKWARD:
         exists = row < num_padding  # a row before each image, and one at the end
         to = gates + (row.to(tl.int64) * (num_positions + 1))[:, None] * (5 * C) + channel[None, :]
@@ -152,40 +156,41 @@ def correct_kernel(
     weight,  # weight_ih [3C, 3C], rows of the gates n, r, z
     bias,  # [4C]: r, z, n, m
     first_line,  # of the block, in memory
-    num_lines,  # of the block
+    start,  # line of the block that is visited first
+    line_step,  # from a line to the one visited next
     num_done,  # lines of earlier blocks
     first_step,  # lines of the block to be visited, in the order of visiting
     last_step,
+    keep_first,  # whether the line visited first stays as it is
+    images,  # of a program
     batch,
     num_positions,
     line_stride,
     position_stride,
     image_stride,
     C: tl.constexpr,
-    IMAGES: tl.constexpr,
     PARTS: tl.constexpr,  # programs (third axis of the grid) that share a line's channels
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     REDUCTION: tl.constexpr,
-    REVERSE: tl.constexpr,
-    KEEP_FIRST: tl.constexpr,
     RECOMPUTE: tl.constexpr,  # coefficients of all lines in parallel (second axis of the grid) from the known result
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    image_0 = tl.program_id(0) * IMAGES
+    image_0 = tl.program_id(0) * images
     line_rows = batch * (num_positions + 1)
     begin = tl.program_id(1) if RECOMPUTE else first_step
     end = begin + 1 if RECOMPUTE else last_step
     for step in range(begin, end):
         is_first = num_done + step == 0
-        index = num_lines - 1 - step if REVERSE else step
+        is_kept = is_first & (keep_first != 0)
+        index = start + step * line_step
         slot = index if RECOMPUTE else (num_done + step) % 2
         next_slot = (num_done + step + 1) % 2
         num_parts = tl.where(is_first, 0, tl.cdiv(3 * C, REDUCTION))
-        for row_0 in range(0, IMAGES * num_positions, ROWS):
+        for row_0 in range(0, images * num_positions, ROWS):
             row = row_0 + tl.arange(0, ROWS)
-            valid, padded, place = _rows(row, image_0, batch, num_positions, position_stride, image_stride, IMAGES)
+            valid, padded, place = _rows(row, image_0, images, batch, num_positions, position_stride, image_stride)
             place += (first_line + index) * line_stride
             window = previous + (slot * line_rows + padded - 1)[:, None] * C
             for channel_0 in range(tl.program_id(2) * CHANNELS, C, PARTS * CHANNELS):
@@ -218,8 +223,7 @@ def correct_kernel(
                 m = _load(own + 2 * C, mask) + _load(b + 3 * C, b_mask)
                 n = 2 * tl.sigmoid(2 * (sum_n + _load(b + 2 * C, b_mask) + r * m)) - 1  # tanh
                 if RECOMPUTE:
-                    if KEEP_FIRST:
-                        z = tl.where(is_first, 1.0, z)
+                    z = tl.where(is_kept, 1.0, z)
                     a_n = (1 - z) * (1 - n * n)
                     a_z = (h - n) * z * (1 - z)
                     a_m = a_n * r
@@ -231,8 +235,7 @@ def correct_kernel(
                     tl.store(at_gates + 4 * C, z.to(dtype), mask=mask)
                 else:
                     value = n + z * (h - n)
-                    if KEEP_FIRST:
-                        value = tl.where(is_first, h, value)
+                    value = tl.where(is_kept, h, value)
                     tl.store(corrected + at, value.to(corrected.dtype.element_ty), mask=mask)
                     to = previous + (next_slot * line_rows + padded)[:, None] * C + channel[None, :]
                     tl.store(to, value.to(previous.dtype.element_ty), mask=mask)
@@ -247,34 +250,34 @@ def sweep_back_kernel(
     gates,  # padded rows of 5C, a line more before and after the block; coefficients become gradients n, r, z, m
     weight,  # weight_ih [3C, 3C], rows of the gates n, r, z
     first_line,
-    num_lines,
+    start,  # line of the block whose gradient is taken first
+    line_step,
     num_done,
     first_step,
     last_step,
+    images,
     batch,
     num_positions,
     line_stride,
     position_stride,
     image_stride,
     C: tl.constexpr,
-    IMAGES: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     REDUCTION: tl.constexpr,
-    REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    image_0 = tl.program_id(0) * IMAGES
+    image_0 = tl.program_id(0) * images
     line_rows = batch * (num_positions + 1)
     for step in range(first_step, last_step):
-        index = step if REVERSE else num_lines - 1 - step
-        next_index = index - 1 if REVERSE else index + 1
+        index = start + step * line_step
+        next_index = index - line_step
         num_parts = tl.where(num_done + step == 0, 0, 3 * tl.cdiv(3 * C, REDUCTION))
-        for row_0 in range(0, IMAGES * num_positions, ROWS):
+        for row_0 in range(0, images * num_positions, ROWS):
             row = row_0 + tl.arange(0, ROWS)
-            valid, padded, place = _rows(row, image_0, batch, num_positions, position_stride, image_stride, IMAGES)
+            valid, padded, place = _rows(row, image_0, images, batch, num_positions, position_stride, image_stride)
             place += (first_line + index) * line_stride
             window = gates + ((next_index + 1) * line_rows + padded - 1)[:, None] * (5 * C)
             for channel_0 in range(tl.program_id(2) * CHANNELS, C, PARTS * CHANNELS):

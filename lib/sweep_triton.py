@@ -65,7 +65,7 @@ def _plan(
     smallest = max(16, triton.next_power_of_2(C))
     tile = dict(ROWS=rows, CHANNELS=min(smallest, channels), REDUCTION=min(smallest, 64 if low else 16))
     images = max(1, min(batch, rows // num_positions))
-    return tile | dict(IMAGES=images, PARTS=1, num_warps=8 if rows == 64 else 4, num_stages=3 if low else 2)
+    return tile | dict(images=images, PARTS=1, num_warps=8 if rows == 64 else 4, num_stages=3 if low else 2)
 
 
 def _plan_by_line(num_positions: int, batch: int, C: int, dtype: torch.dtype, multiprocessors: int) -> dict[str, int]:
@@ -78,20 +78,21 @@ def _plan_by_line(num_positions: int, batch: int, C: int, dtype: torch.dtype, mu
         parts = triton.cdiv(C, channels)
         if triton.cdiv(batch, images) * parts >= multiprocessors:
             break
-    tile = dict(ROWS=rows, CHANNELS=channels, REDUCTION=min(smallest, 64 if low else 16), IMAGES=images, PARTS=parts)
+    tile = dict(ROWS=rows, CHANNELS=channels, REDUCTION=min(smallest, 64 if low else 16), images=images, PARTS=parts)
     return tile | dict(num_warps=8 if rows * channels == 64 * 64 else 4, num_stages=3 if low else 2)
 
 
-def available() -> str | None:
-    """Why the kernels cannot run here; None if they can (the interpreter, TRITON_INTERPRET=1, runs them anywhere)."""
+def available(device: torch.device | None = None) -> str | None:
+    """Why the kernels cannot run on a CUDA device, by default the current one; None if they can (the interpreter,
+    TRITON_INTERPRET=1, runs them anywhere)."""
     if triton is None:
         return "Triton is not installed"
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} has a compute capability below 8.0"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0"
     return None
 
 
@@ -118,14 +119,14 @@ def sweep(
     own = lines.new_empty(longest * line_rows, 3 * C, dtype=dtype)
     previous = lines.new_empty(2 * line_rows + 1, C, dtype=dtype)
     w_ih, w_hh, bias = _products_operands(lines, dtype)
-    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
+    parameters = [each.contiguous() for each in (weight_ih, weight_hh, bias_ih, bias_hh)]
     num_done = 0
     for block in blocks:
         num_rows = len(block) * line_rows
         _prepare(lines, None, parameters, (h, previous, w_ih, w_hh, bias, None), block, num_done == 0, reverse)
         torch.mm(h[:num_rows], w_hh.t(), out=own[:num_rows])
         tensors = (lines, corrected, own, previous, w_ih, bias)
-        _launch(kernels.correct_kernel, tensors, block, num_done, reverse, KEEP_FIRST=keep_first, RECOMPUTE=False)
+        _launch(kernels.correct_kernel, tensors, block, num_done, reverse, keep_first=int(keep_first), RECOMPUTE=False)
         num_done += len(block)
     return corrected
 
@@ -145,13 +146,13 @@ def sweep_backward(
     """Gradients of lines, weight_ih, weight_hh, bias_ih and bias_hh; `corrected` is the result of :func:`sweep`."""
     blocks, longest, line_rows = _blocks(lines, reverse)
     num_lines, C = lines.shape[0], lines.shape[-1]
-    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
+    parameters = [each.contiguous() for each in (weight_ih, weight_hh, bias_ih, bias_hh)]
     if not blocks:
         return torch.empty_like(lines), *(torch.zeros_like(parameter) for parameter in parameters)
     if grad_corrected.stride() != lines.stride():
         grad_corrected = torch.empty_like(lines).copy_(grad_corrected)
     grad_lines = torch.empty_like(lines)
-    gradients = [torch.empty_like(parameter, dtype=torch.float32) for parameter in parameters]
+    gradients = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
     h = lines.new_empty(longest * line_rows, C, dtype=dtype)
     previous = lines.new_empty(longest * line_rows + 1, C, dtype=dtype)
     gates = lines.new_empty((longest + 2) * line_rows + 1, 5 * C, dtype=dtype)
@@ -169,7 +170,7 @@ def sweep_backward(
         torch.mm(h[:num_rows], w_hh.t(), out=inside[:, C : 4 * C])
 
         tensors, num_before = (lines, corrected, inside, previous, w_ih, bias), num_lines - num_done - length
-        _launch(kernels.correct_kernel, tensors, block, num_before, reverse, KEEP_FIRST=keep_first, RECOMPUTE=True)
+        _launch(kernels.correct_kernel, tensors, block, num_before, reverse, keep_first=int(keep_first), RECOMPUTE=True)
         _launch(kernels.sweep_back_kernel, (grad_corrected, grad_lines, gates, w_ih), block, num_done, reverse)
         num_done += length
 
@@ -209,7 +210,7 @@ def _unpadded(rows: Tensor, lines: Tensor) -> Tensor:
 def _prepare(
     lines: Tensor,
     corrected: Tensor | None,
-    parameters: tuple[Tensor, ...],
+    parameters: list[Tensor],
     buffers: tuple[Tensor | None, ...],
     block: range,
     is_first: bool,
@@ -226,10 +227,9 @@ def _prepare(
         weights = triton.cdiv(9 * C * C, tile["CHANNELS"])
         rows, num_jobs = max(rows, weights, num_padding, 2 * line_rows + 1), 4 if backward else 3
     grid = (triton.cdiv(rows, tile["ROWS"]), num_jobs)
-    parameters = [parameter.contiguous() for parameter in parameters]
     strides = (stride // C for stride in lines.stride()[:3])
-    sizes = (block.start, len(block), num_lines, num_padding, batch, num_positions, *strides)
-    options = tile | dict(C=C, SHIFT=1 if reverse else -1, BACKWARD=backward, num_warps=4)
+    sizes = (block.start, len(block), num_lines, num_padding, 1 if reverse else -1, batch, num_positions, *strides)
+    options = tile | dict(C=C, BACKWARD=backward, num_warps=4)
     with torch.cuda.device_of(lines):
         kernels.prepare_kernel[grid](lines, corrected, *parameters, *buffers, *sizes, **options)
 
@@ -247,17 +247,26 @@ def _launch(kernel, tensors: tuple, block: range, num_done: int, reverse: bool, 
     lines, dtype = tensors[0], tensors[2].dtype  # the third is in the product type
     num_lines, num_positions, batch, C = lines.shape
     multiprocessors = torch.cuda.get_device_properties(lines.device).multi_processor_count if lines.is_cuda else 8
+    backward = kernel is kernels.sweep_back_kernel
     sizes = (num_positions, batch, C, dtype, multiprocessors)
-    plan = _plan_by_line(*sizes) if BY_LINE else _plan(*sizes, kernel is kernels.sweep_back_kernel)
-    options |= plan | dict(C=C, REVERSE=reverse, UPCAST=INTERPRETED)
-    # As torch's products do.
-    options["PRECISION"] = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    plan = _plan_by_line(*sizes) if BY_LINE else _plan(*sizes, backward)
+    options |= plan | dict(C=C, UPCAST=INTERPRETED, enable_fp_fusion=True)
+    options["PRECISION"] = "tf32" if dtype == torch.float32 and _tf32() else "ieee"
     in_parallel = options.get("RECOMPUTE", False)
-    grid = (triton.cdiv(batch, plan["IMAGES"]), len(block) if in_parallel else 1, plan["PARTS"])
-    strides = [stride // C for stride in lines.stride()[:3]]
+    grid = (triton.cdiv(batch, plan["images"]), len(block) if in_parallel else 1, plan["PARTS"])
+    downwards = reverse != backward
+    order = (block.start, len(block) - 1, -1) if downwards else (block.start, 0, 1)
+    line_stride, position_stride, image_stride = (stride // C for stride in lines.stride()[:3])
+    options |= dict(batch=batch, num_positions=num_positions)
+    options |= dict(line_stride=line_stride, position_stride=position_stride, image_stride=image_stride)
     # Programs that share channels need each other's before the next line.
     steps = range(len(block)) if plan["PARTS"] > 1 and not in_parallel else range(0, len(block), len(block))
     with torch.cuda.device_of(lines):
         for step in steps:
-            visited = (block.start, len(block), num_done, step, step + steps.step)
-            kernel[grid](*tensors, *visited, batch, num_positions, *strides, **options)
+            kernel[grid](*tensors, *order, num_done, step, step + steps.step, **options)
+
+
+def _tf32() -> bool:
+    """Whether torch's products of float32 matrices round their operands, which can be asked for in two ways."""
+    settings = torch.backends.cuda.matmul
+    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32

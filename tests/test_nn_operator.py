@@ -183,19 +183,24 @@ except RuntimeError as error:
 
 def test_triton_on_a_cpu_is_refused(monkeypatch):
     sweep, features = Sweep(3, 0, backend="triton"), torch.randn(1, 3, 2, 2)
-    monkeypatch.setattr(sdn, "_why_not_triton", lambda: "there is no CUDA device")
+    monkeypatch.setattr(sdn, "_why_not_triton", lambda device: "there is no CUDA device")
     with pytest.raises(RuntimeError, match="'triton' cannot run: there is no CUDA device; 'torch' and 'reference' can"):
         sweep(features)
-    monkeypatch.setattr(sdn, "_why_not_triton", lambda: None)
+    monkeypatch.setattr(sdn, "_why_not_triton", lambda device: None)
     monkeypatch.setattr(sdn, "_triton_kernels", lambda: SimpleNamespace(INTERPRETED=False))
     with pytest.raises(ValueError, match="'triton' needs a CUDA device, got cpu"):
         sweep(features)
 
 
+def test_tensors_on_several_devices_are_refused():
+    with pytest.raises(ValueError, match="features are on meta, parameters on cpu.*: all must be on one device"):
+        Sweep(3, 0)(torch.empty(1, 3, 2, 2, device="meta"))
+
+
 def test_auto_takes_triton_where_it_runs(monkeypatch):
     cpu, cuda = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda"))
     monkeypatch.setattr(sdn, "_triton_kernels", lambda: SimpleNamespace(INTERPRETED=False))
-    monkeypatch.setattr(sdn, "_why_not_triton", lambda: None)
+    monkeypatch.setattr(sdn, "_why_not_triton", lambda device: None)
     assert sdn._resolved("auto", cuda, torch.bfloat16) == "triton"
     assert sdn._resolved("triton", cuda, torch.float32) == "triton"
     assert sdn._resolved("torch", cuda, torch.bfloat16) == "torch"
@@ -204,7 +209,7 @@ def test_auto_takes_triton_where_it_runs(monkeypatch):
     with pytest.raises(ValueError, match="does not compute in float64"):
         sdn._resolved("triton", cuda, torch.float64)
 
-    monkeypatch.setattr(sdn, "_why_not_triton", lambda: "of the test")
+    monkeypatch.setattr(sdn, "_why_not_triton", lambda device: "of the test")
     with pytest.warns(UserWarning, match="use backend 'torch', not the faster 'triton': of the test"):
         assert sdn._resolved("auto", cuda, torch.bfloat16) == "torch"
     with warnings.catch_warnings():

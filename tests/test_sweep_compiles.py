@@ -47,12 +47,35 @@ def launches(monkeypatch):
     return noted
 
 
-def sweep_and_back(scale: int, batch: int, C: int, dtype: torch.dtype, passes: int = 2) -> None:
+def sweep_and_back(scale: int, batch: int, C: int, dtype: torch.dtype, passes: int = 2, sides=(False, False)) -> None:
     lines = torch.empty(scale, scale, batch, C, device="meta")
     parameters = [torch.empty(*size, device="meta") for size in ((3 * C, 3 * C), (3 * C, C), (3 * C,), (3 * C,))]
-    corrected = sweep_triton.sweep(lines, *parameters, False, False, dtype)
+    corrected = sweep_triton.sweep(lines, *parameters, *sides, dtype)
     if passes == 2:
-        sweep_triton.sweep_backward(corrected, lines, *parameters, corrected, False, False, dtype)
+        sweep_triton.sweep_backward(corrected, lines, *parameters, corrected, *sides, dtype)
+
+
+def translation(kernel, arguments: tuple, options: dict) -> tuple[dict, dict, dict, dict]:
+    """What Triton makes code for: types of the arguments, constants, known divisors, and how."""
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    signature, constants, divisors = {}, {}, {}
+    for parameter in kernel.params:
+        name, value = parameter.name, values.pop(parameter.name)
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            if value.storage_offset() * value.element_size() % 16 == 0:  # allocations are aligned
+                divisors[(parameter.num,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        else:  # a number that may be any
+            assert name in sweep_kernels.VARYING and type(value) is int, name
+            signature[name] = "i32"
+    return signature, constants, divisors, values
+
+
+def kinds(launches: list) -> dict[str, tuple]:
+    """The kernels that a GPU would have to compile, with a launch of each."""
+    return {repr((kernel.__name__, translation(kernel, *how))): (kernel, *how) for kernel, *how in launches}
 
 
 def compiled(kernel, arguments: tuple, options: dict, capability: int):
@@ -60,22 +83,8 @@ def compiled(kernel, arguments: tuple, options: dict, capability: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-    how = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value, varies = values[name], name in getattr(sweep_kernels, "VARYING", ())
-        if isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-            if value.storage_offset() * value.element_size() % 16 == 0:  # allocations are aligned
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name in options or value is None or value == 1 and not varies:
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0 and not varies:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    signature, constants, divisors, how = translation(kernel, arguments, options)
+    source = ASTSource(kernel, signature, constants, divisors)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
 
 
@@ -104,16 +113,25 @@ def stack_bytes(binary: bytes, folder: Path) -> int | None:
 def test_kernels_compile(launches, monkeypatch, tmp_path, capability, scale, dtype, by_line):
     monkeypatch.setattr(sweep_triton, "BY_LINE", by_line)
     sweep_and_back(scale, batch=128, C=200, dtype=dtype)
-    kinds = {}
-    for kernel, arguments, options in launches:
-        kinds.setdefault((kernel.__name__, tuple(sorted(options.items()))), (kernel, arguments, options))
-    assert {name for name, _ in kinds} == set(KERNELS) and len(kinds) >= 6
-    for (name, _), launch in kinds.items():
-        kernel = compiled(*launch, capability)
-        assert kernel.metadata.shared <= SHARED_MEMORY[capability], name
-        spilled = stack_bytes(kernel.asm["cubin"], tmp_path)
+    found = kinds(launches).values()
+    assert {kernel.__name__ for kernel, *_ in found} == set(KERNELS) and len(found) >= 6
+    for kernel, *how in found:
+        code = compiled(kernel, *how, capability)
+        assert code.metadata.shared <= SHARED_MEMORY[capability], kernel.__name__
+        spilled = stack_bytes(code.asm["cubin"], tmp_path)
         # What `_plan` says: none on the H100, a little elsewhere.
-        assert spilled is None or spilled <= (0 if capability == 90 else 200), f"{name}: {spilled} bytes"
+        assert spilled is None or spilled <= (0 if capability == 90 else 200), f"{kernel.__name__}: {spilled} bytes"
+
+
+def test_directions_and_sizes_share_kernels(launches):
+    """A kernel takes a second to compile: lines in any direction, other batches and lengths do not ask for more."""
+    sweep_and_back(32, batch=128, C=200, dtype=torch.bfloat16)
+    expected = set(kinds(launches))
+    assert len(expected) == 7  # both of prepare and correct, of collect for a first and for other blocks
+    for sides in ((True, False), (False, True), (True, True)):
+        sweep_and_back(32, batch=128, C=200, dtype=torch.bfloat16, sides=sides)
+    sweep_and_back(40, batch=64, C=200, dtype=torch.bfloat16)
+    assert set(kinds(launches)) == expected
 
 
 def test_launches_are_few(launches, monkeypatch):

@@ -83,6 +83,8 @@ def test_in_the_interpreter():
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip("this version of Triton's interpreter does not work with this version of NumPy")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_in_the_interpreter" not in done.stdout and " passed" in done.stdout
 
@@ -115,7 +117,7 @@ def test_blocks_of_some_lines(monkeypatch, block_rows, reverse, keep_first):
 @pytest.mark.parametrize("shape, images", [((2, 20, 2, 17), 1), ((2, 5, 3, 17), 2), ((2, 9, 2, 17), 2)], ids=str)
 def test_tiles(monkeypatch, shape, images):
     """Several tiles of rows and of channels, the last ones incomplete; a batch that programs do not divide."""
-    tile = dict(IMAGES=images, PARTS=1, ROWS=16, CHANNELS=16, REDUCTION=16, num_warps=4, num_stages=2)
+    tile = dict(images=images, PARTS=1, ROWS=16, CHANNELS=16, REDUCTION=16, num_warps=4, num_stages=2)
     monkeypatch.setattr(sweep_triton, "_plan", lambda *arguments: tile)
     tensors, weight = random_case(shape)
     assert_near(run(correct_lines_triton, tensors, weight, True), exact(tensors, weight, True), TOLERANCE)
@@ -145,8 +147,8 @@ def test_plan(dtype):
         by_line = _plan_by_line(positions, batch, C, dtype, multiprocessors)
         assert plan["PARTS"] == 1 and by_line["PARTS"] * by_line["CHANNELS"] >= C
         for tile in (plan, by_line):
-            assert 1 <= tile["IMAGES"] <= batch
-            assert tile["IMAGES"] == 1 or tile["IMAGES"] * positions <= tile["ROWS"]
+            assert 1 <= tile["images"] <= batch
+            assert tile["images"] == 1 or tile["images"] * positions <= tile["ROWS"]
             assert all(tile[name] >= 16 and tile[name].bit_count() == 1 for name in ("ROWS", "CHANNELS", "REDUCTION"))
             stage = tile["ROWS"] + (1 if backward else 3) * tile["CHANNELS"]
             assert stage * tile["REDUCTION"] * dtype.itemsize * tile["num_stages"] <= 96 * 1024
@@ -265,6 +267,36 @@ def test_autograd_contract():
     features.add_(1)
     with pytest.raises(RuntimeError, match="modified (by an )?in-?place"):
         corrected.sum().backward()
+
+
+@kernels
+def test_parameters_of_any_layout():
+    """Transposed weights, as tied ones may be; their gradients are contiguous, as torch.compile expects them."""
+    tensors, weight = random_case((2, 3, 1, 5))
+    turned = [tensor.t().contiguous().t() if tensor.dim() == 2 else tensor for tensor in tensors]
+    assert not turned[1].is_contiguous()
+    leaves = [tensor.requires_grad_() for tensor in turned]
+    output = correct_lines_triton(*leaves, reverse=True, keep_first=False)
+    gradients = torch.autograd.grad((output * weight).sum(), leaves)
+    names = ("lines", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    computed = {f"grad {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+    expected = exact(tensors, weight, True)
+    assert_near(computed, {name: expected[name] for name in computed}, TOLERANCE)
+
+
+@kernels
+def test_tf32_asked_for_in_the_new_way():
+    """torch.get_float32_matmul_precision() raises then."""
+    settings = torch.backends.cuda.matmul
+    if not hasattr(settings, "fp32_precision"):
+        pytest.skip("this version of torch has the old way only")
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    try:
+        tensors, weight = random_case((2, 3, 1, 4))
+        computed = run(correct_lines_triton, tensors, weight)
+    finally:
+        settings.fp32_precision = before
+    assert_near(computed, exact(tensors, weight), 8 * 2**-11)
 
 
 @kernels
