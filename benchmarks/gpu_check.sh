@@ -51,7 +51,7 @@ bench kernel_check 240 --device "$device" || { # most of it is compiling
 }
 if has pytest; then
     [ "$device" = cuda ] || collect=(--collect-only) # in the interpreter they take half a minute
-    step tests 90 "$python" -m pytest -q -p no:cacheprovider "${collect[@]}" tests/test_sweep_triton.py
+    step tests 120 "$python" -m pytest -q -p no:cacheprovider "${collect[@]}" tests/test_sweep_triton.py
 else
     echo "== tests: skipped, there is no pytest; kernel_check has compared the kernels with the reference"
 fi
