@@ -21,7 +21,7 @@ from benchmarks import common, sdn_layer
 from lib.nn import BACKENDS
 
 PASSES = ("forward", "backward")
-QUICK = dict(channels=8, batch=2, scales=[4], repeats=2)
+QUICK = dict(channels=8, batch=2, scales=[4, 5], repeats=2)
 
 
 def measure(names: list[str], scale: int, options) -> list[dict]:

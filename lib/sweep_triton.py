@@ -229,7 +229,7 @@ def _prepare(
     grid = (triton.cdiv(rows, tile["ROWS"]), num_jobs)
     strides = (stride // C for stride in lines.stride()[:3])
     sizes = (block.start, len(block), num_lines, num_padding, 1 if reverse else -1, batch, num_positions, *strides)
-    options = tile | dict(C=C, BACKWARD=backward, num_warps=4)
+    options = tile | dict(C=C, BACKWARD=backward, num_warps=4, enable_fp_fusion=True)
     with torch.cuda.device_of(lines):
         kernels.prepare_kernel[grid](lines, corrected, *parameters, *buffers, *sizes, **options)
 
