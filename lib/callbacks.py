@@ -17,7 +17,7 @@ from torch import Tensor
 from .DisentanglementVAE import DisentanglementVAE
 from .evaluation.figures import save_grid, side_by_side
 from .evaluation.synthesis import encode, interpolate, reconstruct, sample_images, traverse
-from .files import sync, whole_file
+from .files import remove_partial_files, sync, whole_file
 from .processes import say
 from .training import VAETraining
 
@@ -101,6 +101,10 @@ class MetricsLog(pl.Callback):
 
     def _seconds(self) -> float:
         return self._since["seconds"] + time.perf_counter() - self._epoch_start
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
+        if trainer.is_global_zero:
+            remove_partial_files(self.folder)  # checkpoints among them
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         self._batches: list[dict[str, Tensor]] = []
@@ -247,6 +251,10 @@ class ImageGrids(pl.Callback):
         self._noise = dict(seed=seed, batch=batch)
         self._images: list[Tensor] = []
         self._pairs = max(1, columns // 2) * columns
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
+        if trainer.is_global_zero:
+            remove_partial_files(self.folder)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if sum(map(len, self._images)) < self._pairs:

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from .checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from .files import PARTIAL, second_name
+from .files import second_name
 from .position import Position
 from .processes import STOPPING, Stopped, StopSignals, agree, say
 from .training import VAETraining
@@ -202,9 +202,6 @@ class Checkpoints(Checkpoint):
             raise CheckpointError("the processes of this run went on from different checkpoints: is the folder shared?")
         self._last_step = self._saved_step = trainer.global_step
         self._saved_time = time.monotonic()
-        if self.folder and trainer.is_global_zero:
-            for rest in self.folder.glob(f"*{PARTIAL}"):
-                rest.unlink()  # of a process that was killed while it wrote
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: VAETraining, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self._last_step:

@@ -32,6 +32,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partial_files(folder: Path) -> None:
+    """Removes what processes that were killed inside `whole_file` left in a folder; nobody may be writing there."""
+    for rest in folder.glob(f"*{PARTIAL}"):
+        rest.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -55,7 +55,7 @@ MOMENTS = [
     ("lib.checkpointing.second_name", 8),  # of the best
     ("lib.files.sync", 9),
     ("lib.checkpointing.second_name", 12),
-    ("lib.callbacks.ImageGrids.on_validation_epoch_end", 16),
+    ("lib.files.sync", 16),  # of a picture
     ("lib.checkpointing.Checkpoints.on_train_epoch_end", 19),
     ("lib.checkpointing.second_name", 19),
 ]
