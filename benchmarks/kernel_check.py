@@ -5,7 +5,8 @@
 For each backend, type, shape of [line, position, image, channel], direction of visiting and rule for the first line:
 output and all gradients against the reference in float64, twice, the second time with uninitialised memory full of NaN,
 with results that must be equal bit for bit. The relative norm of a difference may be 8 units of rounding of the type
-of the products' operands (float32: 40, sums are long). Failures are named, and after all cases have run they end the
+of the products' operands (float32: 40, sums are long). In low precision features are in the products' type, as in a
+layer under autocast, and on small shapes in float32, too. Failures are named, and after all cases have run they end the
 program with status 1. On a CPU the Triton kernels take part in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
@@ -66,10 +67,11 @@ def poisoned() -> Iterator:
         yield mock.patch.object(owner, name, poison(getattr(owner, name)))
 
 
-def failures(backend: str, precision: str, shape: tuple[int, ...], device: str) -> Iterator[str]:
-    """What is wrong with a shape's results, for both directions and borders."""
+def failures(backend: str, precision: str, features: str, shape: tuple[int, ...], device: str) -> Iterator[str]:
+    """What is wrong with a shape's results, for both directions and borders, features being in a type."""
     tensors = case(shape, device)
     exact = [tensor.double() for tensor in tensors]
+    tensors[0] = tensors[0].to(getattr(torch, features))
     for reverse, keep_first in itertools.product([False, True], repeat=2):
         sides = dict(reverse=reverse, keep_first=keep_first)
         expected = run(exact, "float32", **sides, backend="reference")
@@ -79,7 +81,7 @@ def failures(backend: str, precision: str, shape: tuple[int, ...], device: str) 
                 stack.enter_context(patch)
             again = run(tensors, precision, **sides, backend=backend)
         for name, one, two, true in zip(NAMES, computed, again, expected, strict=True):
-            where = f"{backend}, {precision}, {shape}, reverse {reverse}, keep_first {keep_first}: {name}"
+            where = f"{backend}, {precision}, features {features}, {shape}, {sides}: {name}"
             error = common.relative_error(one, true)
             if not error <= TOLERANCES[precision]:
                 yield f"{where} differs from the reference by {error:.1e}"
@@ -98,10 +100,13 @@ def main(arguments: list[str] | None = None) -> None:
     runs = sweep_triton.available() is None and (on_gpu or sweep_triton.INTERPRETED)
     backends = ["torch", "triton"] if runs else ["torch"]
     shapes = SMALL if options.quick or not on_gpu else SMALL + LARGE
+    types = [(precision, precision) for precision in common.PRECISIONS]
     wrong, checked = [], 0
-    for backend, precision, shape in itertools.product(backends, common.PRECISIONS, shapes):
-        wrong += failures(backend, precision, shape, options.device)
-        checked += 1
+    for backend, shape in itertools.product(backends, shapes):
+        more = [(precision, "float32") for precision in common.PRECISIONS if precision != "float32" and shape in SMALL]
+        for precision, features in types + more:
+            wrong += failures(backend, precision, features, shape, options.device)
+            checked += 1
     result = common.stamp("kernel_check", arguments, options.device, ("triton",))
     common.write(result | {"backends": backends, "cases": 4 * checked, "failures": wrong}, options.output)
     print("\n".join(wrong) or f"{4 * checked} cases of {' and '.join(backends)} agree with the reference")

@@ -124,12 +124,17 @@ def allocated_peak(config: TrainConfig, batch: int) -> float:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         one_step(model, batch, nullcontext())
+    return weights + most_allocated(profiler)
+
+
+def most_allocated(profiler: profile) -> int:
+    """Bytes, of what was allocated while the profiler ran."""
     now = highest = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             now += event.nbytes()
             highest = max(highest, now)
-    return weights + highest
+    return highest
 
 
 def verify(config: TrainConfig, batch: int, what: str) -> dict:

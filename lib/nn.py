@@ -173,7 +173,7 @@ class Sweep(nn.Module):
         backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`, see :class:`SDNLayer`.
 
     Shapes:
-        - input and output: :math:`[B, C, H, W]`. The output is float32 under autocast.
+        - input and output: :math:`[B, C, H, W]`, of one type. Under autocast only products are in its type.
     """
 
     def __init__(self, num_features: int, direction: int, *, border: str = "zeros", backend: str = "auto"):
@@ -231,10 +231,13 @@ def correct_lines_reference(
         keep_first: Whether the line visited first stays as it is.
 
     Returns:
-        Corrected features, same shape; float32 under autocast, whose type the matrix products then use.
+        Corrected features, same shape and type (float32 for float64 under autocast). Matrix products are in autocast's
+        type; features in low precision are rounded after the sweep, not between its lines.
     """
+    dtype = lines.dtype
     if _autocasts(lines):
         lines = lines.float()
+        dtype = min(dtype, lines.dtype, key=lambda each: each.itemsize)
     visited = lines.flip(0) if reverse else lines
     corrected: list[Tensor] = []
     previous = torch.zeros_like(visited[0])
@@ -257,7 +260,7 @@ def correct_lines_reference(
         corrected.append(previous)
     if reverse:
         corrected.reverse()
-    return torch.stack(corrected)
+    return torch.stack(corrected).to(dtype)
 
 
 def correct_lines(
@@ -286,7 +289,8 @@ def correct_lines(
         return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
     device, product_dtype = lines.device.type, lines.dtype
     if _autocasts(lines):  # only products are in its type, and parameters stay as they are
-        lines, product_dtype = lines.float(), torch.get_autocast_dtype(device)
+        lines = lines.float() if lines.dtype == torch.float64 else lines
+        product_dtype = torch.get_autocast_dtype(device)
     if lines.stride(-1) != 1 or torch.empty_like(lines, device="meta").stride() != lines.stride():
         lines = lines.contiguous()  # channels side by side, nothing between positions
     differentiable = torch.is_grad_enabled() and any(each.requires_grad for each in (lines, *parameters))
@@ -305,7 +309,7 @@ def _sweep(lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, p
     with torch.autocast(lines.device.type, enabled=False):
         if _resolved(backend, lines, product_dtype) == "triton":
             corrected = _triton_kernels().sweep(lines, *parameters, reverse, keep_first, product_dtype)
-            return corrected, lines.new_empty(0)
+            return corrected, lines.new_empty(0, dtype=_state_dtype(lines))
         return _sweep_torch(lines, *parameters, reverse, keep_first, product_dtype, differentiable)
 
 
@@ -314,7 +318,7 @@ def _sweep_shapes(lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_f
     differentiable, backend = how
     stores = differentiable and _resolved(backend, lines, product_dtype) == "torch"
     gates = (num_lines, num_positions * batch, 4 * C) if stores else (0,)
-    return torch.empty_like(lines), lines.new_empty(gates)
+    return torch.empty_like(lines), lines.new_empty(gates, dtype=_state_dtype(lines))
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -461,17 +465,18 @@ def _sweep_torch(
     cache and are never stored. Kept for the backward sweep: input, output and gates, six numbers per feature.
     """
     num_lines, num_positions, batch, C = lines.shape
-    rows = num_positions * batch
+    rows, state = num_positions * batch, _state_dtype(lines)
     w_ih, w_own = weight_ih.to(product_dtype), _candidate_first(weight_hh).to(product_dtype)
     bias = torch.cat([bias_hh[2 * C :], bias_ih[: 2 * C] + bias_hh[: 2 * C], bias_ih[2 * C :]])
 
     blocks = _blocks(lines, reverse)
     longest = max(block.stop - block.start for block in blocks)
-    stored = lines.new_empty(num_lines if differentiable else longest, rows, 4 * C)  # first the pre-activations
+    # Gates, which are pre-activations first.
+    stored = lines.new_empty(num_lines if differentiable else longest, rows, 4 * C, dtype=state)
     by_parts = _by_parts(lines)
     parts = [part.t() for part in w_ih.split(C, dim=1)]
     neighbours = None if by_parts else lines.new_zeros(1, num_positions, batch, 3 * C, dtype=product_dtype)
-    candidate = lines.new_empty(num_positions, batch, C)
+    candidate = lines.new_empty(num_positions, batch, C, dtype=state)
     corrected = torch.empty_like(lines)
     previous = None
     for block in blocks:
@@ -494,9 +499,12 @@ def _sweep_torch(
                 candidate_own, r, z, n = g.view(num_positions, batch, 4 * C).split(C, dim=-1)
                 torch.addcmul(n, r, candidate_own, out=candidate).tanh_()  # tanh is slow on a part of a row
                 n.copy_(candidate)
-                torch.lerp(candidate, lines[line], z, out=corrected[line])
+                if lines.dtype == state:
+                    torch.lerp(candidate, lines[line], z, out=corrected[line])
+                else:
+                    corrected[line] = torch.lerp(candidate, lines[line].to(state), z)
             previous = line
-    return corrected, stored if differentiable else lines.new_empty(0)
+    return corrected, stored if differentiable else stored.new_empty(0)
 
 
 def _sweep_backward_torch(
@@ -512,26 +520,26 @@ def _sweep_backward_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of lines, weight_ih, weight_hh, bias_ih and bias_hh."""
     num_lines, num_positions, batch, C = lines.shape
-    rows = num_positions * batch
+    rows, state = num_positions * batch, gates.dtype
     w_ih, w_own = weight_ih.to(product_dtype), _candidate_first(weight_hh).to(product_dtype)
     if grad_corrected.stride(-1) != 1:
         grad_corrected = grad_corrected.contiguous()
 
     grad_lines = torch.empty_like(lines)
-    grad_w_ih = lines.new_zeros(3 * C, 3 * C)
-    grad_w_own = lines.new_zeros(3 * C, C)
-    grad_bias = lines.new_zeros(4 * C)
+    grad_w_ih = lines.new_zeros(3 * C, 3 * C, dtype=state)
+    grad_w_own = lines.new_zeros(3 * C, C, dtype=state)
+    grad_bias = lines.new_zeros(4 * C, dtype=state)
     blocks = _blocks(lines, reverse)
     longest = max(block.stop - block.start for block in blocks)
-    grad_gates_buffer = lines.new_empty(longest, num_positions, batch, 4 * C)  # of the pre-activations
-    grad_own_buffer = lines.new_empty(longest, num_positions, batch, C)
+    grad_gates_buffer = gates.new_empty(longest, num_positions, batch, 4 * C)  # of the pre-activations
+    grad_own_buffer = lines.new_empty(longest, num_positions, batch, C, dtype=state)
     neighbours_buffer = lines.new_zeros(longest, num_positions, batch, 3 * C, dtype=product_dtype)
     # What each position j of the line visited next sends back to the values at j-1, j, j+1 of this one.
     by_parts = _by_parts(lines)
     parts = [part.contiguous() for part in reversed(w_ih.split(C, dim=1))]
     sent_back = None if by_parts else lines.new_zeros(num_positions, batch, 3 * C, dtype=product_dtype)
     visited_next = None
-    total = lines.new_empty(num_positions, batch, C)
+    total = lines.new_empty(num_positions, batch, C, dtype=state)
     first_visited = num_lines - 1 if reverse else 0
 
     for block in reversed(blocks):
@@ -543,7 +551,7 @@ def _sweep_backward_torch(
                 if visited_next is not None:  # its gradients stay where they are until this line's are known
                     _add_products(total.view(rows, C), visited_next.to(product_dtype), parts, batch)
             else:
-                torch.add(grad_corrected[line], sent_back[..., C : 2 * C], out=total)
+                torch.add(grad_corrected[line].to(state), sent_back[..., C : 2 * C], out=total)
                 total[:-1] += sent_back[1:, :, :C]
                 total[1:] += sent_back[:-1, :, 2 * C :]
             g, g_own = grad_gates[line - block.start], grad_own[line - block.start]
@@ -587,6 +595,11 @@ def _sweep_backward_torch(
         grad_bias[C:].to(weight_ih.dtype, copy=True),
         torch.cat([grad_bias[C : 3 * C], grad_bias[:C]]).to(weight_hh.dtype),
     )
+
+
+def _state_dtype(lines: Tensor) -> torch.dtype:
+    """Of what the `torch` backend computes between products, and of the gates that it keeps."""
+    return torch.promote_types(lines.dtype, torch.float32)
 
 
 def _autocasts(lines: Tensor) -> bool:

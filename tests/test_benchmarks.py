@@ -161,6 +161,19 @@ def test_memory_of_the_recipes_is_that_of_a_real_step(tmp_path):
     assert found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1) and found["computed_mib"] > 10
 
 
+def test_memory_of_a_layer_is_that_of_a_real_step(tmp_path):
+    output = tmp_path / "memory.json"
+    choice = ("--scales", 32, "--directions", 2, "--precisions", "bfloat16")
+    done = run("-m benchmarks.layer_memory", *choice, "--output", output)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    for found in result["verified"]:
+        assert found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1) and found["computed_mib"] > 10
+    (row,) = result["rows"]
+    # The sweep's input, result and gradient of it are 50 MiB each; the yardstick keeps eleven numbers per feature.
+    assert 200 < row["triton_mib"] < row["torch_mib"] and row["yardstick_mib"] > 1000
+
+
 @pytest.mark.slow
 def test_the_check_of_a_gpu_is_ready(tmp_path):
     """The path for a CPU, which takes the same steps at sizes of seconds."""

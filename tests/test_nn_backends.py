@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lib import nn as sdn
 from lib.nn import BORDERS, ResSDNLayer, SDNLayer, Sweep, correct_lines
 
 BACKENDS = ["reference", "torch"]
@@ -111,14 +112,32 @@ def test_sweep_alone_in_any_memory_layout(layout, direction):
     assert_near(run(fast, x, weight), run(reference.double(), x.contiguous().double(), weight.double()), 3e-6)
 
 
+@pytest.mark.parametrize("autocast", [{}, dict(dtype=torch.bfloat16)], ids=["float32", "autocast"])
+@pytest.mark.parametrize("direction", range(4))
+def test_neighbours_gathered_for_one_product(direction, autocast, monkeypatch):
+    """What the `torch` backend does on a GPU."""
+    torch.manual_seed(0)
+    reference, fast = twin(Sweep, 6, direction)
+    x, weight = torch.tanh(torch.randn(3, 6, 5, 4)), torch.randn(3, 6, 5, 4)
+    usual = run(fast, x, weight, **autocast)
+    monkeypatch.setattr(sdn, "_by_parts", lambda lines: False)
+    monkeypatch.setattr(sdn, "BLOCK_ROWS_CPU", 24)  # two lines
+    computed = run(fast, x, weight, **autocast)
+    # In bfloat16 sums of rounded products differ by a unit or two of rounding.
+    assert_near(computed, usual, 2**-7 if autocast else 1e-6)
+    assert_near(computed, run(reference.double(), x.double(), weight.double()), 2**-6 if autocast else 3e-6)
+
+
+@pytest.mark.parametrize("low_features", [False, True], ids=["float32 features", "low features"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("direction", range(4))
-def test_autocast(direction, border, dtype, backend):
+def test_autocast(direction, border, dtype, backend, low_features):
     """Rounding the input and the parameters to the format, once, moves the float64 result by some distance: that much
     is unavoidable. Autocast rounds the operands of every line again, and the products too: four times that much, and
-    a unit of rounding more, is allowed. A state or an accumulator in the low precision would exceed it (below)."""
+    a unit of rounding more, is allowed. A state or an accumulator in the low precision would exceed it (below).
+    Features that come in the low precision, from a convolution, leave in it."""
     torch.manual_seed(0)
     sweep = Sweep(16, direction, border=border, backend=backend)
     exact = Sweep(16, direction, border=border, backend="reference").double()
@@ -131,11 +150,11 @@ def test_autocast(direction, border, dtype, backend):
     moved = run(exact, rounded(x), weight.double())
     exact.load_state_dict(sweep.state_dict())
     expected = run(exact, x.double(), weight.double())
-    computed = run(sweep, x, weight, dtype=dtype)
-    assert computed["output"].dtype == torch.float32
+    computed = run(sweep, x.to(dtype) if low_features else x, weight, dtype=dtype)
     assert list(computed) == list(expected)
     for name, value in expected.items():
-        assert computed[name].dtype == torch.float32, name
+        of_features = name in ("output", "grad input")
+        assert computed[name].dtype == (dtype if low_features and of_features else torch.float32), name
         assert computed[name].isfinite().all(), name
         unavoidable = (moved[name] - value).norm() / value.norm()
         error = (computed[name].double() - value).norm() / value.norm()

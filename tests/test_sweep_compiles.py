@@ -47,8 +47,9 @@ def launches(monkeypatch):
     return noted
 
 
-def sweep_and_back(scale: int, batch: int, C: int, dtype: torch.dtype, passes: int = 2, sides=(False, False)) -> None:
-    lines = torch.empty(scale, scale, batch, C, device="meta")
+def sweep_and_back(scale, batch, C, dtype, passes=2, sides=(False, False), features=None) -> None:
+    """Products in a type, and features in another or, as a layer has them under autocast, in the same."""
+    lines = torch.empty(scale, scale, batch, C, dtype=features or dtype, device="meta")
     parameters = [torch.empty(*size, device="meta") for size in ((3 * C, 3 * C), (3 * C, C), (3 * C,), (3 * C,))]
     corrected = sweep_triton.sweep(lines, *parameters, *sides, dtype)
     if passes == 2:
@@ -100,19 +101,20 @@ def stack_bytes(binary: bytes, folder: Path) -> int | None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "capability, scale, dtype, by_line",
+    "capability, scale, dtype, features, by_line",
     [
-        (80, 32, torch.bfloat16, False),
-        (86, 32, torch.float16, False),
-        (89, 5, torch.float32, False),
-        (90, 4, torch.bfloat16, False),
-        (90, 32, torch.bfloat16, False),
-        (90, 8, torch.bfloat16, True),
+        (80, 32, torch.bfloat16, torch.bfloat16, False),
+        (86, 32, torch.float16, torch.float16, False),
+        (89, 5, torch.float32, torch.float32, False),
+        (90, 4, torch.bfloat16, torch.bfloat16, False),
+        (90, 32, torch.bfloat16, torch.bfloat16, False),
+        (90, 32, torch.bfloat16, torch.float32, False),
+        (90, 8, torch.bfloat16, torch.bfloat16, True),
     ],
 )
-def test_kernels_compile(launches, monkeypatch, tmp_path, capability, scale, dtype, by_line):
+def test_kernels_compile(launches, monkeypatch, tmp_path, capability, scale, dtype, features, by_line):
     monkeypatch.setattr(sweep_triton, "BY_LINE", by_line)
-    sweep_and_back(scale, batch=128, C=200, dtype=dtype)
+    sweep_and_back(scale, batch=128, C=200, dtype=dtype, features=features)
     found = kinds(launches).values()
     assert {kernel.__name__ for kernel, *_ in found} == set(KERNELS) and len(found) >= 6
     for kernel, *how in found:

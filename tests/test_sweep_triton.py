@@ -182,9 +182,10 @@ def test_any_memory_layout(layout, to_lines):
 
 
 @kernels
+@pytest.mark.parametrize("low_features", [False, True], ids=["float32 features", "low features"])
 @pytest.mark.parametrize("saturated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype, saturated):
+def test_autocast(dtype, saturated, low_features):
     """As in test_nn_backends: rounding input and parameters once moves the exact result by some distance; four times
     that and a unit of rounding more is allowed. With z near 1 it is 1 - z that matters: a rounded z fails."""
     tensors, weight = random_case((4, 3, 2, 16))
@@ -192,9 +193,11 @@ def test_autocast(dtype, saturated):
         tensors[3][16:32] += 6.0
     moved = exact([tensor.to(dtype) for tensor in tensors], weight)
     expected = exact(tensors, weight)
-    computed = run(correct_lines_triton, tensors, weight, autocast=dtype)
+    lines = tensors[0].to(dtype) if low_features else tensors[0]  # the type of the result
+    computed = run(correct_lines_triton, [lines, *tensors[1:]], weight, autocast=dtype)
     for name, value in expected.items():
-        assert computed[name].dtype == torch.float32 and computed[name].isfinite().all(), name
+        assert computed[name].dtype == (lines.dtype if name in ("output", "grad lines") else torch.float32), name
+        assert computed[name].isfinite().all(), name
         unavoidable = (moved[name] - value).norm() / value.norm()
         error = (computed[name].double() - value).norm() / value.norm()
         assert error <= 4 * unavoidable + torch.finfo(dtype).eps, f"{name}: {error:.1e}, {unavoidable:.1e}"
