@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from lib.dashboard import make_logger
 from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.faults import Diverged, SkipNonFinite
-from lib.files import folder_for_one
+from lib.files import folder_for_one, remove_partial_files
 from lib.models import VAE, build_model
 from lib.processes import (
     AGAIN,
@@ -127,13 +127,18 @@ def main(arguments: list[str] | None = None) -> None:
             train(config, devices, run_folder, resume_from, signals)
 
 
-def alone_in(run_folder: Path) -> AbstractContextManager[None]:
-    """Keeps a second run out of the folder; the first process of a run holds it for all of them."""
+@contextmanager
+def alone_in(run_folder: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder; the first process of a run holds it for all of them, and tidies it."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
     first = rank == "0" if rank else os.environ.get("LOCAL_RANK", "0") == os.environ.get("NODE_RANK", "0") == "0"
     if not first:
-        return nullcontext()
-    return folder_for_one(run_folder, f"{run_folder} is in use by another run; wait for it, or give another --exp_name")
+        yield
+        return
+    message = f"{run_folder} is in use by another run; wait for it, or give another --exp_name"
+    with folder_for_one(run_folder, message):
+        remove_partial_files(run_folder)
+        yield
 
 
 def choose_devices(config: TrainConfig) -> dict[str, Any]:

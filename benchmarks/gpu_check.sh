@@ -11,9 +11,9 @@
 set -uo pipefail
 folder=${1:?usage: bash benchmarks/gpu_check.sh FOLDER [--cpu]}
 python=${PYTHON:-python3}
-device=cuda quick=() collect=() cheap=() precision=bfloat16
+device=cuda quick=() collect=() no_memory=() precision=bfloat16
 if [ "${2:-}" = --cpu ]; then
-    device=cpu quick=(--quick) cheap=(--no_memory) precision=float32 # its memory takes a process for each layer
+    device=cpu quick=(--quick) no_memory=(--no_memory) precision=float32 # its memory takes a process for each layer
 fi
 mkdir -p "$folder" || exit 1
 folder=$(cd "$folder" && pwd)
@@ -58,7 +58,7 @@ fi
 bench table5_parameters 30
 bench train_step 120 --device "$device" --precision "$precision" --steps 100 \
     --contenders auto torch checkpointed yardstick cnn
-bench table6_runtime 90 --device "$device" --precision "$precision" "${cheap[@]}"
+bench table6_runtime 90 --device "$device" --precision "$precision" "${no_memory[@]}"
 if [ "$device" = cuda ]; then
     step sdn_layer 90 "$python" -m benchmarks.sdn_layer --device cuda --precision bfloat16 --directions 2 --batch 128 \
         --backends torch triton yardstick --repeats 20 --output "$folder/sdn_layer.json"

@@ -139,11 +139,16 @@ def most_allocated(profiler: profile) -> int:
 
 def verify(config: TrainConfig, batch: int, what: str) -> dict:
     """Computed and allocated peak of a step in float32; SystemExit if they differ."""
-    computed, allocated = computed_peak(config, batch, nullcontext()), allocated_peak(config, batch)
+    peaks = computed_peak(config, batch, nullcontext()), allocated_peak(config, batch)
+    return {"of": what, "batch": batch} | compared(f"{what}, batch {batch}", *peaks)
+
+
+def compared(what: str, computed: float, allocated: float) -> dict[str, float]:
+    """Both in MiB, printed; SystemExit if they differ."""
     if not abs(computed / allocated - 1) <= TOLERANCE:
         sys.exit(f"nothing is computed: {what} needs {allocated:.3g} bytes, computed are {computed:.3g}")
-    row = {"of": what, "batch": batch, "computed_mib": computed / 2**20, "allocated_mib": allocated / 2**20}
-    print(f"{what}, batch {batch}: computed {row['computed_mib']:.2f} MiB, allocated {row['allocated_mib']:.2f} MiB")
+    row = {"computed_mib": computed / 2**20, "allocated_mib": allocated / 2**20}
+    print(f"{what}: computed {row['computed_mib']:.2f} MiB, allocated {row['allocated_mib']:.2f} MiB")
     return row
 
 

@@ -11,9 +11,9 @@ is compared with the reference in float64, output and all gradients; one that di
 Times are medians over rounds in which the contenders take turns, after one round that is not counted. On CUDA all
 features are channels_last, as convolutions there like them. A pass over a small map is mostly launches of kernels from
 Python; `--replay` measures forward and backward passes that were captured as CUDA graphs instead, with a copy of the
-output's gradient for every contender. Memory is the
-peak of one training step beyond parameters, input and output gradient: on CUDA that of the allocator; on a CPU the peak
-of the resident set of a fresh process (Linux only), which includes what the libraries use for themselves.
+output's gradient for every contender. Memory is the peak of one training step beyond parameters, input and output
+gradient: on CUDA that of the allocator; on a CPU the peak of the resident set of a fresh process (Linux only), which
+includes what the libraries use for themselves.
 """
 
 from __future__ import annotations

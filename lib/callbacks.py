@@ -102,10 +102,6 @@ class MetricsLog(pl.Callback):
     def _seconds(self) -> float:
         return self._since["seconds"] + time.perf_counter() - self._epoch_start
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
-        if trainer.is_global_zero:
-            remove_partial_files(self.folder)  # checkpoints among them
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         self._batches: list[dict[str, Tensor]] = []
         self._images = 0
@@ -254,7 +250,7 @@ class ImageGrids(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         if trainer.is_global_zero:
-            remove_partial_files(self.folder)
+            remove_partial_files(self.folder, "*_" + 7 * "[0-9]" + ".png")  # evaluate.py may be writing others
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if sum(map(len, self._images)) < self._pairs:

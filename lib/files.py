@@ -32,9 +32,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Removes what processes that were killed inside `whole_file` left in a folder; nobody may be writing there."""
-    for rest in folder.glob(f"*{PARTIAL}"):
+def remove_partial_files(folder: Path, names: str = "*") -> None:
+    """Removes what processes that were killed inside `whole_file` left of files of such names; nobody may be writing
+    one of them."""
+    for rest in folder.glob(f"{names}.*{PARTIAL}"):
         rest.unlink(missing_ok=True)
 
 

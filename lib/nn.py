@@ -234,10 +234,9 @@ def correct_lines_reference(
         Corrected features, same shape and type (float32 for float64 under autocast). Matrix products are in autocast's
         type; features in low precision are rounded after the sweep, not between its lines.
     """
-    dtype = lines.dtype
+    dtype = _features_dtype(lines)
     if _autocasts(lines):
         lines = lines.float()
-        dtype = min(dtype, lines.dtype, key=lambda each: each.itemsize)
     visited = lines.flip(0) if reverse else lines
     corrected: list[Tensor] = []
     previous = torch.zeros_like(visited[0])
@@ -289,8 +288,7 @@ def correct_lines(
         return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
     device, product_dtype = lines.device.type, lines.dtype
     if _autocasts(lines):  # only products are in its type, and parameters stay as they are
-        lines = lines.float() if lines.dtype == torch.float64 else lines
-        product_dtype = torch.get_autocast_dtype(device)
+        lines, product_dtype = lines.to(_features_dtype(lines)), torch.get_autocast_dtype(device)
     if lines.stride(-1) != 1 or torch.empty_like(lines, device="meta").stride() != lines.stride():
         lines = lines.contiguous()  # channels side by side, nothing between positions
     differentiable = torch.is_grad_enabled() and any(each.requires_grad for each in (lines, *parameters))
@@ -595,6 +593,11 @@ def _sweep_backward_torch(
         grad_bias[C:].to(weight_ih.dtype, copy=True),
         torch.cat([grad_bias[C : 3 * C], grad_bias[:C]]).to(weight_hh.dtype),
     )
+
+
+def _features_dtype(lines: Tensor) -> torch.dtype:
+    """Of a sweep's result."""
+    return torch.float32 if _autocasts(lines) and lines.dtype == torch.float64 else lines.dtype
 
 
 def _state_dtype(lines: Tensor) -> torch.dtype:

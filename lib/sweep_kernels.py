@@ -100,7 +100,7 @@ def prepare_kernel(
                 zeros = tl.zeros([ROWS, CHANNELS], previous.dtype.element_ty)
                 tl.store(to, zeros, mask=(row <= 2 * line_rows)[:, None] & there)
     elif job == 2:
-        if tl.program_id(0) * ROWS < tl.cdiv(9 * C * C, CHANNELS):
+        if tl.program_id(0) * ROWS < tl.cdiv(9 * C * C, CHANNELS):  # the index of others could overflow
             index = tl.program_id(0) * ROWS * CHANNELS + tl.arange(0, ROWS * CHANNELS)
             value = _load(weight_ih + (index + 6 * C * C) % (9 * C * C), index < 9 * C * C)
             tl.store(w_ih + index, value.to(w_ih.dtype.element_ty), mask=index < 9 * C * C)

@@ -14,8 +14,9 @@ and one at the end. The neighbours j-1, j, j+1 of a position are adjacent rows, 
 and edges are no special case, neither in the kernels nor in the gradient of `weight_ih`: three products of arrays
 shifted against each other by -1, 0 and 1 rows. Outside a block tensors lie as the caller gave them.
 
-**Precision.** Products take operands in the product type; sums, gates and state are float32. The last line is stored a
-second time in the product type (two slots in turn): half the traffic, and no rounding in the inner loop.
+**Precision.** Products take operands in the product type; sums, gates and state are float32. The result is rounded if
+features are in low precision, and so are their gradients, once for each of two terms. The last line is stored a second
+time, padded and in the product type (two slots in turn): less traffic, and no rounding in the inner loop.
 
 **Backward.** Nothing but input and output is kept. The forward kernel, run for all lines of a block in parallel,
 computes from them the gradients of the pre-activations for a gradient t = 1 of the corrected value,

@@ -162,6 +162,7 @@ def test_memory_of_the_recipes_is_that_of_a_real_step(tmp_path):
 
 
 def test_memory_of_a_layer_is_that_of_a_real_step(tmp_path):
+    pytest.importorskip("triton")
     output = tmp_path / "memory.json"
     choice = ("--scales", 16, "--directions", 2, "--precisions", "bfloat16")
     done = run("-m benchmarks.layer_memory", *choice, "--output", output)
@@ -172,6 +173,8 @@ def test_memory_of_a_layer_is_that_of_a_real_step(tmp_path):
     (row,) = result["rows"]
     # 12.5 MiB a feature map: seven are kept, a sweep's buffers take eight more; the yardstick keeps ten for each sweep.
     assert 12.5 * 14 < row["triton_mib"] < 12.5 * 17 and row["torch_mib"] > 12.5 * 20 < row["yardstick_mib"]
+    done = run("-m benchmarks.layer_memory", "--batch", 0)
+    assert done.returncode == 2 and done.stderr.endswith("error: all numbers must be at least 1\n")
 
 
 @pytest.mark.slow

@@ -115,9 +115,15 @@ def test_killed_at_random_moments(kind, tmp_path, images):
 def test_a_run_that_ended_inside_an_epoch_goes_on_there(tmp_path, images):
     """More --iters later are the same run; only the validation of the earlier end is one more."""
     common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--use_checkpoint"]
+    pictures, remains = tmp_path / "figs/parts", ".123.partial"  # of a process that was killed
     for name, iters in (("whole", 14), ("parts", 5), ("parts", 14), ("parts", 14)):
         done = run("train.py", *common, "--exp_name", name, "--iters", iters)
         assert done.returncode == 0, done.stderr
+        if iters == 5:
+            for path in (tmp_path / "checkpoints/parts/last.ckpt", pictures / "samples_0000008.png"):
+                path.with_name(path.name + remains).touch()
+            (pictures / f"results.json{remains}").touch()
+    assert [path.name for path in tmp_path.rglob("*.partial")] == [f"results.json{remains}"], "that is evaluate.py's"
     whole, parts = (tmp_path / "checkpoints" / name for name in ("whole", "parts"))
     a, b = ([(row["step"], row["epoch"], row["neg_elbo"]) for row in csv_rows(x / "steps.csv")] for x in (whole, parts))
     assert a == b
