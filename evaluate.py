@@ -1,4 +1,5 @@
-"""Evaluates a trained VAE, this project's or the authors': likelihoods, scores, samples, pictures, a report."""
+"""Evaluates a trained VAE, this project's or the authors': likelihoods, scores, samples, pictures,
+a report."""
 
 from __future__ import annotations
 
@@ -31,7 +32,6 @@ from lib.DisentanglementVAE import DisentanglementVAE
 from lib.DisentanglementVAE.metrics import FactorData, MetricError
 from lib.evaluation import pictures
 from lib.evaluation.disentanglement import FewerLevels, disentanglement_scores
-from lib.evaluation.figures import load_image
 from lib.evaluation.importance import LikelihoodError, memory_ran_out, pick_chunk
 from lib.evaluation.ledger import LedgerError
 from lib.evaluation.likelihood import negative_elbo, negative_log_likelihood
@@ -39,9 +39,10 @@ from lib.evaluation.loading import LoadedModel, find_checkpoint, load_model
 from lib.evaluation.options import ONLY_DISENTANGLEMENT, TASKS, check, make_parser
 from lib.evaluation.report import ReportError, write_report
 from lib.evaluation.results import add_result, read_results
-from lib.evaluation.synthesis import sample_images
 from lib.evaluation.workers import WorkerError
 from lib.models import VAE
+from lib.pictures import load_image
+from lib.synthesis import sample_images
 
 SAMPLING_TEMPERATURES = [0.6, 0.7, 0.8, 0.9, 1.0]
 LAYER_TEMPERATURES = [0.6, 0.8, 1.0]
@@ -70,7 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
         except RuntimeError as error:
             if not memory_ran_out(error):
                 raise
-            raise ConfigError(f"out of memory on {device}: use a smaller --batch (now {flags.batch})") from None
+            raise ConfigError(
+                f"out of memory on {device}: use a smaller --batch (now {flags.batch})"
+            ) from None
         except OSError as error:
             raise ConfigError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
         except KeyboardInterrupt:
@@ -80,7 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(flags: argparse.Namespace, device: torch.device, command: str) -> None:
     """Opens the checkpoint, evaluates, and keeps each result as soon as it is there."""
-    path, name = find_checkpoint(flags.model, flags.checkpoint, Path(flags.output_dir) / "checkpoints")
+    path, name = find_checkpoint(
+        flags.model, flags.checkpoint, Path(flags.output_dir) / "checkpoints"
+    )
     loaded = open_model(path, flags.backend, device)
     for remark in loaded.remarks:
         print(f"{path.name}: {remark}", file=sys.stderr)
@@ -122,8 +127,8 @@ def run(flags: argparse.Namespace, device: torch.device, command: str) -> None:
 class Inputs:
     """The data that the evaluations asked for need; None where none does.
 
-    validation, training: uint8 images [3, H, W] by index. images: those of `--images`, uint8 [N, 3, H, W]. queries:
-    those of `--queries` in the model's bits. scenes: images by their factors.
+    validation, training: uint8 images [3, H, W] by index. images: those of `--images`, uint8 [N, 3,
+    H, W]. queries: those of `--queries` in the model's bits. scenes: images by their factors.
     """
 
     validation: Dataset | None = None
@@ -139,25 +144,40 @@ def prepare(flags: argparse.Namespace, loaded: LoadedModel) -> Inputs:
     depth = len(model.latent_shapes)
     for task in ONLY_DISENTANGLEMENT:
         if getattr(flags, task) and not isinstance(model, DisentanglementVAE):
-            raise ConfigError(f"--{task} is for models of --task disentanglement; this one is of {loaded.config.task}")
+            raise ConfigError(
+                f"--{task} is for models of --task disentanglement; this one is of {loaded.config.task}"
+            )
     if flags.neighborhood and depth == 1:
-        raise ConfigError("--neighborhood keeps some layers of a model with several; this one has one")
+        raise ConfigError(
+            "--neighborhood keeps some layers of a model with several; this one has one"
+        )
     if flags.layers is None:
         flags.layers = sorted({max(1, depth // 8), max(1, depth // 4), max(1, depth // 2)})
     wrong = [k for k in flags.layers if k not in range(1, depth + 1)]
     if wrong:
-        raise ConfigError(f"--layers must be 1 ... {depth} (the model's depth); got {' '.join(map(str, wrong))}")
-    for task, package in (("latents", "matplotlib"), ("report", "jinja2"), ("disentanglement", "sklearn")):
+        raise ConfigError(
+            f"--layers must be 1 ... {depth} (the model's depth); got {' '.join(map(str, wrong))}"
+        )
+    for task, package in (
+        ("latents", "matplotlib"),
+        ("report", "jinja2"),
+        ("disentanglement", "sklearn"),
+    ):
         if getattr(flags, task) and not importlib.util.find_spec(package):
             name = {"sklearn": "scikit-learn"}.get(package, package)
             raise ConfigError(f"--{task} needs the package {name}: pip install {name}")
-    if any(getattr(flags, task) for task in TASKS.keys() - {"sampling", "overfitting", "disentanglement"}):
+    if any(
+        getattr(flags, task)
+        for task in TASKS.keys() - {"sampling", "overfitting", "disentanglement"}
+    ):
         inputs.validation = get_dataset(dataset, flags.root, "validation")
     if flags.interpolation or flags.traversal or flags.neighborhood:
         size = len(inputs.validation)
         wrong = [index for index in flags.images if index >= size]
         if wrong:
-            raise ConfigError(f"--images must be below {size}, the number of validation images; got {wrong[0]}")
+            raise ConfigError(
+                f"--images must be below {size}, the number of validation images; got {wrong[0]}"
+            )
         inputs.images = torch.stack([inputs.validation[index] for index in flags.images])
     if flags.disentanglement:
         inputs.scenes = get_dataset(dataset, flags.root, "train")
@@ -166,7 +186,9 @@ def prepare(flags: argparse.Namespace, loaded: LoadedModel) -> Inputs:
     if flags.overfitting:
         inputs.training = get_dataset(dataset, flags.root, "train")
         if len(inputs.training) < flags.neighbors:
-            raise ConfigError(f"--neighbors {flags.neighbors}: {dataset} has {len(inputs.training)} training images")
+            raise ConfigError(
+                f"--neighbors {flags.neighbors}: {dataset} has {len(inputs.training)} training images"
+            )
     if flags.overfitting and flags.queries:
         try:
             queries = torch.stack([load_image(path, model.image_shape) for path in flags.queries])
@@ -203,7 +225,8 @@ def open_model(path: Path, backend: str, device: torch.device | str) -> LoadedMo
 def evaluate(
     loaded: LoadedModel, path: Path, inputs: Inputs, flags: argparse.Namespace, folder: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Runs what the flags ask for, one after another; prints and yields each result with its name."""
+    """Runs what the flags ask for, one after another; prints and yields each result with its
+    name."""
     model, validation = loaded.model, inputs.validation
     noise = dict(seed=flags.seed, batch=flags.batch)
     if flags.elbo or flags.latents:
@@ -223,25 +246,46 @@ def evaluate(
         images = torch.stack([validation[index] for index in indices])
         yield "reconstruction", pictures.reconstruction(model, images, indices, folder, **noise)
     if flags.sampling:
-        drawn = dict(temperatures=flags.temperatures or SAMPLING_TEMPERATURES, count=flags.count, output=flags.output)
+        drawn = dict(
+            temperatures=flags.temperatures or SAMPLING_TEMPERATURES,
+            count=flags.count,
+            output=flags.output,
+        )
         yield "sampling", pictures.sampling(model, folder, **drawn, **noise, track=track)
     if flags.interpolation or flags.traversal or flags.neighborhood:
-        drawn = flags.temperatures or (LAYER_TEMPERATURES if len(model.latent_shapes) > 1 else [1.0])
+        drawn = flags.temperatures or (
+            LAYER_TEMPERATURES if len(model.latent_shapes) > 1 else [1.0]
+        )
         given = dict(layers=flags.layers, temperatures=drawn, track=track, **noise)
         if flags.interpolation:
             yield (
                 "interpolation",
-                pictures.interpolation(model, inputs.images, flags.images, folder, frames=flags.frames, **given),
+                pictures.interpolation(
+                    model, inputs.images, flags.images, folder, frames=flags.frames, **given
+                ),
             )
         if flags.traversal:
             yield (
                 "traversal",
-                pictures.traversals(model, inputs.images, flags.images, folder, frames=flags.frames, batch=flags.batch),
+                pictures.traversals(
+                    model,
+                    inputs.images,
+                    flags.images,
+                    folder,
+                    frames=flags.frames,
+                    batch=flags.batch,
+                ),
             )
         if flags.neighborhood:
-            yield "neighborhood", pictures.neighborhoods(model, inputs.images, flags.images, folder, **given)
+            yield (
+                "neighborhood",
+                pictures.neighborhoods(model, inputs.images, flags.images, folder, **given),
+            )
     if flags.overfitting:
-        yield "overfitting", overfitting(model, inputs, DATASETS[loaded.config.dataset].flip, flags, folder)
+        yield (
+            "overfitting",
+            overfitting(model, inputs, DATASETS[loaded.config.dataset].flip, flags, folder),
+        )
 
 
 def validation_elbo(model: VAE, validation: Dataset, flags: argparse.Namespace) -> dict[str, Any]:
@@ -251,9 +295,13 @@ def validation_elbo(model: VAE, validation: Dataset, flags: argparse.Namespace) 
         return negative_elbo(model, batches, seed=flags.seed, progress=partial(advance, bar))
 
 
-def disentanglement(model: DisentanglementVAE, scenes: FactorData, flags: argparse.Namespace) -> dict[str, Any]:
+def disentanglement(
+    model: DisentanglementVAE, scenes: FactorData, flags: argparse.Namespace
+) -> dict[str, Any]:
     with tqdm(total=math.prod(scenes.factor_sizes), unit="image", desc="encoded") as bar:
-        result = disentanglement_scores(model, scenes, flags.metrics, seed=flags.seed, progress=bar.update)
+        result = disentanglement_scores(
+            model, scenes, flags.metrics, seed=flags.seed, progress=bar.update
+        )
     for remark in result["remarks"]:
         print(f"note: {remark}", file=sys.stderr)
     for name, values in result["scores"].items():
@@ -264,15 +312,21 @@ def disentanglement(model: DisentanglementVAE, scenes: FactorData, flags: argpar
 def likelihood(
     loaded: LoadedModel, path: Path, validation: Dataset, flags: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
-    """Goes on with what an earlier run of the same weights, seed and number of samples has finished."""
+    """Goes on with what an earlier run of the same weights, seed and number of samples has
+    finished."""
     dataset, device = loaded.config.dataset, loaded.model.device
     limit = min(len(validation), flags.limit or len(validation))
     devices, open_by_worker = [str(device)], lambda device: (loaded.model, validation)
     if flags.processes > 1:
         open_by_worker = partial(open_for_likelihood, path, flags.backend, flags.root)
         gpus = torch.cuda.device_count()
-        devices = [f"cuda:{i % gpus}" if device.type == "cuda" else "cpu" for i in range(flags.processes)]
-    finished = folder / f"likelihood_{loaded.fingerprint}_seed{flags.seed}_samples{flags.importance_samples}.csv"
+        devices = [
+            f"cuda:{i % gpus}" if device.type == "cuda" else "cpu" for i in range(flags.processes)
+        ]
+    finished = (
+        folder
+        / f"likelihood_{loaded.fingerprint}_seed{flags.seed}_samples{flags.importance_samples}.csv"
+    )
     with tqdm(total=limit, unit="image", desc="-log p(x)", smoothing=0) as bar:
         result = negative_log_likelihood(
             open_by_worker,
@@ -280,12 +334,18 @@ def likelihood(
             samples=flags.importance_samples,
             seed=flags.seed,
             ledger=finished,
-            identity={"weights": loaded.fingerprint, "dataset": dataset, "validation_images": len(validation)},
+            identity={
+                "weights": loaded.fingerprint,
+                "dataset": dataset,
+                "validation_images": len(validation),
+            },
             devices=devices,
             chunk=flags.chunk,
             progress=partial(advance, bar),
         )
-    print(f"-log p(x): {shown(result)} bits/dim ({result['images']} images, {result['samples']} importance samples)")
+    print(
+        f"-log p(x): {shown(result)} bits/dim ({result['images']} images, {result['samples']} importance samples)"
+    )
     return result
 
 
@@ -295,14 +355,18 @@ def open_for_likelihood(path: Path, backend: str, root: str, device: str) -> tup
     return loaded.model, get_dataset(loaded.config.dataset, root, "validation")
 
 
-def overfitting(model: VAE, inputs: Inputs, mirror: bool, flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def overfitting(
+    model: VAE, inputs: Inputs, mirror: bool, flags: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
     training = inputs.training
     if inputs.queries is not None:
         queries = {"queries": inputs.queries}
     else:
         draw = dict(seed=flags.seed, batch=flags.batch, output=flags.output)
         queries = {
-            pictures.samples_name(temperature): sample_images(model, flags.count, temperature, **draw)
+            pictures.samples_name(temperature): sample_images(
+                model, flags.count, temperature, **draw
+            )
             for temperature in track(flags.temperatures or SAMPLING_TEMPERATURES, "samples")
         }
     with tqdm(total=len(training), unit="image", desc="training images") as bar:
@@ -317,20 +381,33 @@ def overfitting(model: VAE, inputs: Inputs, mirror: bool, flags: argparse.Namesp
         )
 
 
-def in_batches(dataset: Dataset, limit: int, batch: int, num_workers: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """The first `limit` images, nothing augmented: (uint8 images [B, 3, H, W], their indices [B])."""
+def in_batches(
+    dataset: Dataset, limit: int, batch: int, num_workers: int
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """The first `limit` images, nothing augmented: (uint8 images [B, 3, H, W], their indices
+    [B])."""
     images = Subset(IndexedImages(dataset, augment=False, flip=False, seed=0), range(limit))
     return BatchLoader(images, batch, num_workers=num_workers)
 
 
 def report(results: dict[str, Any], loaded: LoadedModel, name: str, folder: Path) -> Path:
     """A page of the results of these weights; those of others are left out and named."""
-    mine = {task: results[task] for task in TASKS if results.get(task, {}).get("weights") == loaded.fingerprint}
+    mine = {
+        task: results[task]
+        for task in TASKS
+        if results.get(task, {}).get("weights") == loaded.fingerprint
+    }
     if not mine:
-        raise ConfigError(f"--report: there are no results of these weights in {folder / 'results.json'} yet")
+        raise ConfigError(
+            f"--report: there are no results of these weights in {folder / 'results.json'} yet"
+        )
     others = [f"{task} is left out: it is of other weights" for task in results if task not in mine]
     return write_report(
-        folder / "report.html", title=name, results=mine, config=loaded.config.to_dict(), ignored=others
+        folder / "report.html",
+        title=name,
+        results=mine,
+        config=loaded.config.to_dict(),
+        ignored=others,
     )
 
 

@@ -1,4 +1,5 @@
-"""Trains a VAE: flags -> configuration -> data and model -> Lightning Trainer. `python train.py --help`."""
+"""Trains a VAE: flags -> configuration -> data and model -> Lightning Trainer. `python train.py
+--help`."""
 
 from __future__ import annotations
 
@@ -25,19 +26,25 @@ from pytorch_lightning.profilers import SimpleProfiler
 from data.datamodule import LOADER_TIMEOUT, ImageDataModule, loader_hangs
 from data.errors import DataError
 from data.get_dataset import DATASETS
-from lib import sweep_triton
-from lib.callbacks import ImageGrids, MetricsLog
 from lib.checkpoint import CheckpointError, stored_config
-from lib.checkpointing import Checkpoints, RunProgress, check_resumable, newest_checkpoint, step_checkpoints
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import TASK_DEFAULTS, ConfigError, TrainConfig, flag_default, flag_type
-from lib.dashboard import make_logger
 from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
-from lib.faults import Diverged, SkipNonFinite
 from lib.files import folder_for_one, remove_partial_files
 from lib.models import VAE, build_model
-from lib.processes import (
+from lib.sweeps import triton_backend as sweep_triton
+from lib.training.callbacks import ImageGrids, MetricsLog
+from lib.training.checkpoints import (
+    Checkpoints,
+    RunProgress,
+    check_resumable,
+    newest_checkpoint,
+    step_checkpoints,
+)
+from lib.training.loggers import make_logger
+from lib.training.non_finite import Diverged, SkipNonFinite
+from lib.training.processes import (
     AGAIN,
     FAILED,
     Stopped,
@@ -48,7 +55,7 @@ from lib.processes import (
     watched_loaders,
     worker_died,
 )
-from lib.profiling import StepProfile
+from lib.training.profiling import StepProfile
 
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
@@ -70,7 +77,11 @@ def make_parser() -> OneLineParser:
             on_in_some = any(of.get(field.name) for of in TASK_DEFAULTS.values())
             options["action"] = argparse.BooleanOptionalAction if on_in_some else "store_true"
         else:
-            options |= {"type": kind, "choices": field.metadata["choices"], "metavar": kind.__name__.upper()}
+            options |= {
+                "type": kind,
+                "choices": field.metadata["choices"],
+                "metavar": kind.__name__.upper(),
+            }
             if field.metadata["choices"]:
                 options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
             if is_list:
@@ -85,9 +96,17 @@ def default_text(field: dataclasses.Field) -> str:
     def text(value: Any) -> str:
         if isinstance(value, bool):
             return "on" if value else "off"
-        return " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
+        return (
+            " ".join(map(str, value))
+            if isinstance(value, list)
+            else "-"
+            if value is None
+            else str(value)
+        )
 
-    others = [f"{task}: {text(of[field.name])}" for task, of in TASK_DEFAULTS.items() if field.name in of]
+    others = [
+        f"{task}: {text(of[field.name])}" for task, of in TASK_DEFAULTS.items() if field.name in of
+    ]
     return "; ".join([text(flag_default(field)), *others])
 
 
@@ -101,7 +120,8 @@ def parse(arguments: list[str] | None) -> TrainConfig:
 
 
 def flag_table() -> str:
-    """All flags as the Markdown table of the README: `python -c "import train; print(train.flag_table())"`."""
+    """All flags as the Markdown table of the README: `python -c "import train;
+    print(train.flag_table())"`."""
     lines = ["| flag | type | default | meaning |", "|---|---|---|---|"]
     group = None
     for field in dataclasses.fields(TrainConfig):
@@ -111,13 +131,20 @@ def flag_table() -> str:
         kind, is_list = flag_type(field.name)
         shown = default_text(field)
         choices = field.metadata["choices"]
-        type_name = " \\| ".join(choices) if choices else "flag" if kind is bool else kind.__name__ + " ..." * is_list
+        type_name = (
+            " \\| ".join(choices)
+            if choices
+            else "flag"
+            if kind is bool
+            else kind.__name__ + " ..." * is_list
+        )
         lines.append(f"| `--{field.name}` | {type_name} | {shown} | {field.metadata['meaning']} |")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit status: 0, 1 for a fault of the run, 2 for bad input, 75 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
+    """Exit status: 0, 1 for a fault of the run, 2 for bad input, 75 after SIGTERM or SIGUSR1, 130
+    after Ctrl-C."""
     with one_line_errors("train.py", ConfigError, DataError, CheckpointError, OSError):
         config = parse(arguments)
         devices = choose_devices(config)
@@ -129,9 +156,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextmanager
 def alone_in(run_folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; the first process of a run holds it for all of them, and tidies it."""
+    """Keeps a second run out of the folder; the first process of a run holds it for all of them,
+    and tidies it."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
-    first = rank == "0" if rank else os.environ.get("LOCAL_RANK", "0") == os.environ.get("NODE_RANK", "0") == "0"
+    first = (
+        rank == "0"
+        if rank
+        else os.environ.get("LOCAL_RANK", "0") == os.environ.get("NODE_RANK", "0") == "0"
+    )
     if not first:
         yield
         return
@@ -146,8 +178,14 @@ def choose_devices(config: TrainConfig) -> dict[str, Any]:
     available = torch.cuda.device_count()
     gpus = min(1, available) if config.gpus is None else config.gpus
     if gpus > available:
-        hint = " (a smaller --gpus with --accumulate_grad_batches keeps the global batch)" if available else ""
-        raise ConfigError(f"--gpus {gpus}: this machine has {available or 'none; --gpus 0 runs on the CPU'}{hint}")
+        hint = (
+            " (a smaller --gpus with --accumulate_grad_batches keeps the global batch)"
+            if available
+            else ""
+        )
+        raise ConfigError(
+            f"--gpus {gpus}: this machine has {available or 'none; --gpus 0 runs on the CPU'}{hint}"
+        )
     if gpus:
         return {"accelerator": "gpu", "devices": gpus}
     return {"accelerator": "cpu", "devices": config.num_processes}
@@ -156,17 +194,22 @@ def choose_devices(config: TrainConfig) -> dict[str, Any]:
 def how_to_compile(config: TrainConfig, devices: dict[str, Any]) -> dict[str, Any]:
     """Options of torch.compile.
 
-    Where the sweeps' kernels cannot run, as on a V100, a GPU mostly waits for the launches of the sweeps' loops: the
-    model's passes are replayed as CUDA graphs. Gradients that live in a graph's memory cannot be added up over batches,
-    so that with accumulated batches they are not.
+    Where the sweeps' kernels cannot run, as on a V100, a GPU mostly waits for the launches of the
+    sweeps' loops: the model's passes are replayed as CUDA graphs. Gradients that live in a graph's
+    memory cannot be added up over batches, so that with accumulated batches they are not.
     """
-    loops = config.backend == "torch" or config.backend == "auto" and sweep_triton.available() is not None
+    loops = (
+        config.backend == "torch"
+        or config.backend == "auto"
+        and sweep_triton.available() is not None
+    )
     replayed = devices["accelerator"] == "gpu" and loops and config.accumulate_grad_batches == 1
     return {"backend": "cudagraphs", "dynamic": False} if replayed else {}
 
 
 def find_checkpoint(config: TrainConfig, run_folder: Path) -> Path | None:
-    """The checkpoint to go on from. An experiment that exists is never overwritten, nor continued as another one."""
+    """The checkpoint to go on from. An experiment that exists is never overwritten, nor continued
+    as another one."""
     if not config.use_checkpoint:
         there = [run_folder / name for name in ("last.ckpt", "best.ckpt", "steps.csv")]
         if step_checkpoints(run_folder) or any(path.exists() for path in there):
@@ -176,19 +219,29 @@ def find_checkpoint(config: TrainConfig, run_folder: Path) -> Path | None:
         return None
     found = newest_checkpoint(run_folder)
     if found is None:
-        say(f"--use_checkpoint: there is no checkpoint in {run_folder} yet, so this run starts anew")
+        say(
+            f"--use_checkpoint: there is no checkpoint in {run_folder} yet, so this run starts anew"
+        )
         return None
     last, checkpoint = found
     stored = stored_config(checkpoint, last)
     check_resumable(checkpoint, last)
     now, before = config.to_dict(), stored.to_dict()
-    changed = [field.name for field in dataclasses.fields(TrainConfig) if now[field.name] != before[field.name]]
+    changed = [
+        field.name
+        for field in dataclasses.fields(TrainConfig)
+        if now[field.name] != before[field.name]
+    ]
     fixed = {*config.architecture(), "task", "dataset"}
     wrong = [f"--{name} {now[name]} (there {before[name]})" for name in changed if name in fixed]
     if wrong:
-        raise ConfigError(f"{last} is of another model: {', '.join(wrong)}; use its flags or another --exp_name")
+        raise ConfigError(
+            f"{last} is of another model: {', '.join(wrong)}; use its flags or another --exp_name"
+        )
     if 0 < config.max_epochs < checkpoint["epoch"]:
-        raise ConfigError(f"--max_epochs {config.max_epochs}: {last} has {checkpoint['epoch']} epochs already")
+        raise ConfigError(
+            f"--max_epochs {config.max_epochs}: {last} has {checkpoint['epoch']} epochs already"
+        )
     for name in changed:
         if name not in ("use_checkpoint", "output_dir", "root"):
             say(f"note: --{name} is now {now[name]}, was {before[name]}")
@@ -217,7 +270,11 @@ def make_data(config: TrainConfig) -> ImageDataModule:
 
 
 def train(
-    config: TrainConfig, devices: dict[str, Any], run_folder: Path, resume_from: Path | None, signals: StopSignals
+    config: TrainConfig,
+    devices: dict[str, Any],
+    run_folder: Path,
+    resume_from: Path | None,
+    signals: StopSignals,
 ) -> None:
     """Trains, from `resume_from` if given."""
     quiet_lightning()
@@ -240,7 +297,8 @@ def train(
         every_n_steps=config.checkpoint_every_n_steps,
         every_minutes=config.checkpoint_every_minutes,
         keep=config.keep_last,
-        best=config.task == "density_estimation",  # that of an annealed β is that of a small β (DEVIATIONS.md)
+        best=config.task
+        == "density_estimation",  # that of an annealed β is that of a small β (DEVIATIONS.md)
     )
     checkpoints.resumed_from = resume_from
     skip = SkipNonFinite(
@@ -250,12 +308,21 @@ def train(
         rollback_lrate=config.rollback_lrate,
     )
     metrics, bar = MetricsLog(run_folder), TQDMProgressBar(refresh_rate=10)
-    callbacks: list[pl.Callback] = [RunProgress(config.iters), metrics, skip, grids, bar, checkpoints]
+    callbacks: list[pl.Callback] = [
+        RunProgress(config.iters),
+        metrics,
+        skip,
+        grids,
+        bar,
+        checkpoints,
+    ]
     if not config.make_checkpoint:
         say("note: without --make_checkpoint no weights of this run are kept")
     if config.beta_rate * config.iters < 1:
         reached = config.beta_rate * config.iters
-        say(f"note: with --beta_rate {config.beta_rate:g} beta is at {reached:.3g} of --beta_final after all --iters")
+        say(
+            f"note: with --beta_rate {config.beta_rate:g} beta is at {reached:.3g} of --beta_final after all --iters"
+        )
     precision = config.precision or ("16-mixed" if config.amp else "32-true")
     if precision == "16-mixed" and devices["accelerator"] == "cpu":
         say("note: float16 is for GPUs; on this CPU training runs in bf16-mixed")
@@ -275,7 +342,10 @@ def train(
         num_sanity_val_steps=1,
         use_distributed_sampler=False,
         # In SLURM, Checkpoints does what is to be done on a signal.
-        plugins=[checkpoints.io, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+        plugins=[
+            checkpoints.io,
+            *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []),
+        ],
         callbacks=callbacks,
         logger=make_logger(config, run_folder),
         profiler=profiler,
@@ -294,7 +364,9 @@ def train(
     say(f"{config.exp_name}: {parameters:,} parameters, {config.dataset}, {precision}")
     training = TRAINING[config.task](model, config, provenance())
     if config.compile:
-        training.model.compile(fullgraph=True, **how_to_compile(config, devices))  # in place: names in checkpoints stay
+        training.model.compile(
+            fullgraph=True, **how_to_compile(config, devices)
+        )  # in place: names in checkpoints stay
     if precision == "64-true":
         training.double()  # Lightning does it after it has loaded a checkpoint, into float32
     with faults_in_one_line(), watched_loaders(), watched(trainer):
@@ -309,9 +381,15 @@ def train(
     if checkpoints.io.failure:
         raise checkpoints.io.failure
     if metrics.unwritten:
-        raise OSError(f"{metrics.unwritten} rows of the logs in {run_folder} could not be written: is the disk full?")
+        raise OSError(
+            f"{metrics.unwritten} rows of the logs in {run_folder} could not be written: is the disk full?"
+        )
     if trainer.is_global_zero:
-        kept = f"weights and metrics in {run_folder}" if config.make_checkpoint else f"metrics in {run_folder}"
+        kept = (
+            f"weights and metrics in {run_folder}"
+            if config.make_checkpoint
+            else f"metrics in {run_folder}"
+        )
         print(f"{kept}, pictures in {figures}")
 
 
@@ -323,20 +401,30 @@ def faults_in_one_line() -> Iterator[None]:
         return
     except Stopped as stopped:
         say(f"train.py: {stopped}")
-        # Lightning kills a main process of which a child ended with a status before it ended itself.
-        launched = "LOCAL_RANK" in os.environ and not (dist.is_torchelastic_launched() or SLURMEnvironment.detect())
+        # Lightning kills a main process of which a child ended with a status before it ended
+        # itself.
+        launched = "LOCAL_RANK" in os.environ and not (
+            dist.is_torchelastic_launched() or SLURMEnvironment.detect()
+        )
         sys.exit(0 if launched and os.environ["LOCAL_RANK"] != "0" else stopped.status)
     except Diverged as error:
         say(f"train.py: error: {error}")
     except torch.OutOfMemoryError as error:
-        print(f"train.py: error: {str(error).splitlines()[0]} A smaller --batch needs less; {AGAIN}", file=sys.stderr)
+        print(
+            f"train.py: error: {str(error).splitlines()[0]} A smaller --batch needs less; {AGAIN}",
+            file=sys.stderr,
+        )
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         if "DataLoader timed out" in str(error):
             fault = loader_hangs(LOADER_TIMEOUT)
-        elif re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", str(error)):
+        elif re.search(
+            r"DataLoader worker .* (exited unexpectedly|is killed by signal)", str(error)
+        ):
             fault = worker_died(error)
-        elif isinstance(error, dist.DistError) or re.search(r"gloo|nccl|by peer", last, re.IGNORECASE):
+        elif isinstance(error, dist.DistError) or re.search(
+            r"gloo|nccl|by peer", last, re.IGNORECASE
+        ):
             fault = "lost contact with another process of this run"
         else:
             raise
@@ -357,12 +445,17 @@ def provenance() -> dict[str, str]:
         commit += "+" if git("status", "--porcelain", "--untracked-files=no") else ""
     except OSError:
         commit = "unknown"
-    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__), "pytorch_lightning": pl.__version__}
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "pytorch_lightning": pl.__version__,
+    }
     return {"commit": commit, "command": " ".join(sys.argv), **versions}
 
 
 def quiet_lightning() -> None:
-    """Leaves out Lightning's advertisements and its remarks on choices that are made on purpose here."""
+    """Leaves out Lightning's advertisements and its remarks on choices that are made on purpose
+    here."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for remark in (
         "does not have many workers",

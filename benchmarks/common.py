@@ -1,4 +1,5 @@
-"""What the benchmarks share: the machine and its versions, taking turns, peak memory, the file with the results."""
+"""What the benchmarks share: the machine and its versions, taking turns, peak memory, the file with
+the results."""
 
 from __future__ import annotations
 
@@ -30,8 +31,11 @@ def machine(device: str) -> dict:
     return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "load_average_at_start": load}
 
 
-def stamp(name: str, arguments: list[str] | None, device: str, packages: tuple[str, ...] = ()) -> dict:
-    """What a file of results begins with: date, machine, versions, threads and the command `benchmarks.<name> ...`."""
+def stamp(
+    name: str, arguments: list[str] | None, device: str, packages: tuple[str, ...] = ()
+) -> dict:
+    """What a file of results begins with: date, machine, versions, threads and the command
+    `benchmarks.<name> ...`."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -42,7 +46,12 @@ def stamp(name: str, arguments: list[str] | None, device: str, packages: tuple[s
         "versions": versions,
         "threads": torch.get_num_threads(),
         "command": shlex.join(
-            ["python", "-m", f"benchmarks.{name}", *(sys.argv[1:] if arguments is None else arguments)]
+            [
+                "python",
+                "-m",
+                f"benchmarks.{name}",
+                *(sys.argv[1:] if arguments is None else arguments),
+            ]
         ),
     }
 
@@ -55,10 +64,16 @@ def write(result: dict, output: Path | None) -> None:
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:
-    """Rows as a Markdown table; `columns` maps keys to the formats of their numbers, and None is left empty."""
-    lines = ["| " + " | ".join(column.replace("_", " ") for column in columns) + " |", "|---" * len(columns) + "|"]
+    """Rows as a Markdown table; `columns` maps keys to the formats of their numbers, and None is
+    left empty."""
+    lines = [
+        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+        "|---" * len(columns) + "|",
+    ]
     for row in rows:
-        cells = ["" if row[key] is None else format(row[key], form) for key, form in columns.items()]
+        cells = [
+            "" if row[key] is None else format(row[key], form) for key, form in columns.items()
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -72,8 +87,11 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(contenders: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each contender in rounds in which all take a turn, after one that is not counted."""
+def take_turns(
+    contenders: dict[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of each contender in rounds in which all take a turn, after one that is not
+    counted."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
@@ -89,8 +107,9 @@ def synchronize(device: str) -> None:
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:
-    """Peak of a call in MiB beyond what exists before it: of CUDA's allocator, or of this process's resident set, which
-    includes what libraries use for themselves (Linux only, else None; to be taken in a fresh process)."""
+    """Peak of a call in MiB beyond what exists before it: of CUDA's allocator, or of this process's
+    resident set, which includes what libraries use for themselves (Linux only, else None; to be
+    taken in a fresh process)."""
     if device.startswith("cuda"):
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -115,7 +134,8 @@ def resident_peak() -> float:
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Float32 convolutions and products in float32: by default those of cuDNN round their operands to 10 bits."""
+    """Float32 convolutions and products in float32: by default those of cuDNN round their operands
+    to 10 bits."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -2,17 +2,21 @@
 
     python -m benchmarks.disentanglement --root /where/3DShapes/3dshapes.h5/is/or/will/be
 
-- loaders: images/s of the training loader, in its random order, for rendered scenes and for an HDF5 file of them;
+- loaders: images/s of the training loader, in its random order, for rendered scenes and for an HDF5
+  file of them;
 - training: iterations/s of the β-VAE, SDN decoder against convolutional decoder;
-- metrics: images/s of the encoder, and seconds of each metric on a table of codes of all 480,000 scenes.
+- metrics: images/s of the encoder, and seconds of each metric on a table of codes of all 480,000
+  scenes.
 
-The HDF5 file is ROOT/3DShapes/3dshapes.h5, the official one if it is there; if not, the rendered scenes are written to
-it, compressed. What is read is its uncompressed copy, once through before it is timed, so that a machine with memory to
-spare times no disk. Both take minutes to make and 7.6 GB, and stay there; without --root they are temporary.
+The HDF5 file is ROOT/3DShapes/3dshapes.h5, the official one if it is there; if not, the rendered
+scenes are written to it, compressed. What is read is its uncompressed copy, once through before it
+is timed, so that a machine with memory to spare times no disk. Both take minutes to make and 7.6
+GB, and stay there; without --root they are temporary.
 
-Everything is checked before anything is timed: batches are the images and labels of their scenes; loss and gradients of
-the SDN decoder are those of the reference; a perfect code scores near 1. What fails ends the program with status 1.
-Times are medians over rounds in which the contenders take turns, after one that is not counted; DCI is run once.
+Everything is checked before anything is timed: batches are the images and labels of their scenes;
+loss and gradients of the SDN decoder are those of the reference; a perfect code scores near 1. What
+fails ends the program with status 1. Times are medians over rounds in which the contenders take
+turns, after one that is not counted; DCI is run once.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ from lib.DisentanglementVAE import DisentanglementVAE
 from lib.DisentanglementVAE.metrics import METRICS
 from lib.models import build_model
 from lib.nn import BACKENDS
-from lib.training import objective
+from lib.training.base import objective
 
 TARGETS = {"Shapes3DRendered": 20_000, "3DShapes": 5_000}  # images/s on two cores
 CHECKED_BATCHES = 3
@@ -76,7 +80,8 @@ def open_data(name: str, workers: int, options) -> ImageDataModule:
 
 
 def read_once(data: ImageDataModule) -> dict[str, str | None]:
-    """Reads the file that is read from through, into memory if there is room; its name and what it was made of."""
+    """Reads the file that is read from through, into memory if there is room; its name and what it
+    was made of."""
     path = data.train.dataset.path
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(2**24)
@@ -86,17 +91,25 @@ def read_once(data: ImageDataModule) -> dict[str, str | None]:
     if source.exists():
         with shapes3d.opened(source) as images:
             compression = images.compression
-    return {"read": path.name, "source": source.name if source.exists() else None, "compression": compression}
+    return {
+        "read": path.name,
+        "source": source.name if source.exists() else None,
+        "compression": compression,
+    }
 
 
 def check_loader(name: str, data: ImageDataModule) -> None:
-    """Compares batches with the data set's images and labels, and with what h5py reads from the file."""
+    """Compares batches with the data set's images and labels, and with what h5py reads from the
+    file."""
     dataset = data.train.dataset
     for images, indices in itertools.islice(data.train_dataloader(), CHECKED_BATCHES):
         pairs = {
             "the scenes' images": (images, dataset.images(dataset.factors(indices))),
             "single images": (images, torch.stack([dataset[index] for index in indices.tolist()])),
-            "the scenes' labels": (dataset.labels(indices), torch.from_numpy(shapes3d.all_labels())[indices]),
+            "the scenes' labels": (
+                dataset.labels(indices),
+                torch.from_numpy(shapes3d.all_labels())[indices],
+            ),
         }
         if name == "3DShapes":  # whose labels are checked where it is opened
             source = dataset.path.with_name("3dshapes.h5")
@@ -114,7 +127,10 @@ def check_sdn(options) -> None:
     reference = build(options, sdn=True, backend="reference").double()
     reference.load_state_dict(model.state_dict())
     images, generator = some_images(2, options), torch.Generator().manual_seed(0)
-    noise, losses = torch.randn(2, *model.latent_shapes[0], generator=generator).to(options.device), []
+    noise, losses = (
+        torch.randn(2, *model.latent_shapes[0], generator=generator).to(options.device),
+        [],
+    )
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for each in (model, reference):
             output = each(each.observation.encode(images).to(each.dtype), [noise.to(each.dtype)])
@@ -126,20 +142,28 @@ def check_sdn(options) -> None:
     for what, (one, other) in pairs.items():
         error = ((one.double() - other).norm() / other.norm()).item()
         if not error <= TOLERANCE:
-            sys.exit(f"training is not timed: {what} differs from the reference by {error:.1e}, allowed {TOLERANCE:g}")
+            sys.exit(
+                f"training is not timed: {what} differs from the reference by {error:.1e}, allowed {TOLERANCE:g}"
+            )
 
 
 def check_metrics(options) -> None:
     for name in ("beta_vae", "factor_vae"):
-        score = METRICS[name](perfect_codes(), Shapes3DRendered(), seed=0, **metric_sizes(name, options))["score"]
+        score = METRICS[name](
+            perfect_codes(), Shapes3DRendered(), seed=0, **metric_sizes(name, options)
+        )["score"]
         if not PERFECT <= score <= 1:
             sys.exit(f"metrics are not timed: {name} of a perfect code is {score:.3f}")
 
 
 def build(options, *, sdn: bool, backend: str | None = None) -> DisentanglementVAE:
     torch.manual_seed(0)
-    flags = dict(sdn_nfeat_0=options.features, backend=backend or options.backend, **({} if sdn else CNN))
-    return build_model(TrainConfig.for_task(task="disentanglement", **flags), shapes3d.SIZE).to(options.device)
+    flags = dict(
+        sdn_nfeat_0=options.features, backend=backend or options.backend, **({} if sdn else CNN)
+    )
+    return build_model(TrainConfig.for_task(task="disentanglement", **flags), shapes3d.SIZE).to(
+        options.device
+    )
 
 
 def some_images(count: int, options) -> Tensor:
@@ -185,7 +209,9 @@ def time_loaders(loaded: dict[str, dict[int, ImageDataModule]], options) -> list
     def contender(data: ImageDataModule) -> Callable[[], float]:
         loader = data.train_dataloader()
         batches = endless(loader)
-        waiting = (loader.prefetch_factor or 0) * loader.num_workers  # made while others had their turn
+        waiting = (
+            loader.prefetch_factor or 0
+        ) * loader.num_workers  # made while others had their turn
 
         def run() -> float:
             deque(itertools.islice(batches, waiting), maxlen=0)
@@ -193,7 +219,9 @@ def time_loaders(loaded: dict[str, dict[int, ImageDataModule]], options) -> list
 
         return run
 
-    contenders = {(name, w): contender(data) for name, each in loaded.items() for w, data in each.items()}
+    contenders = {
+        (name, w): contender(data) for name, each in loaded.items() for w, data in each.items()
+    }
     times, images = take_turns(contenders, options.rounds), options.batches * options.batch
     return [
         {"dataset": name, "workers": workers, "images/s": images / seconds, "target": TARGETS[name]}
@@ -208,9 +236,12 @@ def endless(loader) -> Iterator:
 
 
 def time_parts(data: ImageDataModule, options) -> dict[str, float]:
-    """Microseconds an image takes: the order of an epoch, getting a batch's images, and collating them."""
+    """Microseconds an image takes: the order of an epoch, getting a batch's images, and collating
+    them."""
     loader, dataset = data.train_dataloader(), data.train
-    get_images = getattr(dataset, "__getitems__", None) or (lambda keys: [dataset[key] for key in keys])
+    get_images = getattr(dataset, "__getitems__", None) or (
+        lambda keys: [dataset[key] for key in keys]
+    )
     order = timed(lambda: list(loader.sampler)) / len(loader.sampler)
     taken = []
     for keys in itertools.islice(endless(loader.batch_sampler), options.batches):
@@ -219,7 +250,9 @@ def time_parts(data: ImageDataModule, options) -> dict[str, float]:
         middle = time.perf_counter()
         loader.collate_fn(images)
         taken.append((middle - start, time.perf_counter() - middle))
-    images, collation = (statistics.median(seconds) / options.batch for seconds in zip(*taken, strict=True))
+    images, collation = (
+        statistics.median(seconds) / options.batch for seconds in zip(*taken, strict=True)
+    )
     return {"permutation": 1e6 * order, "images": 1e6 * images, "collation": 1e6 * collation}
 
 
@@ -241,7 +274,11 @@ def time_training(options) -> list[dict]:
 
     times = take_turns({"CNN": contender(False), "SDN": contender(True)}, options.rounds)
     return [
-        {"decoder": name, "iterations/s": options.steps / seconds, "times CNN's seconds": seconds / times["CNN"]}
+        {
+            "decoder": name,
+            "iterations/s": options.steps / seconds,
+            "times CNN's seconds": seconds / times["CNN"],
+        }
         for name, seconds in times.items()
     ]
 
@@ -256,7 +293,9 @@ def time_encoder(options) -> dict:
 def time_metrics(options) -> list[dict]:
     perfect, rng = perfect_codes(), np.random.default_rng(0)
     noisy = perfect + NOISE * rng.standard_normal(perfect.shape)
-    unused = rng.standard_normal((len(perfect), DIMENSIONS - perfect.shape[1]))  # as a β-VAE leaves some
+    unused = rng.standard_normal(
+        (len(perfect), DIMENSIONS - perfect.shape[1])
+    )  # as a β-VAE leaves some
     codes, data, scores = np.concatenate([noisy, unused], axis=1), Shapes3DRendered(), {}
 
     def run(name: str) -> None:
@@ -266,7 +305,12 @@ def time_metrics(options) -> list[dict]:
     dci = contenders.pop("dci")
     times = take_turns(contenders, options.rounds) | ({} if options.skip_dci else {"dci": dci()})
     return [
-        {"metric": name, "seconds": times.get(name), "score": scores.get(name), "sizes": metric_sizes(name, options)}
+        {
+            "metric": name,
+            "seconds": times.get(name),
+            "score": scores.get(name),
+            "sizes": metric_sizes(name, options),
+        }
         for name in METRICS
     ]
 
@@ -274,7 +318,9 @@ def time_metrics(options) -> list[dict]:
 def command(options, defaults: dict) -> str:
     """The command with what differs from the defaults; absolute paths are left out."""
     parts = ["python", "-m", "benchmarks.disentanglement"]
-    for name, value in ((name, value) for name, value in vars(options).items() if value != defaults[name]):
+    for name, value in (
+        (name, value) for name, value in vars(options).items() if value != defaults[name]
+    ):
         values = value if isinstance(value, list) else [] if value is True else [value]
         hidden = isinstance(value, Path) and value.is_absolute()
         parts += [f"--{name}", *([name.upper()] if hidden else map(str, values))]
@@ -285,7 +331,9 @@ def markdown(result: dict) -> str:
     about, file, encoder = result["machine"], result["file"], result["encoder"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     where = ", ".join(filter(None, (about["cpu"], f"{about['cores']} cores", about["gpu"])))
-    made_of = f", made of {file['source']} ({file['compression']})" if file and file["source"] else ""
+    made_of = (
+        f", made of {file['source']} ({file['compression']})" if file and file["source"] else ""
+    )
     parts = [
         f"What dominates {name} without workers: {max(micro, key=micro.get)}; in µs for each image: "
         + ", ".join(f"{part} {shown(value)}" for part, value in micro.items())
@@ -298,7 +346,9 @@ def markdown(result: dict) -> str:
         f"    {result['command']}",
         f"Training loader, batches of {result['batch']} in random order; the target is for two cores:",
         table(result["loaders"], ["dataset", "workers", "images/s", "target"]),
-        f"3DShapes reads {file['read']}{made_of}, read through once before." if file else "3DShapes: not run.",
+        f"3DShapes reads {file['read']}{made_of}, read through once before."
+        if file
+        else "3DShapes: not run.",
         *(f"{sentence}." for sentence in parts),
         f"Training at batch {result['batch']}, SDN with {result['features']} features, backend {result['backend']}:",
         table(result["training"], ["decoder", "iterations/s", "times CNN's seconds"]),
@@ -310,7 +360,11 @@ def markdown(result: dict) -> str:
 
 
 def table(rows: list[dict], columns: list[str]) -> str:
-    lines = [columns, ["---"] * len(columns), *([shown(row[column]) for column in columns] for row in rows)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([shown(row[column]) for column in columns] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -324,7 +378,9 @@ def shown(value: object) -> str:
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser = OneLineParser("benchmarks.disentanglement", description=__doc__.split("\n")[0])
-    parser.add_argument("--root", type=Path, help="folder of 3DShapes/3dshapes.h5; default: a temporary one")
+    parser.add_argument(
+        "--root", type=Path, help="folder of 3DShapes/3dshapes.h5; default: a temporary one"
+    )
     parser.add_argument("--skip_hdf5", action="store_true", help="rendered scenes only")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes")
     parser.add_argument("--batches", type=int, default=200, help="that a loader gives in a round")
@@ -332,17 +388,28 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--features", type=int, default=200, help="of the SDN layer")
     parser.add_argument("--backend", choices=BACKENDS, default="torch", help="of the SDN layer")
     parser.add_argument("--steps", type=int, default=3, help="of training in a round")
-    parser.add_argument("--points", type=int, help="training points, votes, samples of a metric; default: the metric's")
+    parser.add_argument(
+        "--points",
+        type=int,
+        help="training points, votes, samples of a metric; default: the metric's",
+    )
     parser.add_argument("--trees", type=int, help="of DCI; default: the metric's")
     parser.add_argument("--skip_dci", action="store_true", help="it takes minutes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and the Markdown file"
+        "--output_dir",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder of the JSON and the Markdown file",
     )
     options = parser.parse_args(arguments)
-    given = [value for value in vars(options).values() if isinstance(value, int) and not isinstance(value, bool)]
+    given = [
+        value
+        for value in vars(options).values()
+        if isinstance(value, int) and not isinstance(value, bool)
+    ]
     if min(given) < 1 or min(options.workers) < 0:
         parser.error("all numbers must be at least 1, --workers 0 or more")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -351,7 +418,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
 
 
 def measure(options) -> dict:
-    loaded = {"Shapes3DRendered": {w: open_data("Shapes3DRendered", w, options) for w in options.workers}}
+    loaded = {
+        "Shapes3DRendered": {w: open_data("Shapes3DRendered", w, options) for w in options.workers}
+    }
     if not options.skip_hdf5:
         prepare_file(options.root)
         loaded["3DShapes"] = {w: open_data("3DShapes", w, options) for w in options.workers}
@@ -363,7 +432,9 @@ def measure(options) -> dict:
     return {
         "file": None if options.skip_hdf5 else read_once(loaded["3DShapes"][options.workers[0]]),
         "loaders": time_loaders(loaded, options),
-        "loader_parts": {name: time_parts(each[0], options) for name, each in loaded.items() if 0 in each},
+        "loader_parts": {
+            name: time_parts(each[0], options) for name, each in loaded.items() if 0 in each
+        },
         "training": time_training(options),
         "encoder": time_encoder(options),
         "metrics": time_metrics(options),
@@ -375,7 +446,12 @@ def main(arguments: list[str] | None = None) -> None:
     about = machine(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    packages = ("numpy", "scikit-learn", "pytorch-lightning", *(() if options.skip_hdf5 else ("h5py",)))
+    packages = (
+        "numpy",
+        "scikit-learn",
+        "pytorch-lightning",
+        *(() if options.skip_hdf5 else ("h5py",)),
+    )
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     result = {
         "date": datetime.date.today().isoformat(),
@@ -383,14 +459,22 @@ def main(arguments: list[str] | None = None) -> None:
         "machine": about,
         "versions": versions | {name: importlib.metadata.version(name) for name in packages},
         "threads": torch.get_num_threads(),
-        **{name: getattr(options, name) for name in ("rounds", "batch", "batches", "features", "backend", "steps")},
+        **{
+            name: getattr(options, name)
+            for name in ("rounds", "batch", "batches", "features", "backend", "steps")
+        },
     }
-    with one_line_errors("benchmarks.disentanglement", DataError, OSError), contextlib.ExitStack() as stack:
+    with (
+        one_line_errors("benchmarks.disentanglement", DataError, OSError),
+        contextlib.ExitStack() as stack,
+    ):
         options.root = options.root or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         result |= measure(options)
         name = re.sub(r"[^a-z0-9]+", "_", (about["gpu"] or "cpu").lower()).strip("_")
         options.output_dir.mkdir(parents=True, exist_ok=True)
-        (options.output_dir / f"disentanglement_{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (options.output_dir / f"disentanglement_{name}.json").write_text(
+            json.dumps(result, indent=2) + "\n"
+        )
         (options.output_dir / f"disentanglement_{name}.md").write_text(markdown(result))
         print(markdown(result), end="")
 

@@ -1,17 +1,19 @@
-"""How fast are sampling, the likelihood and the search for nearest training images, and what do they gain?
+"""How fast are sampling, the likelihood and the search for nearest training images, and what do
+they gain?
 
     python -m benchmarks.evaluation --output benchmarks/results/mine.json
 
 - sampling: 64 images drawn at once against one at a time;
-- likelihood: an importance sample of one image, with the bottom-up pass shared by all samples, against a full forward
-  pass for every sample, in chunks of the same size, and against full passes of one sample at a time as in the authors'
-  release;
-- nearest training images: images/s for 64 queries, against products in float64 and plain differences.
+- likelihood: an importance sample of one image, with the bottom-up pass shared by all samples,
+  against a full forward pass for every sample, in chunks of the same size, and against full passes
+  of one sample at a time as in the authors' release;
+- nearest training images: images/s for 64 queries, against products in float64 and plain
+  differences.
 
-Models have random weights and the architecture of the quickstart or of the authors' CIFAR10 recipe, with SDN and, as
-the baseline IAF-VAE+, without. Everything that is timed is first compared: equal images, equal likelihoods, equal
-neighbours; otherwise the program ends with status 1. Times are medians over rounds in which the contenders take turns,
-after one round that is not counted.
+Models have random weights and the architecture of the quickstart or of the authors' CIFAR10 recipe,
+with SDN and, as the baseline IAF-VAE+, without. Everything that is timed is first compared: equal
+images, equal likelihoods, equal neighbours; otherwise the program ends with status 1. Times are
+medians over rounds in which the contenders take turns, after one round that is not counted.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from benchmarks.common import machine
 from lib.DensityVAE import DensityVAE
 from lib.evaluation.importance import Group, ImportanceSampler
 from lib.evaluation.nearest import nearest_images
-from lib.evaluation.synthesis import sample_images
+from lib.synthesis import sample_images
 from lib.utils import keyed_noise
 
 MODELS = {
@@ -69,7 +71,9 @@ def compare(
             for name, result in results.items():
                 difference = (result.double() - expected.double()).abs().max().item()
                 if not difference <= tolerance:
-                    sys.exit(f"{name} is not timed: it differs from {first} by {difference:.1e}, allowed {tolerance:g}")
+                    sys.exit(
+                        f"{name} is not timed: it differs from {first} by {difference:.1e}, allowed {tolerance:g}"
+                    )
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
@@ -80,7 +84,12 @@ def sampling(name: str, model: DensityVAE, options) -> list[dict]:
         return lambda: sample_images(model, count, 0.9, seed=0, batch=batch)
 
     # One level: another batch size may round differently.
-    times = compare({"one at a time": draw(1), f"{count} at once": draw(count)}, 1, options.rounds, options.device)
+    times = compare(
+        {"one at a time": draw(1), f"{count} at once": draw(count)},
+        1,
+        options.rounds,
+        options.device,
+    )
     return rows(f"sampling, {name}", times, "one at a time", unit="images/s", amount=count)
 
 
@@ -101,7 +110,10 @@ def likelihood(name: str, model: DensityVAE, options) -> list[dict]:
         for start in range(0, samples, rows_at_once):
             numbers = range(start, min(start + rows_at_once, samples))
             noise = keyed_noise(model.latent_shapes, 0, [0] * len(numbers), numbers)
-            output = model(x.expand(len(numbers), -1, -1, -1), [eps.to(model.device, model.dtype) for eps in noise])
+            output = model(
+                x.expand(len(numbers), -1, -1, -1),
+                [eps.to(model.device, model.dtype) for eps in noise],
+            )
             weights.append(output.elbo.double())
         return torch.logsumexp(torch.cat(weights), 0, keepdim=True).cpu() - math.log(samples)
 
@@ -112,17 +124,26 @@ def likelihood(name: str, model: DensityVAE, options) -> list[dict]:
     }
     tolerance = 1e-5 * math.prod(model.image_shape)  # nats
     times = compare(contenders, tolerance, options.rounds, options.device)
-    return rows(f"likelihood, {name}", times, next(iter(contenders)), unit="samples/s", amount=samples)
+    return rows(
+        f"likelihood, {name}", times, next(iter(contenders)), unit="samples/s", amount=samples
+    )
 
 
 def nearest(size: int, images: int, options) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
-    training = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
-    queries = torch.randint(0, 256, (QUERIES, 3, size, size), dtype=torch.uint8, generator=generator)
+    training = torch.randint(
+        0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator
+    )
+    queries = torch.randint(
+        0, 256, (QUERIES, 3, size, size), dtype=torch.uint8, generator=generator
+    )
     device, step = options.device, 256
 
     def ours() -> Tensor:
-        batches = ((training[i : i + step], torch.arange(i, min(i + step, images))) for i in range(0, images, step))
+        batches = (
+            (training[i : i + step], torch.arange(i, min(i + step, images)))
+            for i in range(0, images, step)
+        )
         return nearest_images(queries, batches, count=1, device=device).indices[:, 0]
 
     def products() -> Tensor:
@@ -141,10 +162,18 @@ def nearest(size: int, images: int, options) -> list[dict]:
 
     names = {"differences": differences, "products in float64": products, "nearest_images": ours}
     times = compare(names, 0, options.rounds, device)
-    return rows(f"nearest of {images} at {size}x{size}", times, "differences", unit="images/s", amount=images)
+    return rows(
+        f"nearest of {images} at {size}x{size}",
+        times,
+        "differences",
+        unit="images/s",
+        amount=images,
+    )
 
 
-def rows(question: str, times: dict[str, float], baseline: str, *, unit: str, amount: int) -> list[dict]:
+def rows(
+    question: str, times: dict[str, float], baseline: str, *, unit: str, amount: int
+) -> list[dict]:
     return [
         {
             "question": question,
@@ -159,22 +188,36 @@ def rows(question: str, times: dict[str, float], baseline: str, *, unit: str, am
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=MODELS, default="quickstart")
     parser.add_argument("--count", type=int, default=64, help="images to draw")
     parser.add_argument("--samples", type=int, default=128, help="importance samples")
     parser.add_argument("--chunk", type=int, default=32, help="importance samples at once")
-    parser.add_argument("--training_images", type=int, nargs=2, default=[10_000, 256], help="at 32x32 and at 256x256")
+    parser.add_argument(
+        "--training_images",
+        type=int,
+        nargs=2,
+        default=[10_000, 256],
+        help="at 32x32 and at 256x256",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
-    if min(options.count, options.samples, options.chunk, options.rounds, *options.training_images) < 1:
+    if (
+        min(options.count, options.samples, options.chunk, options.rounds, *options.training_images)
+        < 1
+    ):
         parser.error("all numbers must be at least 1")
 
     about = machine(options.device)
     measured = []
-    for name, architecture in (("SDN", MODELS[options.model]), ("CNN", MODELS[options.model] | CNN)):
+    for name, architecture in (
+        ("SDN", MODELS[options.model]),
+        ("CNN", MODELS[options.model] | CNN),
+    ):
         torch.manual_seed(0)
         model = DensityVAE(32, **architecture).eval().to(options.device)
         measured += sampling(name, model, options) + likelihood(name, model, options)
@@ -182,7 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
         measured += nearest(size, images, options)
     result = {
         "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks.evaluation " + shlex.join(sys.argv[1:] if arguments is None else arguments),
+        "command": "python -m benchmarks.evaluation "
+        + shlex.join(sys.argv[1:] if arguments is None else arguments),
         "machine": about,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),

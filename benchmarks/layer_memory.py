@@ -2,13 +2,16 @@
 
     python -m benchmarks.layer_memory --output benchmarks/results/layer_memory.json
 
-The layers of `benchmarks.sdn_layer` make a step on tensors that have a shape but no content, on which Triton's kernels
-do nothing. `recipe_memory.Live` adds up what is alive at the same time, beyond the parameters, the input and the
-output's gradient; the buffers of a sweep are counted, workspaces of cuDNN and the allocator's waste are not. A
-`GRUCell` of the yardstick keeps five numbers per feature, as torch's fused one on GPUs does (on a CPU, more).
+The layers of `benchmarks.sdn_layer` make a step on tensors that have a shape but no content, on
+which Triton's kernels do nothing. `recipe_memory.Live` adds up what is alive at the same time,
+beyond the parameters, the input and the output's gradient; the buffers of a sweep are counted,
+workspaces of cuDNN and the allocator's waste are not. A `GRUCell` of the yardstick keeps five
+numbers per feature, as torch's fused one on GPUs does (on a CPU, more).
 
-First the same computation for small layers is compared with what torch's profiler sees allocated in real steps on the
-CPU: `torch`, and the yardstick with a CPU's cell. A difference of more than 10 % ends the program with status 1.
+First the same computation for small layers is compared with what torch's profiler sees allocated in
+real steps on the
+CPU: `torch`, and the yardstick with a CPU's cell. A difference of more than 10 % ends the program
+    with status 1.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from benchmarks import common
 from benchmarks.recipe_memory import Live, compared, most_allocated
 from benchmarks.sdn_layer import DIRECTIONS, YARDSTICK, build
 from lib import nn as sdn
-from lib import sweep_kernels, sweep_triton
+from lib.sweeps import triton_backend as sweep_triton
+from lib.sweeps import triton_kernels as sweep_kernels
 
 CONTENDERS = (YARDSTICK, "torch", "triton")
 KERNELS = ("prepare_kernel", "correct_kernel", "sweep_back_kernel", "collect_kernel")
@@ -71,7 +75,9 @@ class FusedGRUCell(nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor) -> Tensor:
         from_state = F.linear(hx, self.weight_hh, self.bias_hh)
-        return FusedGates.apply(F.linear(input, self.weight_ih, self.bias_ih), from_state, hx.to(from_state.dtype))
+        return FusedGates.apply(
+            F.linear(input, self.weight_ih, self.bias_ih), from_state, hx.to(from_state.dtype)
+        )
 
 
 class IdleKernel:
@@ -92,12 +98,17 @@ def open_sweeps() -> Iterator[None]:
 
 
 def step(
-    layer: nn.Module, shape: tuple[int, ...], precision: str, watch: Callable[[list[Tensor]], AbstractContextManager]
+    layer: nn.Module,
+    shape: tuple[int, ...],
+    precision: str,
+    watch: Callable[[list[Tensor]], AbstractContextManager],
 ) -> None:
     """A forward and a backward pass, under `watch(input, output's gradient and parameters)`."""
     dtype = common.PRECISIONS[precision]
     x, grad_output = (torch.zeros(shape, dtype=each) for each in (torch.float32, dtype))
-    x, grad_output = (each.contiguous(memory_format=torch.channels_last) for each in (x, grad_output))
+    x, grad_output = (
+        each.contiguous(memory_format=torch.channels_last) for each in (x, grad_output)
+    )
     x.requires_grad_()
     with watch([x, grad_output, *layer.parameters()]):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -133,12 +144,16 @@ def verify(name: str, shape: tuple[int, ...]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scales", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--channels", type=int, default=200)
     parser.add_argument("--directions", type=int, nargs="+", choices=DIRECTIONS, default=[1, 2, 4])
-    parser.add_argument("--precisions", nargs="+", choices=common.PRECISIONS, default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--precisions", nargs="+", choices=common.PRECISIONS, default=["bfloat16", "float32"]
+    )
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args(arguments)
     if min(options.batch, options.channels, *options.scales) < 1:
@@ -146,15 +161,30 @@ def main(arguments: list[str] | None = None) -> None:
     if reason := sweep_triton.available():
         sys.exit(f"nothing is computed: {reason}")
     result = common.stamp("layer_memory", arguments, "cpu")
-    result["verified"] = [verify(f"sdn2/{backend}", (16, 64, 16, 16)) for backend in (YARDSTICK, "torch")]
+    result["verified"] = [
+        verify(f"sdn2/{backend}", (16, 64, 16, 16)) for backend in (YARDSTICK, "torch")
+    ]
     result["rows"] = rows = []
-    for precision, directions, scale in itertools.product(options.precisions, options.directions, options.scales):
+    for precision, directions, scale in itertools.product(
+        options.precisions, options.directions, options.scales
+    ):
         row = {"precision": precision, "directions": directions, "scale": scale}
         for contender in CONTENDERS:
-            name, shape = f"sdn{directions}/{contender}", (options.batch, options.channels, scale, scale)
+            name, shape = (
+                f"sdn{directions}/{contender}",
+                (options.batch, options.channels, scale, scale),
+            )
             row[f"{contender}_mib"] = computed_bytes(name, shape, precision, fused=True) / 2**20
-        rows.append(row | {f"{each}_ratio": row[f"{each}_mib"] / row[f"{YARDSTICK}_mib"] for each in CONTENDERS[1:]})
-    formats = {name: ".2f" if "ratio" in name else ".1f" if "mib" in name else "" for name in rows[0]}
+        rows.append(
+            row
+            | {
+                f"{each}_ratio": row[f"{each}_mib"] / row[f"{YARDSTICK}_mib"]
+                for each in CONTENDERS[1:]
+            }
+        )
+    formats = {
+        name: ".2f" if "ratio" in name else ".1f" if "mib" in name else "" for name in rows[0]
+    }
     print(common.table(rows, formats))
     common.write(result, options.output)
 

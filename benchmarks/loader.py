@@ -1,12 +1,14 @@
-"""How many images a second do the loaders give? CIFAR10, an LMDB of 32x32 images and one of 256x256 images.
+"""How many images a second do the loaders give? CIFAR10, an LMDB of 32x32 images and one of 256x256
+images.
 
     python -m benchmarks.loader --output benchmarks/results/loader.json
 
-The data are random images that the script writes into a temporary folder, in the formats of the real data sets: batches
-as CIFAR10 is published, LMDBs as data/tfrecords_to_lmdb.py writes them; reading does not depend on the content,
-but they are in the page cache. What is timed is the training loader of `ImageDataModule`, shuffled and flipped as for
-training, over whole epochs after one that starts the workers and is not counted. In that one each image is compared
-with what was written, and each must come once; else the program ends with status 1.
+The data are random images that the script writes into a temporary folder, in the formats of the
+real data sets: batches as CIFAR10 is published, LMDBs as data/tfrecords_to_lmdb.py writes them;
+reading does not depend on the content, but they are in the page cache. What is timed is the
+training loader of `ImageDataModule`, shuffled and flipped as for training, over whole epochs after
+one that starts the workers and is not counted. In that one each image is compared with what was
+written, and each must come once; else the program ends with status 1.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def write_lmdb(folder: Path, images: np.ndarray) -> None:
 
 
 def write_cifar10(folder: Path, splits: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:
-    """Images [N, 32, 32, 3] in CIFAR10's unpacked files, and the check sums that are to be expected of them."""
+    """Images [N, 32, 32, 3] in CIFAR10's unpacked files, and the check sums that are to be expected
+    of them."""
     folder = folder / cifar10.FOLDER
     folder.mkdir(parents=True)
     sums = {}
@@ -63,15 +66,22 @@ def write_cifar10(folder: Path, splits: dict[str, np.ndarray]) -> dict[str, dict
 
 
 def check(name: str, loader, images: np.ndarray) -> None:
-    """Reads an epoch; SystemExit if an image differs from what was written, mirrored or not, or comes twice."""
+    """Reads an epoch; SystemExit if an image differs from what was written, mirrored or not, or
+    comes twice."""
     expected, seen = torch.from_numpy(images).permute(0, 3, 1, 2), []
     for batch, keys in loader:
         indices = keys % len(images)
-        same, mirrored = ((batch == each).flatten(1).all(1) for each in (expected[indices], expected[indices].flip(-1)))
+        same, mirrored = (
+            (batch == each).flatten(1).all(1)
+            for each in (expected[indices], expected[indices].flip(-1))
+        )
         if not (same | mirrored).all():
             sys.exit(f"{name} is not timed: the loader's images are not those that were written")
         seen += indices.tolist()
-    if len(set(seen)) != len(seen) or len(seen) != len(images) // loader.batch_size * loader.batch_size:
+    if (
+        len(set(seen)) != len(seen)
+        or len(seen) != len(images) // loader.batch_size * loader.batch_size
+    ):
         sys.exit(
             f"{name} is not timed: an epoch of {len(images)} images gave {len(seen)}, {len(set(seen))} of them new"
         )
@@ -109,7 +119,9 @@ def measure(name: str, folder: Path, options) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--datasets", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=5)
@@ -120,11 +132,20 @@ def main(arguments: list[str] | None = None) -> None:
         options.epochs = 1
     if options.workers < 0 or options.epochs < 1:
         parser.error("--workers must be at least 0, --epochs at least 1")
-    result = common.stamp("loader", arguments, "cpu", ("pytorch-lightning", "lmdb")) | {"workers": options.workers}
+    result = common.stamp("loader", arguments, "cpu", ("pytorch-lightning", "lmdb")) | {
+        "workers": options.workers
+    }
     with tempfile.TemporaryDirectory() as folder:
         result["rows"] = [measure(name, Path(folder), options) for name in options.datasets]
     common.write(result, options.output)
-    columns = {"dataset": "", "scale": "d", "images": "d", "batch": "d", "images_per_s": ",.0f", "over_target": ".2f"}
+    columns = {
+        "dataset": "",
+        "scale": "d",
+        "images": "d",
+        "batch": "d",
+        "images_per_s": ",.0f",
+        "over_target": ".2f",
+    }
     print(common.table(result["rows"], columns))
 
 

@@ -24,14 +24,17 @@ def same(a: Any, b: Any) -> bool:
             return False
         return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (a, b)))
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        )
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
     return bool(a == b or a != a and b != b)
 
 
 def differences(folder: Path, one: str, other: str) -> list[str]:
-    """Where two runs differ in weights, average, optimizer, scheduler, position, logs or pictures; empty: nowhere.
+    """Where two runs differ in weights, average, optimizer, scheduler, position, logs or pictures;
+    empty: nowhere.
 
     Arguments:
         folder: The runs' output folder.
@@ -52,14 +55,25 @@ def differences(folder: Path, one: str, other: str) -> list[str]:
     for name in LOGS:
         a, b = (_rows(folder / "checkpoints" / run / name) for run in (one, other))
         if a != b:
-            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            at = next(
+                (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+                min(len(a), len(b)),
+            )
             found.append(f"{name}: from row {at + 1} of {len(a)} and {len(b)}")
-    a, b = ({path.name: path.read_bytes() for path in (folder / "figs" / run).iterdir()} for run in (one, other))
-    found += [f"picture {name}" for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    a, b = (
+        {path.name: path.read_bytes() for path in (folder / "figs" / run).iterdir()}
+        for run in (one, other)
+    )
+    found += [
+        f"picture {name}" for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)
+    ]
     return found
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
     """A log's rows without the times in them."""
     with path.open(newline="") as file:
-        return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+        return [
+            {key: value for key, value in row.items() if key not in TIMES}
+            for row in csv.DictReader(file)
+        ]

@@ -1,6 +1,8 @@
-"""Starts of train.py for the soak: a small run in which some optimizer steps have a fault and every step is noted.
+"""Starts of train.py for the soak: a small run in which some optimizer steps have a fault and every
+step is noted.
 
-The model is a small density model on Photos32, with augmentation, loader workers and accumulated batches.
+The model is a small density model on Photos32, with augmentation, loader workers and accumulated
+batches.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import train
-from lib.checkpointing import RunProgress
-from lib.training import VAETraining
+from lib.training.base import VAETraining
+from lib.training.checkpoints import RunProgress
 
 REPOSITORY = Path(__file__).parent.parent
 EVERY = 10  # optimizer steps between checkpoints
@@ -47,11 +49,17 @@ def main(seed: int, steps_file: str, arguments: list[str]) -> None:
     def faulty(module: VAETraining, batch: Any) -> Any:
         output, step = compute(module, batch), module.global_step + 1
         fault = fault_at(seed, step)
-        if fault and module.trainer.fit_loop.batch_idx % 2 == step // 7 % 2:  # one of the two accumulated batches
+        if (
+            fault and module.trainer.fit_loop.batch_idx % 2 == step // 7 % 2
+        ):  # one of the two accumulated batches
             if fault == "NaN in a gradient":
-                output.distortion = output.distortion + (next(module.model.parameters()).sum() * 0).sqrt()
+                output.distortion = (
+                    output.distortion + (next(module.model.parameters()).sum() * 0).sqrt()
+                )
             else:
-                output.distortion = output.distortion * float("inf" if fault == "infinite loss" else "nan")
+                output.distortion = output.distortion * float(
+                    "inf" if fault == "infinite loss" else "nan"
+                )
         return output
 
     def logged(progress: RunProgress, trainer: Any, *given: Any) -> None:
@@ -69,15 +77,28 @@ class Session:
 
     def __init__(self, folder: Path, name: str, iters: int, seed: int):
         number = len(list(folder.glob("*.steps")))
-        self.steps_file, self.errors_file = (folder / f"{number:04d}_{name}.{kind}" for kind in ("steps", "stderr"))
+        self.steps_file, self.errors_file = (
+            folder / f"{number:04d}_{name}.{kind}" for kind in ("steps", "stderr")
+        )
         self.steps_file.touch()
-        command = [sys.executable, "-m", "benchmarks.sessions", seed, self.steps_file, *FLAGS.split()]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.sessions",
+            seed,
+            self.steps_file,
+            *FLAGS.split(),
+        ]
         command += ["--output_dir", folder, "--exp_name", name, "--iters", iters]
         self.start = time.time()
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         with self.errors_file.open("w") as errors:
             self.process = subprocess.Popen(
-                list(map(str, command)), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=errors, env=one_thread
+                list(map(str, command)),
+                cwd=REPOSITORY,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=one_thread,
             )
 
     def steps(self) -> list[tuple[int, float]]:
@@ -91,11 +112,16 @@ class Session:
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
             children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-            return [child for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == command]
+            return [
+                child
+                for child in children
+                if Path(f"/proc/{child}/cmdline").read_bytes() == command
+            ]
         return []
 
     def wait(self, until: Callable[[], bool] = lambda: False) -> bool:
-        """Waits for `until` or the end of the process, and ends one that hangs; whether it still runs."""
+        """Waits for `until` or the end of the process, and ends one that hangs; whether it still
+        runs."""
         while self.process.poll() is None and not until():
             time.sleep(0.05)
             if time.time() - self.steps_file.stat().st_mtime > PATIENCE:
@@ -106,7 +132,11 @@ class Session:
 def resident(pid: int) -> float:
     """Resident memory of a process, in MiB."""
     with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return (
+            int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            * os.sysconf("SC_PAGE_SIZE")
+            / 2**20
+        )
     return 0.0
 
 
@@ -115,8 +145,20 @@ def growth(steps: list[int], mib: list[float]) -> dict[str, float]:
     quarter = len(mib) // 4
     second, last = statistics.median(mib[quarter : 2 * quarter]), statistics.median(mib[-quarter:])
     slope = statistics.linear_regression(steps[quarter:], mib[quarter:]).slope * 1000
-    names = ("second_quarter_mib", "last_quarter_mib", "growth_mib", "slope_mib_per_1000_steps", "samples")
-    return dict(zip(names, (*(round(x, 3) for x in (second, last, last - second, slope)), len(mib)), strict=True))
+    names = (
+        "second_quarter_mib",
+        "last_quarter_mib",
+        "growth_mib",
+        "slope_mib_per_1000_steps",
+        "samples",
+    )
+    return dict(
+        zip(
+            names,
+            (*(round(x, 3) for x in (second, last, last - second, slope)), len(mib)),
+            strict=True,
+        )
+    )
 
 
 def in_peace(session: Session) -> dict[str, Any]:
@@ -126,7 +168,9 @@ def in_peace(session: Session) -> dict[str, Any]:
     def sample() -> bool:
         steps, workers = session.steps(), session.workers()
         if steps and len(workers) == 4:  # two each for training and validation
-            samples.append((steps[-1][0], resident(session.process.pid), sum(map(resident, workers))))
+            samples.append(
+                (steps[-1][0], resident(session.process.pid), sum(map(resident, workers)))
+            )
         time.sleep(0.5)
         return False
 

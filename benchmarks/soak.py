@@ -1,15 +1,17 @@
-"""Training that is killed, stopped and damaged at random, compared bit for bit with the same training left in peace.
+"""Training that is killed, stopped and damaged at random, compared bit for bit with the same
+training left in peace.
 
     python -m benchmarks.soak --minutes 30 --seed 0 --output benchmarks/results/soak_cpu.json
 
-A third of the time goes to a run in peace, whose memory is watched, the rest to a run of the same steps, with
---use_checkpoint, that is ended again and again: SIGKILL at any moment, SIGKILL of a loader worker, signals that ask it
-to stop; now and then the newest checkpoint is cut off or has a byte changed. In both runs the same optimizer steps,
-about one in 40, get a loss or a gradient that is not finite. Exit status 1 if the runs differ in anything but times, a
-process does not end as promised, or memory grows.
+A third of the time goes to a run in peace, whose memory is watched, the rest to a run of the same
+steps, with --use_checkpoint, that is ended again and again: SIGKILL at any moment, SIGKILL of a
+loader worker, signals that ask it to stop; now and then the newest checkpoint is cut off or has a
+byte changed. In both runs the same optimizer steps, about one in 40, get a loss or a gradient that
+is not finite. Exit status 1 if the runs differ in anything but times, a process does not end as
+promised, or memory grows.
 
-Not part of it: going back to an earlier checkpoint after many bad steps, since which one that is depends on when
-checkpoints were written.
+Not part of it: going back to an earlier checkpoint after many bad steps, since which one that is
+depends on when checkpoints were written.
 """
 
 from __future__ import annotations
@@ -33,10 +35,16 @@ from typing import Any
 from benchmarks.common import stamp, write
 from benchmarks.runs_compared import differences
 from benchmarks.sessions import EVERY, FLAGS, Session, fault_at, in_peace
-from lib.checkpointing import step_checkpoints
+from lib.training.checkpoints import step_checkpoints
 
 # How a run is ended, how often by comparison, and its exit status then.
-ENDS = {"SIGKILL": (8, -9), "SIGKILL of a worker": (4, 1), "SIGTERM": (2, 75), "SIGUSR1": (2, 75), "SIGINT": (2, 130)}
+ENDS = {
+    "SIGKILL": (8, -9),
+    "SIGKILL of a worker": (4, 1),
+    "SIGTERM": (2, 75),
+    "SIGUSR1": (2, 75),
+    "SIGINT": (2, 130),
+}
 QUICK = ["SIGKILL of a worker", "SIGTERM", "SIGKILL", "SIGINT"]
 DAMAGES = ("checkpoint cut off", "byte of a checkpoint changed")
 DAMAGE_CHANCE = 0.25  # between two starts
@@ -54,12 +62,23 @@ class Disturbed:
         plan: How to end it, one after the other; None: at random until time runs short.
     """
 
-    def __init__(self, folder: Path, steps: int, seed: int, rate: float, until: float, plan: list[str] | None):
-        self.folder, self.steps, self.seed, self.rate, self.until, self.plan = folder, steps, seed, rate, until, plan
+    def __init__(
+        self, folder: Path, steps: int, seed: int, rate: float, until: float, plan: list[str] | None
+    ):
+        self.folder, self.steps, self.seed, self.rate, self.until, self.plan = (
+            folder,
+            steps,
+            seed,
+            rate,
+            until,
+            plan,
+        )
         self.chance = random.Random(seed)
         self.faults: list[str] = []
         self.counts: Counter[str] = Counter()
-        self.lost: list[tuple[int, bool]] = []  # steps, and whether a damaged checkpoint is to blame
+        self.lost: list[
+            tuple[int, bool]
+        ] = []  # steps, and whether a damaged checkpoint is to blame
         self.first_step: list[float] = []
         self._damaged: set[tuple[str, int]] = set()
 
@@ -88,7 +107,8 @@ class Disturbed:
         return [path for path in found if (path.name, path.stat().st_mtime_ns) not in self._damaged]
 
     def disturb(self, session: Session, done: int) -> str:
-        """Waits for a random time and ends the run in a random way; which, or "" if it ended by itself."""
+        """Waits for a random time and ends the run in a random way; which, or "" if it ended by
+        itself."""
         begun = lambda: bool(session.steps())  # noqa: E731
         if self.plan is None:
             end = self.chance.choices(list(ENDS), [weight for weight, _ in ENDS.values()])[0]
@@ -97,13 +117,17 @@ class Disturbed:
             if time_left - work_left < 2 * start:
                 end = ""
             else:  # the mean session makes as large a share of its time into steps as is needed to be over in time
-                moment = time.time() + self.chance.uniform(0, start / (1 - (work_left / time_left) ** 0.5))
+                moment = time.time() + self.chance.uniform(
+                    0, start / (1 - (work_left / time_left) ** 0.5)
+                )
         else:
             end = self.plan.pop(0) if self.plan else ""
             session.wait(begun)
             moment = time.time() + self.chance.uniform(0.7, 1.3)
         # Only SIGKILL does the same before the first step.
-        if not end or not session.wait(lambda: time.time() > moment and (end == "SIGKILL" or begun())):
+        if not end or not session.wait(
+            lambda: time.time() > moment and (end == "SIGKILL" or begun())
+        ):
             session.wait()
             return ""
         victim = session.process.pid
@@ -123,22 +147,37 @@ class Disturbed:
         wrong = []
         if status not in promised:
             wrong.append(f"status {status} instead of {promised}")
-        if end != "SIGKILL" and "Traceback" in errors:  # orphaned workers may say that they lost their process
+        if (
+            end != "SIGKILL" and "Traceback" in errors
+        ):  # orphaned workers may say that they lost their process
             wrong.append("a traceback")
-        if status == 1 and len(re.findall(r"^\w+\.py: error: a loader process died", errors, re.MULTILINE)) != 1:
+        if (
+            status == 1
+            and len(re.findall(r"^\w+\.py: error: a loader process died", errors, re.MULTILINE))
+            != 1
+        ):
             wrong.append("not one line about a dead loader process")
         if status in (75, 130) and "stopped after step" not in errors:
             wrong.append("no line about where it stopped")
         if steps and steps != list(range(done + 1, done + 1 + len(steps))):
-            wrong.append(f"went on from step {done} with {steps[0]} ... {steps[-1]}, {len(steps)} steps")
+            wrong.append(
+                f"went on from step {done} with {steps[0]} ... {steps[-1]}, {len(steps)} steps"
+            )
         if status in (75, 130) and steps and self.checkpoints()[0].stem != f"step_{steps[-1]:07d}":
             wrong.append("the last step has no checkpoint")
-        self.faults += [f"{session.errors_file.name}, {end or 'in peace'}: {text}" for text in wrong]
+        self.faults += [
+            f"{session.errors_file.name}, {end or 'in peace'}: {text}" for text in wrong
+        ]
 
     def damage(self, end: str) -> bool:
-        """Now and then, if there is an older one: cuts the newest checkpoint off, or changes a byte of it."""
+        """Now and then, if there is an older one: cuts the newest checkpoint off, or changes a byte
+        of it."""
         whole = self.checkpoints()
-        due = self.chance.random() < DAMAGE_CHANCE if self.plan is None else end in ("SIGTERM", "SIGKILL")
+        due = (
+            self.chance.random() < DAMAGE_CHANCE
+            if self.plan is None
+            else end in ("SIGTERM", "SIGKILL")
+        )
         if not due or len(whole) < 2:
             return False
         path, size = whole[0], whole[0].stat().st_size
@@ -157,12 +196,20 @@ class Disturbed:
         return True
 
     def figures(self) -> dict[str, Any]:
-        """Counts of the disturbances, steps that had to be repeated, seconds from start to first step."""
+        """Counts of the disturbances, steps that had to be repeated, seconds from start to first
+        step."""
         return {
-            **{name: self.counts[name] for name in ("starts", *ENDS, "before the first step", *DAMAGES)},
+            **{
+                name: self.counts[name]
+                for name in ("starts", *ENDS, "before the first step", *DAMAGES)
+            },
             "steps_repeated": sum(steps for steps, _ in self.lost),
-            "steps_repeated_at_most": max((steps for steps, damaged in self.lost if not damaged), default=0),
-            "steps_repeated_at_most_after_damage": max((steps for steps, damaged in self.lost if damaged), default=0),
+            "steps_repeated_at_most": max(
+                (steps for steps, damaged in self.lost if not damaged), default=0
+            ),
+            "steps_repeated_at_most_after_damage": max(
+                (steps for steps, damaged in self.lost if damaged), default=0
+            ),
             "seconds_to_first_step_median": round(statistics.median(self.first_step or [0]), 2),
             "seconds_to_first_step_most": round(max(self.first_step, default=0), 2),
         }
@@ -179,8 +226,12 @@ def soak(minutes: float, seed: int, quick: bool, folder: Path) -> dict[str, Any]
     peace = in_peace(Session(folder, "peace", steps, seed))
     print(f"in peace: {peace}", flush=True)
     start = time.time()
-    end = max(begin + minutes * 60, start + 1.5 * peace["seconds"])  # the machine may have become slower
-    disturbed = Disturbed(folder, steps, seed, peace["steps_per_second"], end, list(QUICK) if quick else None)
+    end = max(
+        begin + minutes * 60, start + 1.5 * peace["seconds"]
+    )  # the machine may have become slower
+    disturbed = Disturbed(
+        folder, steps, seed, peace["steps_per_second"], end, list(QUICK) if quick else None
+    )
     disturbed.run()
     faults = disturbed.faults
     if len(faults) < ENOUGH:
@@ -192,26 +243,40 @@ def soak(minutes: float, seed: int, quick: bool, folder: Path) -> dict[str, Any]
         faults.append(f"{figures['steps_repeated_at_most']} steps were lost at once")
     injected = {step: fault_at(seed, step) for step in range(1, steps + 1) if fault_at(seed, step)}
     with (folder / "checkpoints/peace/steps.csv").open(newline="") as file:
-        if [int(row["step"]) for row in csv.DictReader(file) if row["skipped"] == "1"] != list(injected):
+        if [int(row["step"]) for row in csv.DictReader(file) if row["skipped"] == "1"] != list(
+            injected
+        ):
             faults.append("the steps that were skipped are not those with a fault")
     for whose in ("memory_of_main_process", "memory_of_workers"):
         if not quick and peace[whose]["growth_mib"] > GROWTH_LIMIT:
             faults.append(f"{whose.replace('_', ' ')} grew by {peace[whose]['growth_mib']} MiB")
     pictures = len(list((folder / "figs/peace").iterdir()))
-    compared = {"steps": steps, "checkpoint_every": EVERY, "injected": Counter(injected.values()), "pictures": pictures}
+    compared = {
+        "steps": steps,
+        "checkpoint_every": EVERY,
+        "injected": Counter(injected.values()),
+        "pictures": pictures,
+    }
     limit = {"growth_limit_mib": None if quick else GROWTH_LIMIT}
     took = {"minutes": round((time.time() - begin) / 60, 1)}
     return {**took, **compared, "in_peace": peace, **limit, "disturbed": figures, "faults": faults}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the disturbances and the faults")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    parser.add_argument("--quick", action="store_true", help="few steps, few disturbances, no judgement on memory")
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps, few disturbances, no judgement on memory"
+    )
     options = parser.parse_args(arguments)
-    start = stamp("soak", arguments, "cpu", ("pytorch-lightning", "numpy")) | {"threads": 1, "seed": options.seed}
+    start = stamp("soak", arguments, "cpu", ("pytorch-lightning", "numpy")) | {
+        "threads": 1,
+        "seed": options.seed,
+    }
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     result = soak(options.minutes, options.seed, options.quick, folder)
     write({**start, "flags": FLAGS, **result}, options.output)

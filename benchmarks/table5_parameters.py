@@ -1,10 +1,12 @@
-"""Table 5 of the paper: how many parameters have convolutions and spatial dependency layers of equally many filters?
+"""Table 5 of the paper: how many parameters have convolutions and spatial dependency layers of
+equally many filters?
 
     python -m benchmarks.table5_parameters --output benchmarks/results/table5.json
 
-Layers lead from `channels` to `channels`, with as many features and 1x1 projections. The parameters of each layer are
-counted and compared with what its equations say: for each direction weights of 3C x 3C and 3C x C and two biases of 3C.
-One that differs ends the program with status 1.
+Layers lead from `channels` to `channels`, with as many features and 1x1 projections. The parameters
+of each layer are
+counted and compared with what its equations say: for each direction weights of 3C x 3C and 3C x C
+and two biases of 3C. One that differs ends the program with status 1.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def expected(name: str, C: int) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--channels", type=int, default=200)
     parser.add_argument("--quick", action="store_true", help="8 channels")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -42,15 +46,27 @@ def main(arguments: list[str] | None = None) -> None:
         layer = build(name if name.startswith("conv") else f"{name}/auto", channels)
         counts[name] = sum(parameter.numel() for parameter in layer.parameters())
         if counts[name] != expected(name, channels):
-            sys.exit(f"{name} has {counts[name]} parameters, its equations have {expected(name, channels)}")
+            sys.exit(
+                f"{name} has {counts[name]} parameters, its equations have {expected(name, channels)}"
+            )
     rows = [
-        {"layer": name, "parameters": n, "over_conv3": n / counts["conv3"], "over_conv5": n / counts["conv5"]}
+        {
+            "layer": name,
+            "parameters": n,
+            "over_conv3": n / counts["conv3"],
+            "over_conv5": n / counts["conv5"],
+        }
         for name, n in counts.items()
     ]
     common.write(
-        common.stamp("table5_parameters", arguments, "cpu") | {"channels": channels, "rows": rows}, options.output
+        common.stamp("table5_parameters", arguments, "cpu") | {"channels": channels, "rows": rows},
+        options.output,
     )
-    print(common.table(rows, {"layer": "", "parameters": ",d", "over_conv3": ".2f", "over_conv5": ".2f"}))
+    print(
+        common.table(
+            rows, {"layer": "", "parameters": ",d", "over_conv3": ".2f", "over_conv5": ".2f"}
+        )
+    )
 
 
 if __name__ == "__main__":

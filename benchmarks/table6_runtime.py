@@ -1,11 +1,14 @@
-"""Table 6 of the paper: how long does a forward pass through convolutions and spatial dependency layers take?
+"""Table 6 of the paper: how long does a forward pass through convolutions and spatial dependency
+layers take?
 
-    python -m benchmarks.table6_runtime --device cuda --precision bfloat16 --output benchmarks/results/table6.json
+    python -m benchmarks.table6_runtime --device cuda --precision bfloat16 --output
+      benchmarks/results/table6.json
 
-The paper's protocol: batch 128, scales 4 to 64, each forward pass 100 times, mean and standard deviation; beyond it the
-backward pass and the peak memory of one training step (of what, see `benchmarks.sdn_layer`). The layers, which take
-turns, lead from `channels` to `channels`, with 1x1 projections and 1, 2 and 4 directions. Each spatial dependency layer
-is first compared with the reference in float64, output and all gradients; one that differs ends the program, status 1.
+The paper's protocol: batch 128, scales 4 to 64, each forward pass 100 times, mean and standard
+deviation; beyond it the backward pass and the peak memory of one training step (of what, see
+`benchmarks.sdn_layer`). The layers, which take turns, lead from `channels` to `channels`, with 1x1
+projections and 1, 2 and 4 directions. Each spatial dependency layer is first compared with the
+reference in float64, output and all gradients; one that differs ends the program, status 1.
 """
 
 from __future__ import annotations
@@ -38,14 +41,25 @@ def measure(names: list[str], scale: int, options) -> list[dict]:
     for name, taken in times.items():
         rows.append({"scale": scale, "layer": name, "repeats": len(taken)})
         for what, values in zip(PASSES, zip(*taken, strict=True), strict=True):
-            rows[-1] |= {f"{what}_ms": statistics.mean(values), f"{what}_std": statistics.stdev(values)}
-        rows[-1] |= {f"{what}_over_conv3": rows[-1][f"{what}_ms"] / rows[0][f"{what}_ms"] for what in PASSES}
-        rows[-1]["peak_mib"] = None if options.no_memory else sdn_layer.peak_memory(name, scale, options.batch, options)
+            rows[-1] |= {
+                f"{what}_ms": statistics.mean(values),
+                f"{what}_std": statistics.stdev(values),
+            }
+        rows[-1] |= {
+            f"{what}_over_conv3": rows[-1][f"{what}_ms"] / rows[0][f"{what}_ms"] for what in PASSES
+        }
+        rows[-1]["peak_mib"] = (
+            None
+            if options.no_memory
+            else sdn_layer.peak_memory(name, scale, options.batch, options)
+        )
     return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scales", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--channels", type=int, default=200)
@@ -54,8 +68,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="float32", choices=list(common.PRECISIONS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no_memory", action="store_true", help="time only")
-    parser.add_argument("--replay", action="store_true", help="passes captured as CUDA graphs (of a CUDA device)")
-    parser.add_argument("--quick", action="store_true", help="seconds: few channels, small maps, 2 repetitions")
+    parser.add_argument(
+        "--replay", action="store_true", help="passes captured as CUDA graphs (of a CUDA device)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="seconds: few channels, small maps, 2 repetitions"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -76,8 +94,19 @@ def main(arguments: list[str] | None = None) -> None:
         result["rows"] += measure(["conv3", "conv5", *layers], scale, options)
         common.write(result, options.output)
         print(f"scale {scale}: done", file=sys.stderr, flush=True)
-    columns = {"scale": "d", "layer": "", "forward_ms": ".3f", "forward_std": ".3f", "forward_over_conv3": ".2f"}
-    columns |= {"backward_ms": ".3f", "backward_std": ".3f", "backward_over_conv3": ".2f", "peak_mib": ".0f"}
+    columns = {
+        "scale": "d",
+        "layer": "",
+        "forward_ms": ".3f",
+        "forward_std": ".3f",
+        "forward_over_conv3": ".2f",
+    }
+    columns |= {
+        "backward_ms": ".3f",
+        "backward_std": ".3f",
+        "backward_over_conv3": ".2f",
+        "peak_mib": ".0f",
+    }
     print(common.table(result["rows"], columns))
 
 

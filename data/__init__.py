@@ -1,1 +1,2 @@
-"""Data sets: a registry (`get_dataset`), their readers and converters, and the Lightning side (`datamodule`)."""
+"""Data sets: a registry (`get_dataset`), their readers and converters, and the Lightning side
+(`datamodule`)."""

@@ -1,4 +1,5 @@
-"""CIFAR10 from its archive, handed out as uint8 tensors. Its files are pickles: nothing stored in them is executed."""
+"""CIFAR10 from its archive, handed out as uint8 tensors. Its files are pickles: nothing stored in
+them is executed."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ from .download import download
 from .errors import DataError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-ARCHIVE, SHA256 = "cifar-10-python.tar.gz", "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+ARCHIVE, SHA256 = (
+    "cifar-10-python.tar.gz",
+    "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+)
 FOLDER = "cifar-10-batches-py"  # of the files in the archive, and unpacked
 FILES = {  # names and the MD5 sums that their authors give
     "train": {
@@ -40,7 +44,8 @@ class Cifar10(Dataset):
     """CIFAR10 as uint8 [3, 32, 32], downloaded on first use; the test split validates.
 
     Arguments:
-        folder: Of the archive, which is read as it is, or of its unpacked folder `cifar-10-batches-py`.
+        folder: Of the archive, which is read as it is, or of its unpacked folder
+            `cifar-10-batches-py`.
         split: "train" (50,000) or "validation" (10,000).
 
     Raises:
@@ -51,7 +56,9 @@ class Cifar10(Dataset):
         contents = _unpacked(folder / FOLDER, FILES[split])
         if contents is None:
             contents = _archived(_archive(folder), FILES[split])
-        self._images = torch.from_numpy(np.concatenate([images_of(*file) for file in contents.items()]))
+        self._images = torch.from_numpy(
+            np.concatenate([images_of(*file) for file in contents.items()])
+        )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -71,8 +78,12 @@ def images_of(name: str, content: bytes) -> np.ndarray:
         DataError: if it holds something other than plain values and an array of images.
     """
     try:
-        _, shape, dtype, in_columns, stored = _Batch(io.BytesIO(content), encoding="latin1").load()["data"].state
-        pixels = stored.encode("latin1") if isinstance(stored, str) else stored  # Python 2 wrote text
+        _, shape, dtype, in_columns, stored = (
+            _Batch(io.BytesIO(content), encoding="latin1").load()["data"].state
+        )
+        pixels = (
+            stored.encode("latin1") if isinstance(stored, str) else stored
+        )  # Python 2 wrote text
         if not pixels or (dtype.arguments[0], in_columns, shape) != (
             "u1",
             False,
@@ -82,7 +93,9 @@ def images_of(name: str, content: bytes) -> np.ndarray:
         return np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)
     except Exception as error:  # damaged bytes can fail anywhere in the reader, in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"CIFAR10's {name} is damaged ({reason}); remove it and what it came in") from None
+        raise DataError(
+            f"CIFAR10's {name} is damaged ({reason}); remove it and what it came in"
+        ) from None
 
 
 class _Stored:
@@ -96,10 +109,13 @@ class _Stored:
 
 
 class _Batch(pickle.Unpickler):
-    """Reads plain values and arrays. No other class or function is looked up, none of numpy's is called."""
+    """Reads plain values and arrays. No other class or function is looked up, none of numpy's is
+    called."""
 
     ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype")}
-    ARRAYS |= {(module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")}
+    ARRAYS |= {
+        (module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+    }
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) in self.ARRAYS:
@@ -150,7 +166,9 @@ def _archive(folder: Path) -> Path:
                 download(URL, archive, sha256=SHA256, attempts=ATTEMPTS)
     except (OSError, DataError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"CIFAR10 cannot be downloaded ({reason}); put {ARCHIVE} from {URL} into {folder}") from None
+        raise DataError(
+            f"CIFAR10 cannot be downloaded ({reason}); put {ARCHIVE} from {URL} into {folder}"
+        ) from None
     return archive
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lib.position import Position
-from lib.processes import Patience
+from lib.training.position import Position
+from lib.training.processes import Patience
 from lib.utils import mixed_seed
 
 from .errors import DataError
@@ -26,14 +26,17 @@ FLIP = 1  # beside seed and key: a random number of its own
 
 
 class IndexedImages(Dataset):
-    """A data set addressed by keys, `pass * len(dataset) + index`, whose items are (uint8 [3, H, W], key).
+    """A data set addressed by keys, `pass * len(dataset) + index`, whose items are (uint8 [3, H,
+    W], key).
 
-    Augmentation is a pure function of (seed, key), so it depends on neither workers nor ranks nor on what was loaded
-    before. The key -1 gives some image: it only fills a batch and must not count.
+    Augmentation is a pure function of (seed, key), so it depends on neither workers nor ranks nor
+    on what was loaded before. The key -1 gives some image: it only fills a batch and must not
+    count.
 
     Arguments:
-        dataset: Images; its `draw(index, generator)`, if it has one, is its own augmentation, and its `batch(indices)`
-            gives the images of a list of indices at once, faster than one by one.
+        dataset: Images; its `draw(index, generator)`, if it has one, is its own augmentation, and
+            its `batch(indices)` gives the images of a list of indices at once, faster than one by
+            one.
         augment: Whether to augment at all.
         flip: Whether augmentation flips images left to right with probability 1/2.
         seed: Of the augmentation.
@@ -56,13 +59,17 @@ class IndexedImages(Dataset):
         if self.augment and hasattr(self.dataset, "draw"):
             seeds = [mixed_seed(self.seed, key) for key in keys]
             drawn = (torch.Generator().manual_seed(seed) for seed in seeds)
-            images = torch.stack([self.dataset.draw(index, g) for index, g in zip(indices, drawn, strict=True)])
+            images = torch.stack(
+                [self.dataset.draw(index, g) for index, g in zip(indices, drawn, strict=True)]
+            )
         elif hasattr(self.dataset, "batch"):
             images = self.dataset.batch(indices)
         else:
             images = torch.stack([self.dataset[index] for index in indices])
         if self.augment and self.flip:
-            mirrored = torch.tensor([key != PADDING and mixed_seed(self.seed, key, FLIP) % 2 == 1 for key in keys])
+            mirrored = torch.tensor(
+                [key != PADDING and mixed_seed(self.seed, key, FLIP) % 2 == 1 for key in keys]
+            )
             images[mirrored] = images[mirrored].flip(-1)
         return images, torch.tensor(keys)
 
@@ -70,25 +77,37 @@ class IndexedImages(Dataset):
 class BatchLoader(DataLoader):
     """A loader of the batches of `IndexedImages`, which are batches already.
 
-    Worker processes send them as arrays, whose bytes go through the workers' pipe. Tensors would each be put into a
-    shared memory file, whose making, passing on and mapping takes longer than to copy a batch of small images.
+    Worker processes send them as arrays, whose bytes go through the workers' pipe. Tensors would
+    each be put into a shared memory file, whose making, passing on and mapping takes longer than to
+    copy a batch of small images.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, *, num_workers: int, **options: Any):
         collate = _as_arrays if num_workers else _as_it_is
-        super().__init__(dataset, batch_size, num_workers=num_workers, collate_fn=collate, **options)
+        super().__init__(
+            dataset, batch_size, num_workers=num_workers, collate_fn=collate, **options
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = super().__iter__()
-        # torch's own limit is for the first byte of a batch; a worker that stops in its middle would stop all.
-        with Patience(self.timeout * 1.1, loader_hangs(self.timeout)) if self.timeout else nullcontext() as patience:
+        # torch's own limit is for the first byte of a batch; a worker that stops in its middle
+        # would stop all.
+        with (
+            Patience(self.timeout * 1.1, loader_hangs(self.timeout))
+            if self.timeout
+            else nullcontext() as patience
+        ):
             while True:
                 with patience.waiting() if patience else nullcontext():
                     batch = next(batches, None)
                 if batch is None:
                     return
                 images, keys = map(torch.as_tensor, batch)
-                yield (images.pin_memory(), keys.pin_memory()) if torch.cuda.is_available() else (images, keys)
+                yield (
+                    (images.pin_memory(), keys.pin_memory())
+                    if torch.cuda.is_available()
+                    else (images, keys)
+                )
 
 
 def loader_hangs(seconds: float) -> str:
@@ -105,7 +124,8 @@ def _as_arrays(batch: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """A signal to a whole job reaches loader workers, too, which are needed until the checkpoint is written."""
+    """A signal to a whole job reaches loader workers, too, which are needed until the checkpoint is
+    written."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
 
@@ -113,9 +133,10 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 class EpochSampler(Sampler[int]):
     """Yields a rank's share of an epoch's keys.
 
-    Shuffled (training): the next `length` entries of an endless row of permutations of the data set, each of which
-    depends on (seed, its number), what goes beyond a multiple of the number of ranks left out. In order (validation):
-    the first `length` images, filled up with -1, so that all ranks have equally many and every image counts once.
+    Shuffled (training): the next `length` entries of an endless row of permutations of the data
+    set, each of which depends on (seed, its number), what goes beyond a multiple of the number of
+    ranks left out. In order (validation): the first `length` images, filled up with -1, so that all
+    ranks have equally many and every image counts once.
 
     Arguments:
         size: Length of the data set.
@@ -123,7 +144,8 @@ class EpochSampler(Sampler[int]):
         seed: Of the permutations.
         rank, world_size: This process and how many there are.
         shuffle: Whether for training.
-        start: The epoch that a run goes on in, and its images (of all ranks) that are done and left out.
+        start: The epoch that a run goes on in, and its images (of all ranks) that are done and left
+            out.
     """
 
     def __init__(
@@ -147,7 +169,9 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length // self.world_size if self.shuffle else -(-self.length // self.world_size)
+        return (
+            self.length // self.world_size if self.shuffle else -(-self.length // self.world_size)
+        )
 
     def __iter__(self) -> Iterator[int]:
         if self.shuffle:
@@ -169,7 +193,8 @@ class EpochSampler(Sampler[int]):
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Batches (uint8 images [B, 3, H, W], int64 keys [B]; in validation, indices) of a registered data set.
+    """Batches (uint8 images [B, 3, H, W], int64 keys [B]; in validation, indices) of a registered
+    data set.
 
     Arguments:
         name: A name of `DATASETS`.
@@ -202,7 +227,8 @@ class ImageDataModule(pl.LightningDataModule):
         self._opened: dict[str, Dataset] = {}
 
     def prepare_data(self) -> None:
-        """Opens both splits, downloading CIFAR10 if need be; raises DataError for what is missing."""
+        """Opens both splits, downloading CIFAR10 if need be; raises DataError for what is
+        missing."""
         for split in SPLITS:
             self._open(split)
 
@@ -210,10 +236,13 @@ class ImageDataModule(pl.LightningDataModule):
         if stage != "validate":
             flip = DATASETS[self.name].flip
             self.train = IndexedImages(self._open("train"), augment=True, flip=flip, seed=self.seed)
-        self.validation = IndexedImages(self._open("validation"), augment=False, flip=False, seed=self.seed)
+        self.validation = IndexedImages(
+            self._open("validation"), augment=False, flip=False, seed=self.seed
+        )
 
     def check_batch(self, processes: int) -> None:
-        """Raises DataError if the training images do not fill one batch on each of the processes."""
+        """Raises DataError if the training images do not fill one batch on each of the
+        processes."""
         images = self.epoch_images or len(self._open("train"))
         if images < self.batch * processes:
             has = "--epoch_images gives an epoch" if self.epoch_images else f"{self.name} has"
@@ -242,7 +271,9 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader(self.validation, self.batch_val, length, shuffle=False)
 
     def _loader(self, dataset: IndexedImages, batch: int, length: int, **order: Any) -> DataLoader:
-        ranks = dict(rank=self.trainer.global_rank if self.trainer else 0, world_size=self._world_size)
+        ranks = dict(
+            rank=self.trainer.global_rank if self.trainer else 0, world_size=self._world_size
+        )
         sampler = EpochSampler(len(dataset), length=length, seed=self.seed, **order, **ranks)
         return BatchLoader(
             dataset,

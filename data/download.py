@@ -2,9 +2,9 @@
 
 python -m data.download URL DESTINATION [--sha256 SUM]
 
-The bytes so far are in DESTINATION.partial. DESTINATION.sha256 (the format of sha256sum) is written when they are
-complete; whatever it holds already, from an earlier download or from you, is checked instead. Where the sum of the
-published file is known, it is given.
+The bytes so far are in DESTINATION.partial. DESTINATION.sha256 (the format of sha256sum) is written
+when they are complete; whatever it holds already, from an earlier download or from you, is checked
+instead. Where the sum of the published file is known, it is given.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class TransferError(Exception):
     """The connection failed in a way that may pass."""
 
 
-def download(url: str, destination: Path, *, sha256: str | None = None, attempts: int | None = None) -> None:
+def download(
+    url: str, destination: Path, *, sha256: str | None = None, attempts: int | None = None
+) -> None:
     """Brings `destination` from `url`, or checks the one that is there.
 
     Arguments:
@@ -51,9 +53,10 @@ def download(url: str, destination: Path, *, sha256: str | None = None, attempts
         attempts: In a row that bring no byte, after which it gives up; default: `ATTEMPTS`.
 
     Raises:
-        DataError: if the URL is refused, the server answers with an error or without the file's length, the connection
-            fails again and again, the disk has too little space, another process downloads the same file, or the file
-            is not the one whose SHA-256 is recorded. Nothing is deleted.
+        DataError: if the URL is refused, the server answers with an error or without the file's
+            length, the connection fails again and again, the disk has too little space, another
+            process downloads the same file, or the file is not the one whose SHA-256 is recorded.
+            Nothing is deleted.
     """
     _check_url(url)
     if destination.exists():
@@ -76,7 +79,8 @@ def download(url: str, destination: Path, *, sha256: str | None = None, attempts
 
 
 def _check_existing(url: str, destination: Path, sha256: str | None) -> None:
-    """A file without a recorded or known sum is not from here: it has at least to be as long as the server's."""
+    """A file without a recorded or known sum is not from here: it has at least to be as long as the
+    server's."""
     if not sha256 and not _beside(destination, ".sha256").exists():
         try:
             with _request(url) as response:
@@ -112,7 +116,8 @@ def _fetch_all(url: str, file: BinaryIO, identity_file: Path, attempts: int) -> 
 
 
 def _fetch(url: str, file: BinaryIO, identity_file: Path) -> None:
-    """One request for what is missing, or for everything if the server's file is not the one that was begun."""
+    """One request for what is missing, or for everything if the server's file is not the one that
+    was begun."""
     begun = _begun(identity_file)
     have = _size(file) if begun and begun["url"] == url else 0
     if have and have == begun["size"]:
@@ -120,7 +125,11 @@ def _fetch(url: str, file: BinaryIO, identity_file: Path) -> None:
     headers = {}
     if have:
         headers = {"Range": f"bytes={have}-"}
-        validator = begun["etag"] if not (begun["etag"] or "W/").startswith("W/") else begun["last_modified"]
+        validator = (
+            begun["etag"]
+            if not (begun["etag"] or "W/").startswith("W/")
+            else begun["last_modified"]
+        )
         if validator:
             headers["If-Range"] = validator
     try:
@@ -134,7 +143,9 @@ def _fetch(url: str, file: BinaryIO, identity_file: Path) -> None:
         identity = _identity(url, response.headers)
         if response.status == 206:
             if not re.match(rf"bytes {have}-", response.headers["Content-Range"]):
-                raise DataError(f"{url}: the server sent {response.headers['Content-Range']}, not bytes from {have}")
+                raise DataError(
+                    f"{url}: the server sent {response.headers['Content-Range']}, not bytes from {have}"
+                )
         else:
             have = 0
             file.truncate(0)
@@ -143,7 +154,12 @@ def _fetch(url: str, file: BinaryIO, identity_file: Path) -> None:
         if missing > (free := shutil.disk_usage(folder).free):
             raise DataError(f"{folder} has {free} bytes free, {missing} more are needed for {url}")
         with tqdm(
-            total=identity["size"], initial=have, unit="B", unit_scale=True, desc="download", disable=None
+            total=identity["size"],
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            desc="download",
+            disable=None,
         ) as bar:
             while missing > 0 and (block := _read(response, min(BLOCK, missing))):
                 file.write(block)
@@ -167,7 +183,9 @@ class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
 def _request(url: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
     handlers: list[urllib.request.BaseHandler] = [_CheckedRedirects()]
     if urlsplit(url).scheme == "http":
-        handlers.append(urllib.request.ProxyHandler({}))  # no proxy reaches this machine's own server
+        handlers.append(
+            urllib.request.ProxyHandler({})
+        )  # no proxy reaches this machine's own server
     try:
         return urllib.request.build_opener(*handlers).open(
             urllib.request.Request(url, headers=headers or {}), timeout=TIMEOUT
@@ -180,7 +198,9 @@ def _request(url: str, headers: dict[str, str] | None = None) -> http.client.HTT
             raise TransferError(f"the server answers {error.code} {error.reason}") from None
         raise DataError(f"{url}: the server answers {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise TransferError(f"the connection failed ({getattr(error, 'reason', error) or error!r})") from None
+        raise TransferError(
+            f"the connection failed ({getattr(error, 'reason', error) or error!r})"
+        ) from None
 
 
 def _read(response: http.client.HTTPResponse, size: int) -> bytes:
@@ -195,8 +215,15 @@ def _identity(url: str, headers: Message) -> dict[str, str | int | None]:
     content_range = re.fullmatch(r"bytes \d+-\d+/(\d+)", headers.get("Content-Range", ""))
     size = content_range[1] if content_range else headers.get("Content-Length")
     if not (size or "").isdecimal():
-        raise DataError(f"{url}: the server does not tell how long the file is, so it could not be checked")
-    return {"url": url, "size": int(size), "etag": headers.get("ETag"), "last_modified": headers.get("Last-Modified")}
+        raise DataError(
+            f"{url}: the server does not tell how long the file is, so it could not be checked"
+        )
+    return {
+        "url": url,
+        "size": int(size),
+        "etag": headers.get("ETag"),
+        "last_modified": headers.get("Last-Modified"),
+    }
 
 
 def _check_url(url: str) -> None:
@@ -204,7 +231,9 @@ def _check_url(url: str) -> None:
         parts = urlsplit(url)
     except ValueError as error:
         raise DataError(f"{url}: {error}") from None
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1")):
+    if parts.scheme != "https" and not (
+        parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1")
+    ):
         raise DataError(f"{url}: only https addresses are downloaded")
 
 
@@ -230,7 +259,10 @@ def _check_sum(file: Path, destination: Path, sha256: str | None) -> None:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     total = path.stat().st_size
-    with path.open("rb") as file, tqdm(total=total, unit="B", unit_scale=True, desc="SHA-256", disable=None) as bar:
+    with (
+        path.open("rb") as file,
+        tqdm(total=total, unit="B", unit_scale=True, desc="SHA-256", disable=None) as bar,
+    ):
         while block := file.read(BLOCK):
             digest.update(block)
             bar.update(len(block))
@@ -251,21 +283,29 @@ def _begun(identity_file: Path) -> dict[str, str | int | None] | None:
         identity = json.loads(identity_file.read_text())
     except (OSError, ValueError):
         return None
-    return identity if isinstance(identity, dict) and {"url", "size", "etag", "last_modified"} <= {*identity} else None
+    return (
+        identity
+        if isinstance(identity, dict) and {"url", "size", "etag", "last_modified"} <= {*identity}
+        else None
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser("data.download", description=__doc__.splitlines()[0])
     parser.add_argument("url")
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--sha256", metavar="SUM", help="of the published file; default: none is known")
+    parser.add_argument(
+        "--sha256", metavar="SUM", help="of the published file; default: none is known"
+    )
     flags = parser.parse_args(arguments)
     with one_line_errors("data.download", DataError, OSError):
         try:
             download(flags.url, flags.destination, sha256=flags.sha256)
         except KeyboardInterrupt:
             raise DataError("interrupted; the same command goes on where it was") from None
-    print(f"{flags.destination}: {flags.destination.stat().st_size} bytes, as recorded in {flags.destination}.sha256")
+    print(
+        f"{flags.destination}: {flags.destination.stat().st_size} bytes, as recorded in {flags.destination}.sha256"
+    )
 
 
 if __name__ == "__main__":

@@ -2,4 +2,5 @@
 
 
 class DataError(Exception):
-    """A data set that is missing, damaged or unknown; the message is one line that also says what would be right."""
+    """A data set that is missing, damaged or unknown; the message is one line that also says what
+    would be right."""

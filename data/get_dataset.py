@@ -24,8 +24,8 @@ SPLITS = ("train", "validation")
 class DatasetSpec:
     """A data set that has a train and a validation split of uint8 images.
 
-    shape: (3, H, W). flip: whether training flips images at random. command: what gets the data. open: (folder of all
-    data sets, split) -> Dataset of uint8 tensors [3, H, W].
+    shape: (3, H, W). flip: whether training flips images at random. command: what gets the data.
+    open: (folder of all data sets, split) -> Dataset of uint8 tensors [3, H, W].
     """
 
     name: str
@@ -57,16 +57,28 @@ DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec
     for spec in (
         DatasetSpec(
-            "CIFAR10", (3, 32, 32), True, "it is downloaded on first use", lambda r, s: Cifar10(r / "CIFAR10", s)
+            "CIFAR10",
+            (3, 32, 32),
+            True,
+            "it is downloaded on first use",
+            lambda r, s: Cifar10(r / "CIFAR10", s),
         ),
         _lmdb("ImageNet32", 32, False, "get_imagenet_data.sh"),
         _lmdb("CelebAHQ256", 256, True, "get_celeb_data.sh"),
         DatasetSpec(
-            "Photos32", (3, 32, 32), False, "pip install scikit-image scikit-learn", lambda root, split: Photos32(split)
+            "Photos32",
+            (3, 32, 32),
+            False,
+            "pip install scikit-image scikit-learn",
+            lambda root, split: Photos32(split),
         ),
         DatasetSpec("3DShapes", (3, 64, 64), False, GET_3DSHAPES, _shapes3d),
         DatasetSpec(
-            "Shapes3DRendered", (3, 64, 64), False, "nothing to get", lambda root, split: Shapes3DRendered(split)
+            "Shapes3DRendered",
+            (3, 64, 64),
+            False,
+            "nothing to get",
+            lambda root, split: Shapes3DRendered(split),
         ),
     )
 }
@@ -81,7 +93,8 @@ def get_dataset(name: str, root: str | Path = "data", split: str = "train") -> D
         split: "train" or "validation".
 
     Raises:
-        DataError: if the data set is unknown, missing (the message names the command that gets it) or damaged.
+        DataError: if the data set is unknown, missing (the message names the command that gets it)
+            or damaged.
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")

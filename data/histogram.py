@@ -1,4 +1,5 @@
-"""How many bits/dim a histogram of each colour needs: the figure that a model of images has to beat.
+"""How many bits/dim a histogram of each colour needs: the figure that a model of images has to
+beat.
 
 python -m data.histogram Photos32 [--nbits 8] [--root data]
 """
@@ -16,13 +17,16 @@ from .get_dataset import DATASETS, get_dataset
 
 
 def histogram_bits_per_dim(train: Dataset, validation: Dataset, nbits: int = 8) -> float:
-    """Cross-entropy in bits/dim of the validation pixels under each colour's histogram of the training pixels.
+    """Cross-entropy in bits/dim of the validation pixels under each colour's histogram of the
+    training pixels.
 
-    Every level counts once more than it occurs, so that none has probability zero. Data sets with random augmentation
-    give one epoch of draws.
+    Every level counts once more than it occurs, so that none has probability zero. Data sets with
+    random augmentation give one epoch of draws.
     """
     train_counts = colour_histogram(IndexedImages(train, augment=True, flip=False, seed=0), nbits)
-    validation_counts = colour_histogram(IndexedImages(validation, augment=False, flip=False, seed=0), nbits)
+    validation_counts = colour_histogram(
+        IndexedImages(validation, augment=False, flip=False, seed=0), nbits
+    )
     smoothed = train_counts + 1
     bits = -torch.log2(smoothed / smoothed.sum(1, keepdim=True))
     return ((validation_counts * bits).sum() / validation_counts.sum()).item()
@@ -44,7 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--root", default="data")
     flags = parser.parse_args(arguments)
     with one_line_errors("data.histogram", DataError):
-        splits = [get_dataset(flags.dataset, flags.root, split) for split in ("train", "validation")]
+        splits = [
+            get_dataset(flags.dataset, flags.root, split) for split in ("train", "validation")
+        ]
         bits = histogram_bits_per_dim(*splits, flags.nbits)
     print(f"{flags.dataset}, {flags.nbits} bits: histogram of each colour: {bits:.3f} bits/dim")
 

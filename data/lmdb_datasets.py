@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from .errors import DataError
 
-# LMDB allows a file to be open once in a process and forbids using, after a fork, what was opened before it. So a
-# process shares its environments, and a fork waits for the reads under way and finds none open.
+# LMDB allows a file to be open once in a process and forbids using, after a fork, what was opened
+# before it. So a process shares its environments, and a fork waits for the reads under way and
+# finds none open.
 _environments: dict[str, Any] = {}
 _reading = Lock()
 
@@ -28,13 +29,16 @@ def _before_fork() -> None:
         _environments.popitem()[1].close()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_reading.release, after_in_child=_reading.release)
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_reading.release, after_in_child=_reading.release
+)
 
 
 class LmdbImages(Dataset):
     """Images of one shape as uint8 tensors [3, H, W].
 
-    It may be pickled, and read in any kind of loader worker and in any process that has read it before a fork.
+    It may be pickled, and read in any kind of loader worker and in any process that has read it
+    before a fork.
 
     Arguments:
         path: The LMDB's folder.
@@ -75,22 +79,29 @@ class LmdbImages(Dataset):
             for image, index in zip(images, indices, strict=True):
                 value = transaction.get(str(index).encode())
                 if value is None:
-                    raise DataError(f"{self.path} has no image {index}; make it again with: {self.command}")
+                    raise DataError(
+                        f"{self.path} has no image {index}; make it again with: {self.command}"
+                    )
                 if len(value) != len(image):
                     raise DataError(
                         f"{self.path}: image {index} has {len(value)} bytes, {height}x{width}x3 has {len(image)}; "
                         f"make it again with: {self.command}"
                     )
                 image[:] = np.frombuffer(value, np.uint8)
-        # Contiguous as from torch.stack: convolutions would follow another order of dimensions, and round differently.
-        return torch.from_numpy(images.reshape(-1, height, width, 3)).permute(0, 3, 1, 2).contiguous()
+        # Contiguous as from torch.stack: convolutions would follow another order of dimensions, and
+        # round differently.
+        return (
+            torch.from_numpy(images.reshape(-1, height, width, 3)).permute(0, 3, 1, 2).contiguous()
+        )
 
     def _open(self) -> Any:
         """This process's environment of these files; the caller holds `_reading`."""
         if self._key not in _environments:
             import lmdb
 
-            environment = lmdb.open(self._key, readonly=True, lock=False, readahead=False, meminit=False, create=False)
+            environment = lmdb.open(
+                self._key, readonly=True, lock=False, readahead=False, meminit=False, create=False
+            )
             expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
             actual = (self.path / "data.mdb").stat().st_size
             if actual < expected:  # reading past the end of the file would kill the process
@@ -104,12 +115,17 @@ class LmdbImages(Dataset):
 
     @contextmanager
     def _damage_in_one_line(self) -> Iterator[None]:
-        """Turns what LMDB reports, of the files as a whole or of a page inside them, into DataError."""
+        """Turns what LMDB reports, of the files as a whole or of a page inside them, into
+        DataError."""
         try:
             import lmdb
         except ImportError:
-            raise DataError(f"reading {self.path} needs the package lmdb: pip install lmdb") from None
+            raise DataError(
+                f"reading {self.path} needs the package lmdb: pip install lmdb"
+            ) from None
         try:
             yield
         except lmdb.Error as error:
-            raise DataError(f"{self.path} is damaged ({error}); make it again with: {self.command}") from None
+            raise DataError(
+                f"{self.path} is damaged ({error}); make it again with: {self.command}"
+            ) from None

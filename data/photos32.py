@@ -1,7 +1,9 @@
-"""Photos32: 32x32 colour patches of the photographs that scikit-image and scikit-learn carry. Nothing is downloaded.
+"""Photos32: 32x32 colour patches of the photographs that scikit-image and scikit-learn carry.
+Nothing is downloaded.
 
-Each photograph is cut into a left part for training and a right strip for validation before anything is scaled, so the
-two share no pixel. Patches are taken at full size and from versions scaled down to 1/2, 1/3 and 1/4.
+Each photograph is cut into a left part for training and a right strip for validation before
+anything is scaled, so the two share no pixel. Patches are taken at full size and from versions
+scaled down to 1/2, 1/3 and 1/4.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ class Photos32(Dataset):
     """Patches as uint8 [3, 32, 32].
 
     Arguments:
-        split: "train" (an epoch is 8,192 random draws: photograph by area, scale, position, flip) or "validation" (a
-            fixed list of 1,024 patches).
+        split: "train" (an epoch is 8,192 random draws: photograph by area, scale, position, flip)
+            or "validation" (a fixed list of 1,024 patches).
 
     Raises:
         DataError: if a package that carries the photographs is missing.
@@ -36,9 +38,13 @@ class Photos32(Dataset):
     def __init__(self, split: str):
         self.split = split
         regions = [_region(photograph, split) for photograph in photographs()]
-        areas = torch.tensor([region.width * region.height for region in regions], dtype=torch.float64)
+        areas = torch.tensor(
+            [region.width * region.height for region in regions], dtype=torch.float64
+        )
         self._shares = areas.cumsum(0) / areas.sum()
-        self._levels = [[_reduced(region, reduction) for reduction in REDUCTIONS] for region in regions]
+        self._levels = [
+            [_reduced(region, reduction) for reduction in REDUCTIONS] for region in regions
+        ]
         self._fixed: Tensor | None = None
         if split == "validation":
             generator = torch.Generator().manual_seed(VALIDATION_SEED)
@@ -53,14 +59,22 @@ class Photos32(Dataset):
         return self._patch(torch.Generator().manual_seed(index))
 
     def draw(self, index: int, generator: torch.Generator) -> Tensor:
-        """A random patch [3, 32, 32] that depends on the generator's state only; the fixed one in validation."""
+        """A random patch [3, 32, 32] that depends on the generator's state only; the fixed one in
+        validation."""
         return self[index] if self._fixed is not None else self._patch(generator)
 
     def _patch(self, generator: torch.Generator) -> Tensor:
-        photograph, level, top, left, flip = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-        levels = self._levels[int(torch.searchsorted(self._shares, photograph).clamp(max=len(self._levels) - 1))]
+        photograph, level, top, left, flip = torch.rand(
+            5, generator=generator, dtype=torch.float64
+        ).tolist()
+        levels = self._levels[
+            int(torch.searchsorted(self._shares, photograph).clamp(max=len(self._levels) - 1))
+        ]
         image = levels[int(level * len(levels))]
-        row, column = int(top * (image.shape[1] - SIZE + 1)), int(left * (image.shape[2] - SIZE + 1))
+        row, column = (
+            int(top * (image.shape[1] - SIZE + 1)),
+            int(left * (image.shape[2] - SIZE + 1)),
+        )
         patch = image[:, row : row + SIZE, column : column + SIZE]
         return patch.flip(2) if flip < 0.5 else patch.clone()
 
@@ -74,8 +88,17 @@ def photographs() -> list[Image.Image]:
         raise DataError(
             f"Photos32 needs scikit-image and scikit-learn: pip install scikit-image scikit-learn ({error})"
         ) from None
-    arrays = [data.astronaut(), data.cat(), data.coffee(), data.rocket(), data.stereo_motorcycle()[0]]
-    return [Image.fromarray(np.asarray(array)).convert("RGB") for array in [*arrays, *load_sample_images().images]]
+    arrays = [
+        data.astronaut(),
+        data.cat(),
+        data.coffee(),
+        data.rocket(),
+        data.stereo_motorcycle()[0],
+    ]
+    return [
+        Image.fromarray(np.asarray(array)).convert("RGB")
+        for array in [*arrays, *load_sample_images().images]
+    ]
 
 
 def _region(photograph: Image.Image, split: str) -> Image.Image:

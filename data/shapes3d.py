@@ -1,11 +1,13 @@
-"""3D-Shapes (Burgess and Kim 2018): the order of its 480,000 scenes, and a reader of the official 3dshapes.h5.
+"""3D-Shapes (Burgess and Kim 2018): the order of its 480,000 scenes, and a reader of the official
+3dshapes.h5.
 
 python -m data.shapes3d {check,convert} 3dshapes.h5
 
-The official file is compressed in pieces of many images, so that one image at random costs the decompression of at
-least one piece, hundreds of times the work of reading it. So `convert`, or the first use, writes
-3dshapes.uncompressed.h5 (5.9 GB) beside it, of which an image is one read of 12 KB. A file that is not compressed, such
-as data.shapes3d_rendered writes by default, is read as it is.
+The official file is compressed in pieces of many images, so that one image at random costs the
+decompression of at least one piece, hundreds of times the work of reading it. So `convert`, or the
+first use, writes 3dshapes.uncompressed.h5 (5.9 GB) beside it, of which an image is one read of 12
+KB. A file that is not compressed, such as data.shapes3d_rendered writes by default, is read as it
+is.
 """
 
 from __future__ import annotations
@@ -49,12 +51,13 @@ VALIDATION_SEED = 20180705
 class Scenes(Dataset):
     """Images of the 480,000 scenes, uint8 [3, 64, 64], in the order of the official file.
 
-    A scene's index counts the combinations of the six factors, the last factor fastest. Items are numbered like the
-    scenes in training; in validation item i is scene `validation_scenes()[i]`. The methods below take scenes.
+    A scene's index counts the combinations of the six factors, the last factor fastest. Items are
+    numbered like the scenes in training; in validation item i is scene `validation_scenes()[i]`.
+    The methods below take scenes.
 
     Arguments:
-        split: "train" (all scenes) or "validation" (10,000 of the same scenes: nothing is held out, as in Locatello et
-            al. 2019).
+        split: "train" (all scenes) or "validation" (10,000 of the same scenes: nothing is held out,
+            as in Locatello et al. 2019).
 
     Raises:
         IndexError: if an index is out of range.
@@ -73,15 +76,20 @@ class Scenes(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
-            raise IndexError(f"3D-Shapes has {len(self)} images for {self.split}, there is no image {index}")
+            raise IndexError(
+                f"3D-Shapes has {len(self)} images for {self.split}, there is no image {index}"
+            )
         return self._image(index if self._listed is None else self._listed[index])
 
     def batch(self, indices: list[int]) -> Tensor:
         """The items at `indices` [N] at once: uint8 [N, 3, 64, 64]."""
         if wrong := [index for index in indices if not 0 <= index < len(self)]:
-            raise IndexError(f"3D-Shapes has {len(self)} images for {self.split}, there is no image {wrong[0]}")
+            raise IndexError(
+                f"3D-Shapes has {len(self)} images for {self.split}, there is no image {wrong[0]}"
+            )
         scenes = indices if self._listed is None else [self._listed[index] for index in indices]
-        # Contiguous as from torch.stack: convolutions would follow another order of dimensions, and round differently.
+        # Contiguous as from torch.stack: convolutions would follow another order of dimensions, and
+        # round differently.
         return self._images(torch.tensor(scenes, dtype=torch.int64)).contiguous()
 
     def factors(self, indices: Tensor) -> Tensor:
@@ -99,7 +107,9 @@ class Scenes(Dataset):
     def labels(self, indices: Tensor) -> Tensor:
         """The values of the factors of scenes [N], as in the official file: float64 [N, 6]."""
         factors = self.factors(indices)
-        return torch.stack([values[factors[:, i]] for i, values in enumerate(factor_values())], dim=1)
+        return torch.stack(
+            [values[factors[:, i]] for i, values in enumerate(factor_values())], dim=1
+        )
 
     def images(self, factors: Tensor) -> Tensor:
         """The images of the scenes with the factors [N, 6]: uint8 [N, 3, 64, 64]."""
@@ -133,7 +143,9 @@ def all_labels() -> ndarray:
 
 def validation_scenes() -> Tensor:
     """The scenes of the validation split in its order: int64 [10000]."""
-    return torch.randperm(SCENES, generator=torch.Generator().manual_seed(VALIDATION_SEED))[:VALIDATION_LENGTH]
+    return torch.randperm(SCENES, generator=torch.Generator().manual_seed(VALIDATION_SEED))[
+        :VALIDATION_LENGTH
+    ]
 
 
 def _check_range(name: str, numbers: Tensor, end: Tensor) -> None:
@@ -144,21 +156,28 @@ def _check_range(name: str, numbers: Tensor, end: Tensor) -> None:
 class Shapes3D(Scenes):
     """The images of an HDF5 file with the official structure, as uint8 [3, 64, 64].
 
-    It may be pickled and read in any kind of loader worker: nothing of HDF5 is open after the constructor.
+    It may be pickled and read in any kind of loader worker: nothing of HDF5 is open after the
+        constructor.
 
     Arguments:
-        path: The file. If it is compressed, its uncompressed copy is read, and made if it is not there yet; with the
-            copy there, the file itself may be missing.
+        path: The file. If it is compressed, its uncompressed copy is read, and made if it is not
+            there yet; with the copy there, the file itself may be missing.
         split: As in `Scenes`.
         command: What gets the file, for the messages.
         in_memory: Whether to hold all images in memory (5.9 GB); no copy is needed then.
 
     Raises:
-        DataError: if the file is missing or damaged, its images or labels are not those of 3D-Shapes, or the copy
-            cannot be made.
+        DataError: if the file is missing or damaged, its images or labels are not those of
+            3D-Shapes, or the copy cannot be made.
     """
 
-    def __init__(self, path: str | Path, split: str = "train", command: str = COMMAND, in_memory: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        command: str = COMMAND,
+        in_memory: bool = False,
+    ):
         super().__init__(split)
         path = Path(path)
         copy = uncompressed(path)
@@ -173,7 +192,11 @@ class Shapes3D(Scenes):
                     self._memory[start : start + len(block)] = torch.from_numpy(block)
         if self._offset is None and not in_memory:
             if not copy.exists():
-                print(f"{path} is compressed; its images are written to {copy} once", file=sys.stderr, flush=True)
+                print(
+                    f"{path} is compressed; its images are written to {copy} once",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self.path, self._offset = convert(path, command)
 
     def _image(self, scene: int) -> Tensor:
@@ -188,14 +211,20 @@ class Shapes3D(Scenes):
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     def _read(self, scene: int, image: ndarray) -> None:
-        """Fills [64, 64, 3]. Reading at a position leaves no trace in the open file, so that processes can share it."""
+        """Fills [64, 64, 3]. Reading at a position leaves no trace in the open file, so that
+        processes can share it."""
         if self._memory is not None:
             image[:] = self._memory[scene].numpy()
             return
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
-        if os.preadv(self._file.fileno(), [image], self._offset + scene * IMAGE_BYTES) != IMAGE_BYTES:
-            raise DataError(f"{self.path} ends before image {scene}; remove it and get it again with: {self.command}")
+        if (
+            os.preadv(self._file.fileno(), [image], self._offset + scene * IMAGE_BYTES)
+            != IMAGE_BYTES
+        ):
+            raise DataError(
+                f"{self.path} ends before image {scene}; remove it and get it again with: {self.command}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}
@@ -239,24 +268,33 @@ def opened(path: Path, command: str = COMMAND) -> Iterator[Any]:
         yield file["images"]
 
 
-def _check_array(file: Any, name: str, shape: tuple[int, ...], kind: str, path: Path, again: str) -> None:
+def _check_array(
+    file: Any, name: str, shape: tuple[int, ...], kind: str, path: Path, again: str
+) -> None:
     array = file.get(name)
     if not hasattr(array, "dtype"):
-        raise DataError(f"{path} has no data set {name!r}, but {', '.join(map(repr, file)) or 'nothing'}; {again}")
+        raise DataError(
+            f"{path} has no data set {name!r}, but {', '.join(map(repr, file)) or 'nothing'}; {again}"
+        )
     if array.shape != shape or kind not in (array.dtype.kind, array.dtype.str[1:]):
         kind = {"u1": "uint8", "f": "float64"}[kind]
-        raise DataError(f"{path}: {name} is {array.dtype} {list(array.shape)} instead of {kind} {list(shape)}; {again}")
+        raise DataError(
+            f"{path}: {name} is {array.dtype} {list(array.shape)} instead of {kind} {list(shape)}; {again}"
+        )
 
 
 def decoded(images: Any, path: Path, command: str = COMMAND) -> Iterator[tuple[int, ndarray]]:
     """All images in order, several at a time with the first one's index, under a progress bar.
 
     Raises:
-        DataError: if a part is damaged or an image has one colour only, as where nothing was written.
+        DataError: if a part is damaged or an image has one colour only, as where nothing was
+            written.
     """
     again = f"remove {path} and get it again with: {command}"
     rows = images.chunks[0] if images.chunks else BLOCK
-    count = min(-(-BLOCK // rows) * rows, LARGEST_BLOCK)  # whole pieces, so that none is decompressed twice
+    count = min(
+        -(-BLOCK // rows) * rows, LARGEST_BLOCK
+    )  # whole pieces, so that none is decompressed twice
     with tqdm(total=SCENES, desc=path.name, unit=" images", disable=None) as bar:
         for start in range(0, SCENES, count):
             try:
@@ -268,16 +306,20 @@ def decoded(images: Any, path: Path, command: str = COMMAND) -> Iterator[tuple[i
                 ) from None
             flat = block.reshape(len(block), -1)
             if len(empty := np.flatnonzero(flat.min(1) == flat.max(1))):
-                raise DataError(f"{path}: nothing is to be seen on image {start + empty[0]}; {again}")
+                raise DataError(
+                    f"{path}: nothing is to be seen on image {start + empty[0]}; {again}"
+                )
             yield start, block
             bar.update(len(block))
 
 
 def convert(path: Path, command: str = COMMAND) -> tuple[Path, int]:
-    """The uncompressed copy of a file and where its images begin in it; it is made if it is not there yet.
+    """The uncompressed copy of a file and where its images begin in it; it is made if it is not
+    there yet.
 
     Raises:
-        DataError: if the file is damaged, the disk has too little room, or there is a copy, but of another file.
+        DataError: if the file is damaged, the disk has too little room, or there is a copy, but of
+            another file.
     """
     if not path.exists():
         raise DataError(f"there is no {path}; get it with: {command}")
@@ -285,7 +327,12 @@ def convert(path: Path, command: str = COMMAND) -> tuple[Path, int]:
     if not copy.exists():
         with opened(path, command) as images, alone(copy):
             if not copy.exists():  # another process may just have made it
-                write_hdf5(copy, (block for _, block in decoded(images, path, command)), SCENES, source=source_bytes)
+                write_hdf5(
+                    copy,
+                    (block for _, block in decoded(images, path, command)),
+                    SCENES,
+                    source=source_bytes,
+                )
     again = "remove it, and it is made again"
     with opened(copy, command) as images:
         if (offset := images.id.get_offset()) is None:
@@ -305,7 +352,11 @@ def alone(path: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting for another process that writes into {path.parent}", file=sys.stderr, flush=True)
+                print(
+                    f"waiting for another process that writes into {path.parent}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -313,9 +364,14 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def write_hdf5(
-    path: Path, blocks: Iterable[ndarray], count: int, compression: str | None = None, source: int | None = None
+    path: Path,
+    blocks: Iterable[ndarray],
+    count: int,
+    compression: str | None = None,
+    source: int | None = None,
 ) -> None:
-    """Writes a file of the official structure, complete or not at all. The caller sees to being `alone`.
+    """Writes a file of the official structure, complete or not at all. The caller sees to being
+    `alone`.
 
     Arguments:
         path: The file; it must not exist.
@@ -325,8 +381,8 @@ def write_hdf5(
         source: Size in bytes of the file that this is a copy of.
 
     Raises:
-        DataError: if the file exists, the disk has too little room, what was written cannot be read back, or the
-            package h5py is missing.
+        DataError: if the file exists, the disk has too little room, what was written cannot be read
+            back, or the package h5py is missing.
     """
     h5py = _h5py()
     if path.exists():
@@ -336,7 +392,9 @@ def write_hdf5(
     shape = (count, *IMAGE_SHAPE)
     needed, free = math.prod(shape) + 2**26, shutil.disk_usage(path.parent).free
     if compression is None and free < needed:
-        raise DataError(f"{path.parent} has {free / 1e9:.1f} GB free, {path.name} takes {needed / 1e9:.1f}: make room")
+        raise DataError(
+            f"{path.parent} has {free / 1e9:.1f} GB free, {path.name} takes {needed / 1e9:.1f}: make room"
+        )
     samples: dict[int, ndarray] = {}
     try:
         with h5py.File(partial, "w") as file:
@@ -344,7 +402,9 @@ def write_hdf5(
                 file.attrs[SOURCE] = source
             file["labels"] = all_labels()[:count]
             chunks = (min(CHUNK, count), *IMAGE_SHAPE) if compression else None
-            images = file.create_dataset("images", shape, np.uint8, chunks=chunks, compression=compression)
+            images = file.create_dataset(
+                "images", shape, np.uint8, chunks=chunks, compression=compression
+            )
             start = 0
             for block in blocks:
                 images[start : start + len(block)] = block
@@ -353,8 +413,12 @@ def write_hdf5(
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         with h5py.File(partial, "r") as file:
-            if not all(np.array_equal(file["images"][index], image) for index, image in samples.items()):
-                raise DataError(f"{path.parent}: what was written is read back differently; nothing is kept")
+            if not all(
+                np.array_equal(file["images"][index], image) for index, image in samples.items()
+            ):
+                raise DataError(
+                    f"{path.parent}: what was written is read back differently; nothing is kept"
+                )
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -373,8 +437,12 @@ def _first_line(error: Exception) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = OneLineParser("data.shapes3d", description="Looks through a file of 3D-Shapes, or makes it fast to read.")
-    parser.add_argument("action", choices=("check", "convert"), help="convert: also write the uncompressed copy")
+    parser = OneLineParser(
+        "data.shapes3d", description="Looks through a file of 3D-Shapes, or makes it fast to read."
+    )
+    parser.add_argument(
+        "action", choices=("check", "convert"), help="convert: also write the uncompressed copy"
+    )
     parser.add_argument("path", type=Path, help="3dshapes.h5")
     flags = parser.parse_args(arguments)
     with one_line_errors("data.shapes3d", DataError, OSError):

@@ -1,11 +1,15 @@
-"""Ray casting of the 480 geometries of 3D-Shapes: a corner of a room with an object of 4 shapes, 8 sizes, 15 views.
+"""Ray casting of the 480 geometries of 3D-Shapes: a corner of a room with an object of 4 shapes, 8
+sizes, 15 views.
 
-Nothing here has a colour. A pixel of a geometry is given by four weights, so that any colours of the three materials
-make an image: pixel = floor weight * floor colour + wall weight * wall colour + object weight * object colour + white.
-A weight is the mean, over the pixel's subsamples, of the light that the material sends to the camera.
+Nothing here has a colour. A pixel of a geometry is given by four weights, so that any colours of
+the three materials
+make an image: pixel = floor weight * floor colour + wall weight * wall colour + object weight *
+object colour + white. A weight is the mean, over the pixel's subsamples, of the light that the
+material sends to the camera.
 
-The room: z points up, the floor is z = 0, the walls are x = -WALL and y = -WALL, the object stands on the origin. The
-camera circles around the object, at equal distances from the walls at 0 degrees. The lamp belongs to the room.
+The room: z points up, the floor is z = 0, the walls are x = -WALL and y = -WALL, the object stands
+on the origin. The camera circles around the object, at equal distances from the walls at 0 degrees.
+The lamp belongs to the room.
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ FIELD_OF_VIEW = np.radians(42)
 LAMP = np.array([0.4, 3.2, 4.2])
 LAMP_RADIUS = 0.22  # as seen from the object, relative to the distance
 AMBIENT, DIFFUSE = 0.48, 0.43
-CREASE, CREASE_WIDTH = 0.35, 0.4  # how much darker it is where floor and walls meet, and how far that reaches
+CREASE, CREASE_WIDTH = (
+    0.35,
+    0.4,
+)  # how much darker it is where floor and walls meet, and how far that reaches
 GLOSS, GLOSS_EXPONENT = 0.35, 30
 HALF_WIDTH, HEIGHT = 0.5, 1.0  # of cube and cylinder
 SPHERE_RADIUS = 0.58
@@ -37,15 +44,20 @@ WIDTHS = {"cube": HALF_WIDTH, "cylinder": HALF_WIDTH, "sphere": SPHERE_RADIUS, "
 HEIGHTS = {"cube": HEIGHT, "cylinder": HEIGHT, "sphere": 2 * SPHERE_RADIUS, "pill": PILL_HEIGHT}
 BEVEL = 0.07  # how far the normals of cube and cylinder turn before an edge
 
-MAP_SIZE, MAP_EXTENT = 160, 1.7  # the floor around the object, |x| and |y| below the extent at scale 1
+MAP_SIZE, MAP_EXTENT = (
+    160,
+    1.7,
+)  # the floor around the object, |x| and |y| below the extent at scale 1
 
 
 def interval(shape: str, origin: ndarray, direction: ndarray) -> tuple[ndarray, ndarray]:
-    """Where rays enter and leave a shape of scale 1: distances in lengths of `direction`, entry > exit if they miss.
+    """Where rays enter and leave a shape of scale 1: distances in lengths of `direction`, entry >
+    exit if they miss.
 
     Arguments:
         shape: One of `SHAPES`.
-        origin, direction: [3, ...], broadcast against each other; no direction is parallel to an axis.
+        origin, direction: [3, ...], broadcast against each other; no direction is parallel to an
+            axis.
     """
     if shape == "cube":
         return _common(
@@ -53,14 +65,18 @@ def interval(shape: str, origin: ndarray, direction: ndarray) -> tuple[ndarray, 
             _slab(origin[2], direction[2], 0, HEIGHT),
         )
     if shape == "cylinder":
-        return _common(_round(origin[:2], direction[:2], HALF_WIDTH), _slab(origin[2], direction[2], 0, HEIGHT))
+        return _common(
+            _round(origin[:2], direction[:2], HALF_WIDTH), _slab(origin[2], direction[2], 0, HEIGHT)
+        )
     if shape == "sphere":
         return _ball(origin, direction, SPHERE_RADIUS, SPHERE_RADIUS)
     tube = _common(
         _round(origin[:2], direction[:2], PILL_RADIUS),
         _slab(origin[2], direction[2], PILL_RADIUS, PILL_HEIGHT - PILL_RADIUS),
     )
-    ends = [_ball(origin, direction, PILL_RADIUS, z) for z in (PILL_RADIUS, PILL_HEIGHT - PILL_RADIUS)]
+    ends = [
+        _ball(origin, direction, PILL_RADIUS, z) for z in (PILL_RADIUS, PILL_HEIGHT - PILL_RADIUS)
+    ]
     hits = [(enter <= leave, enter, leave) for enter, leave in (tube, *ends)]
     enter = reduce(np.minimum, [np.where(hit, enter, np.inf) for hit, enter, _ in hits])
     leave = reduce(np.maximum, [np.where(hit, leave, -np.inf) for hit, _, leave in hits])
@@ -68,11 +84,18 @@ def interval(shape: str, origin: ndarray, direction: ndarray) -> tuple[ndarray, 
 
 
 def normals(shape: str, points: ndarray) -> ndarray:
-    """Unit normals at points [3, N] of a shape's surface: away from the nearest point of a smaller core inside it."""
+    """Unit normals at points [3, N] of a shape's surface: away from the nearest point of a smaller
+    core inside it."""
     x, y, z = points
     if shape == "cube":
         inner = HALF_WIDTH - BEVEL
-        away = np.stack([x - x.clip(-inner, inner), y - y.clip(-inner, inner), z - z.clip(BEVEL, HEIGHT - BEVEL)])
+        away = np.stack(
+            [
+                x - x.clip(-inner, inner),
+                y - y.clip(-inner, inner),
+                z - z.clip(BEVEL, HEIGHT - BEVEL),
+            ]
+        )
     elif shape == "cylinder":
         radius = np.hypot(x, y)
         outside = 1 - (HALF_WIDTH - BEVEL) / np.maximum(radius, HALF_WIDTH - BEVEL)
@@ -91,7 +114,8 @@ def _slab(origin: ndarray, direction: ndarray, low: float, high: float) -> tuple
 
 
 def _round(origin: ndarray, direction: ndarray, radius: float) -> tuple[ndarray, ndarray]:
-    """The points at most `radius` from 0 in as many dimensions as given: an endless cylinder or a ball."""
+    """The points at most `radius` from 0 in as many dimensions as given: an endless cylinder or a
+    ball."""
     a, b = _dot(direction, direction), _dot(origin, direction)
     discriminant = b**2 - a * (_dot(origin, origin) - radius**2)
     root = np.sqrt(np.maximum(discriminant, 0))
@@ -99,7 +123,9 @@ def _round(origin: ndarray, direction: ndarray, radius: float) -> tuple[ndarray,
     return np.where(miss, np.inf, (-b - root) / a), np.where(miss, -np.inf, (root - b) / a)
 
 
-def _ball(origin: ndarray, direction: ndarray, radius: float, height: float) -> tuple[ndarray, ndarray]:
+def _ball(
+    origin: ndarray, direction: ndarray, radius: float, height: float
+) -> tuple[ndarray, ndarray]:
     centre = np.array([0, 0, height], origin.dtype).reshape(3, *[1] * (origin.ndim - 1))
     return _round(origin - centre, direction, radius)
 
@@ -110,7 +136,8 @@ def _common(*intervals: tuple[ndarray, ndarray]) -> tuple[ndarray, ndarray]:
 
 
 def floor_light(shape: str) -> ndarray:
-    """What the object leaves of the lamp's and of the surrounding light: [2, MAP_SIZE, MAP_SIZE] over (x, y)."""
+    """What the object leaves of the lamp's and of the surrounding light: [2, MAP_SIZE, MAP_SIZE]
+    over (x, y)."""
     cells = (np.arange(MAP_SIZE, dtype=np.float32) + 0.5) * (2 * MAP_EXTENT / MAP_SIZE) - MAP_EXTENT
     x, y = np.meshgrid(cells, cells, indexing="ij")
     origin = np.stack([x, y, np.zeros_like(x)]).reshape(3, -1)
@@ -120,7 +147,9 @@ def floor_light(shape: str) -> ndarray:
     above = np.cross(side, towards_lamp)
     radius, angle = _spiral(48)
     disc = LAMP_RADIUS * radius
-    lamp = towards_lamp + np.outer(disc * np.cos(angle), side) + np.outer(disc * np.sin(angle), above)
+    lamp = (
+        towards_lamp + np.outer(disc * np.cos(angle), side) + np.outer(disc * np.sin(angle), above)
+    )
     # Lambert's cosine: directions above equally distributed points of the unit disc.
     radius, angle = _spiral(96)
     sky = np.stack([radius * np.cos(angle), radius * np.sin(angle), np.sqrt(1 - radius**2)], axis=1)
@@ -145,10 +174,13 @@ def _visible(shape: str, origin: ndarray, directions: ndarray) -> ndarray:
 
 
 def camera(orientation: float) -> tuple[ndarray, ndarray]:
-    """The eye [3] and, for each subsample of an image, the direction of sight [3, S, S]; orientation in degrees."""
+    """The eye [3] and, for each subsample of an image, the direction of sight [3, S, S];
+    orientation in degrees."""
     azimuth = np.radians(45 + orientation)
     outward = np.array([np.cos(azimuth), np.sin(azimuth), 0])
-    eye = EYE_DISTANCE * (np.cos(EYE_ELEVATION) * outward + np.sin(EYE_ELEVATION) * np.array([0, 0, 1]))
+    eye = EYE_DISTANCE * (
+        np.cos(EYE_ELEVATION) * outward + np.sin(EYE_ELEVATION) * np.array([0, 0, 1])
+    )
     eye[2] += TARGET_HEIGHT
     forward = np.array([0, 0, TARGET_HEIGHT]) - eye
     forward /= np.linalg.norm(forward)
@@ -157,16 +189,21 @@ def camera(orientation: float) -> tuple[ndarray, ndarray]:
     up = np.cross(right, forward)
     count = SIZE * SUBSAMPLES
     steps = ((np.arange(count) + 0.5) / count * 2 - 1) * np.tan(FIELD_OF_VIEW / 2)
-    direction = forward[:, None, None] + right[:, None, None] * steps - up[:, None, None] * steps[:, None]
+    direction = (
+        forward[:, None, None] + right[:, None, None] * steps - up[:, None, None] * steps[:, None]
+    )
     return eye.astype(np.float32), direction.astype(np.float32)
 
 
 def all_weights() -> ndarray:
-    """The weights of all geometries in [0, 1]: float32 [8 scales, 4 shapes, 15 orientations, 4 materials, 64, 64].
+    """The weights of all geometries in [0, 1]: float32 [8 scales, 4 shapes, 15 orientations, 4
+    materials, 64, 64].
 
     The four weights of a pixel add up to at most 1.
     """
-    weights = np.empty((len(SCALES), len(SHAPES), len(ORIENTATIONS), len(MATERIALS), SIZE, SIZE), np.float32)
+    weights = np.empty(
+        (len(SCALES), len(SHAPES), len(ORIENTATIONS), len(MATERIALS), SIZE, SIZE), np.float32
+    )
     lights = {shape: floor_light(shape) for shape in SHAPES}
     for k, orientation in enumerate(ORIENTATIONS):
         eye, direction = camera(orientation)
@@ -187,8 +224,14 @@ class Room:
     def __init__(self, eye: ndarray, direction: ndarray):
         self.eye, self.direction = eye, direction
         corner = direction[:, 0, 0]
-        self._view = direction.mean((1, 2)), direction[:, -1, 0] - corner, direction[:, 0, -1] - corner
-        distances = np.stack([(low - eye[i]) / direction[i] for i, low in enumerate((-WALL, -WALL, 0))])
+        self._view = (
+            direction.mean((1, 2)),
+            direction[:, -1, 0] - corner,
+            direction[:, 0, -1] - corner,
+        )
+        distances = np.stack(
+            [(low - eye[i]) / direction[i] for i, low in enumerate((-WALL, -WALL, 0))]
+        )
         distances[distances <= 0] = np.inf  # behind the camera
         surface = distances.argmin(0)  # 0, 1: a wall; 2: the floor
         points = eye[:, None, None] + distances.min(0) * direction
@@ -204,7 +247,8 @@ class Room:
         self.empty_pixels = _pixels(self.empty)
 
     def with_object(self, shape: str, scale: float, light: ndarray) -> ndarray:
-        """The weights [4, 64, 64] with an object in the room; light: as `floor_light` returns it."""
+        """The weights [4, 64, 64] with an object in the room; light: as `floor_light` returns
+        it."""
         pixels = self.empty_pixels.copy()
         whole = self._frame(MAP_EXTENT * scale, HEIGHTS[shape] * scale)
         samples = _cut(self.empty, _fine(whole)).copy()
@@ -213,40 +257,58 @@ class Room:
         _cut(pixels, whole)[:] = _pixels(samples)
         return pixels
 
-    def _darken_floor(self, floor: ndarray, window: tuple[slice, slice], scale: float, light: ndarray) -> None:
+    def _darken_floor(
+        self, floor: ndarray, window: tuple[slice, slice], scale: float, light: ndarray
+    ) -> None:
         """Puts the object's shadow onto a window of subsamples of the floor's weight."""
-        position = _cut(self.floor_points, window) * (MAP_SIZE / (2 * MAP_EXTENT * scale)) + MAP_SIZE / 2
-        cells = position.clip(0, MAP_SIZE - 1).astype(np.int32)  # at its border the map changes nothing
+        position = (
+            _cut(self.floor_points, window) * (MAP_SIZE / (2 * MAP_EXTENT * scale)) + MAP_SIZE / 2
+        )
+        cells = position.clip(0, MAP_SIZE - 1).astype(
+            np.int32
+        )  # at its border the map changes nothing
         lamp, sky = light.reshape(2, -1).take(cells[0] * MAP_SIZE + cells[1], axis=1)
-        floor[:] = np.minimum(self.diffuse[window] * lamp + self.ambient[window] * sky, 1) * self.floor[window]
+        floor[:] = (
+            np.minimum(self.diffuse[window] * lamp + self.ambient[window] * sky, 1)
+            * self.floor[window]
+        )
 
     def _draw(self, samples: ndarray, whole: tuple[slice, slice], shape: str, scale: float) -> None:
         """Puts the object in front of what a window's subsamples show."""
         near = self._frame(WIDTHS[shape] * scale, HEIGHTS[shape] * scale)
-        inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(near, whole, strict=True))
+        inner = tuple(
+            slice(a.start - b.start, a.stop - b.start) for a, b in zip(near, whole, strict=True)
+        )
         part = _cut(samples, _fine(inner))
         eye, direction = self.eye[:, None, None] / scale, _cut(self.direction, _fine(near)) / scale
         enter, leave = interval(shape, eye, direction)
         rows, columns = np.nonzero(enter < leave)
         points = eye[:, 0] + enter[rows, columns] * direction[:, rows, columns]  # at scale 1
         part[:2, rows, columns] = 0
-        part[2:, rows, columns] = object_light(points, points * scale, normals(shape, points), self.eye)
+        part[2:, rows, columns] = object_light(
+            points, points * scale, normals(shape, points), self.eye
+        )
 
     def _frame(self, width: float, height: float) -> tuple[slice, slice]:
         """Rows and columns of the pixels that may show |x|, |y| <= width, 0 <= z <= height."""
-        corners = np.stack(np.meshgrid([-width, width], [-width, width], [0, height])).reshape(3, -1)
+        corners = np.stack(np.meshgrid([-width, width], [-width, width], [0, height])).reshape(
+            3, -1
+        )
         seen = corners - self.eye[:, None]
         forward, down, right = self._view
         depth = forward @ seen / (forward @ forward)
         slices = []
         for axis in (down, right):
             position = (axis @ seen / (axis @ axis) / depth + 0.5) * SIZE
-            slices.append(slice(max(0, int(position.min()) - 1), min(SIZE, int(position.max()) + 2)))
+            slices.append(
+                slice(max(0, int(position.min()) - 1), min(SIZE, int(position.max()) + 2))
+            )
         return tuple(slices)
 
 
 def lambert(points: ndarray, normal: ndarray) -> ndarray:
-    """The lamp's light on surfaces, the cosine over the distance: [...] for points and unit normals [3, ...]."""
+    """The lamp's light on surfaces, the cosine over the distance: [...] for points and unit normals
+    [3, ...]."""
     towards = LAMP.astype(np.float32).reshape(3, *[1] * (points.ndim - 1)) - points
     cosine_by_distance = np.maximum(_dot(towards, normal), 0) / _dot(towards, towards)
     return cosine_by_distance * np.float32(np.linalg.norm(LAMP))
@@ -263,8 +325,12 @@ def object_light(points: ndarray, room_points: ndarray, normal: ndarray, eye: nd
     contact = 1 - 0.45 * np.exp(-points[2] / 0.2) * (1 - np.maximum(normal[2], 0))
     ambient = AMBIENT * (0.84 + 0.16 * normal[2]) * contact
     light = np.minimum(ambient + DIFFUSE * lambert(room_points, normal), 1)
-    towards = [_unit(position.astype(np.float32)[:, None] - room_points) for position in (LAMP, eye)]
-    highlight = GLOSS * np.maximum(_dot(_unit(towards[0] + towards[1]), normal), 0) ** GLOSS_EXPONENT
+    towards = [
+        _unit(position.astype(np.float32)[:, None] - room_points) for position in (LAMP, eye)
+    ]
+    highlight = (
+        GLOSS * np.maximum(_dot(_unit(towards[0] + towards[1]), normal), 0) ** GLOSS_EXPONENT
+    )
     return np.stack([light * (1 - highlight), highlight])
 
 

@@ -2,7 +2,8 @@
 
 python -m data.shapes3d_rendered OUT.h5 [--compression {gzip,lzf}] [--first N]
 
-writes them as an HDF5 file with the official one's names, order, shapes and types, which data.shapes3d reads.
+writes them as an HDF5 file with the official one's names, order, shapes and types, which
+data.shapes3d reads.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ LEVELS = 4096  # of a weight: with 256 levels of a colour, sums stay exact in fl
 class Shapes3DRendered(Scenes):
     """The rendered images as uint8 [3, 64, 64].
 
-    The weights of the 480 geometries (31 MB) are computed once in a process, in a few seconds; workers share them. An
-    image is the product of its colours [3, 4] and its geometry's weights [4, 4096].
+    The weights of the 480 geometries (31 MB) are computed once in a process, in a few seconds;
+    workers share them. An image is the product of its colours [3, 4] and its geometry's weights [4,
+    4096].
 
     Arguments:
         split: As in `Scenes`.
@@ -59,21 +61,26 @@ class Shapes3DRendered(Scenes):
 
 @lru_cache(maxsize=1)
 def geometry_weights() -> ndarray:
-    """Weights of the materials, whole numbers, for each scale, shape and orientation: float32 [480, 4, 4096]."""
+    """Weights of the materials, whole numbers, for each scale, shape and orientation: float32 [480,
+    4, 4096]."""
     return np.rint(all_weights().reshape(GEOMETRIES, len(MATERIALS), SIZE * SIZE) * (LEVELS - 1))
 
 
 @lru_cache(maxsize=1)
 def hue_colours() -> ndarray:
-    """Colours of the materials, over `LEVELS`, for each hue of floor, wall and object: float32 [1000, 3, 4]."""
+    """Colours of the materials, over `LEVELS`, for each hue of floor, wall and object: float32
+    [1000, 3, 4]."""
     size = FACTOR_SIZES[0]
     hues = [colorsys.hsv_to_rgb(i / size, SATURATION, VALUE) for i in range(size)]
-    colours = np.array([[*materials, (1, 1, 1)] for materials in itertools.product(hues, repeat=3)], np.float32)
+    colours = np.array(
+        [[*materials, (1, 1, 1)] for materials in itertools.product(hues, repeat=3)], np.float32
+    )
     return np.rint(colours * 255).swapaxes(1, 2) / np.float32(LEVELS)
 
 
 def blocks(count: int) -> Iterator[ndarray]:
-    """The images of the first `count` scenes in the file's layout: uint8 [n, 64, 64, 3] at a time."""
+    """The images of the first `count` scenes in the file's layout: uint8 [n, 64, 64, 3] at a
+    time."""
     weights, colours = geometry_weights(), hue_colours()
     with tqdm(total=count, desc="rendered", unit=" images", disable=None) as bar:
         for start in range(0, count, GEOMETRIES):
@@ -86,11 +93,18 @@ def blocks(count: int) -> Iterator[ndarray]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = OneLineParser("data.shapes3d_rendered", description="Writes the rendered images as an HDF5 file.")
+    parser = OneLineParser(
+        "data.shapes3d_rendered", description="Writes the rendered images as an HDF5 file."
+    )
     parser.add_argument("path", type=Path, metavar="OUT.h5")
-    parser.add_argument("--compression", choices=("gzip", "lzf"), help="none: 5.9 GB, read without a copy")
     parser.add_argument(
-        "--first", type=int, default=SCENES, help="only so many scenes, to look at; not to be trained on"
+        "--compression", choices=("gzip", "lzf"), help="none: 5.9 GB, read without a copy"
+    )
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=SCENES,
+        help="only so many scenes, to look at; not to be trained on",
     )
     flags = parser.parse_args(arguments)
     if not 1 <= flags.first <= SCENES:

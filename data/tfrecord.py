@@ -17,7 +17,8 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
 def masked_crc32c(data: bytes) -> int:
-    """TensorFlow's masked CRC-32C (Castagnoli): rotated right by 15 bits, plus a constant, modulo 2^32.
+    """TensorFlow's masked CRC-32C (Castagnoli): rotated right by 15 bits, plus a constant, modulo
+    2^32.
 
     Raises:
         DataError: if the package google-crc32c is missing.
@@ -25,7 +26,9 @@ def masked_crc32c(data: bytes) -> int:
     try:
         from google_crc32c import value
     except ImportError:
-        raise DataError("checking TFRecords needs the package google-crc32c: pip install google-crc32c") from None
+        raise DataError(
+            "checking TFRecords needs the package google-crc32c: pip install google-crc32c"
+        ) from None
     crc = value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -49,7 +52,9 @@ def records(stream: IO[bytes], name: str) -> Iterator[bytes]:
             raise DataError(f"{name}, record {number}: the checksum of the length does not fit")
         body = stream.read(length + 4)
         if len(body) < length + 4:
-            raise DataError(f"{name}, record {number}: cut off after {len(body)} of {length + 4} bytes")
+            raise DataError(
+                f"{name}, record {number}: cut off after {len(body)} of {length + 4} bytes"
+            )
         data = body[:length]
         if masked_crc32c(data) != int.from_bytes(body[length:], "little"):
             raise DataError(f"{name}, record {number}: the checksum of the data does not fit")
@@ -65,7 +70,8 @@ def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
     Raises:
         ValueError: if the bytes are not such a message.
     """
-    # Example {1: Features {1: map entry {1: name, 2: Feature {1: BytesList {1: ...} | 3: Int64List {1: ...}}}}}
+    # Example {1: Features {1: map entry {1: name, 2: Feature {1: BytesList {1: ...} | 3: Int64List
+    # {1: ...}}}}}
     features: dict[str, list[int] | list[bytes]] = {}
     for example_field, features_message in _submessages(record):
         if example_field != 1:
@@ -107,7 +113,8 @@ def _submessages(message: memoryview | bytes) -> Iterator[tuple[int, memoryview]
 
 
 def _fields(message: memoryview | bytes) -> Iterator[tuple[int, int, int | memoryview]]:
-    """(field number, wire type, value) of a protobuf message; the value is a number or, if not a varint, bytes."""
+    """(field number, wire type, value) of a protobuf message; the value is a number or, if not a
+    varint, bytes."""
     view, position = memoryview(message), 0
     while position < len(view):
         key, position = _varint(view, position)

@@ -1,9 +1,12 @@
-"""Converts Glow's TFRecord archives to train.lmdb and validation.lmdb; neither TensorFlow nor unpacking is needed.
+"""Converts Glow's TFRecord archives to train.lmdb and validation.lmdb; neither TensorFlow nor
+unpacking is needed.
 
-python -m data.tfrecords_to_lmdb {CelebAHQ256,ImageNet32} --source TAR_OR_FOLDER --target FOLDER [--force]
+python -m data.tfrecords_to_lmdb {CelebAHQ256,ImageNet32} --source TAR_OR_FOLDER --target FOLDER
+  [--force]
 
-A split is written as NAME.lmdb.partial and renamed when it is complete: a NAME.lmdb is always a whole one. Images are
-numbered by shard, then by record. A split that is there already is left alone unless `--force` is given.
+A split is written as NAME.lmdb.partial and renamed when it is complete: a NAME.lmdb is always a
+whole one. Images are numbered by shard, then by record. A split that is there already is left alone
+unless `--force` is given.
 """
 
 from __future__ import annotations
@@ -27,14 +30,18 @@ from .errors import DataError
 from .get_dataset import DATASETS, SPLITS
 from .tfrecord import parse_example, records
 
-RESOLUTION_LEVELS = {"CelebAHQ256": 8, "ImageNet32": 5}  # shard names hold the base-2 logarithm of the image's side
+RESOLUTION_LEVELS = {
+    "CelebAHQ256": 8,
+    "ImageNet32": 5,
+}  # shard names hold the base-2 logarithm of the image's side
 PAGE = 4096
 BATCH_BYTES = 2**25
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A TFRecord file: its number, its path inside the source, its size in bytes, and how to open it."""
+    """A TFRecord file: its number, its path inside the source, its size in bytes, and how to open
+    it."""
 
     number: int
     name: str
@@ -42,7 +49,9 @@ class Shard:
     open: Callable[[], IO[bytes]]
 
 
-def convert(name: str, source: str | Path, target: str | Path, force: bool = False) -> dict[str, int]:
+def convert(
+    name: str, source: str | Path, target: str | Path, force: bool = False
+) -> dict[str, int]:
     """Converts both splits of a data set.
 
     Arguments:
@@ -55,11 +64,13 @@ def convert(name: str, source: str | Path, target: str | Path, force: bool = Fal
         Number of images in each split that was converted.
 
     Raises:
-        DataError: if shards are missing or damaged, an image has another shape, the disk has too little room, or
-            another process is converting to the same folder.
+        DataError: if shards are missing or damaged, an image has another shape, the disk has too
+            little room, or another process is converting to the same folder.
     """
     source, target = Path(source), Path(target)
-    wanted = [split for split in SPLITS if force or not (target / f"{split}.lmdb" / "data.mdb").exists()]
+    wanted = [
+        split for split in SPLITS if force or not (target / f"{split}.lmdb" / "data.mdb").exists()
+    ]
     if not wanted:
         return {}
     with find_shards(name, source) as all_shards:
@@ -78,8 +89,11 @@ def convert(name: str, source: str | Path, target: str | Path, force: bool = Fal
 
 @contextlib.contextmanager
 def find_shards(name: str, source: Path) -> Iterator[dict[str, list[tuple[int, Shard]]]]:
-    """The shards of each split in an archive or a folder, each with the number of shards that its name promises."""
-    pattern = re.compile(rf"({'|'.join(SPLITS)})-r{RESOLUTION_LEVELS[name]:02d}-s-(\d{{4,}})-of-(\d{{4,}})\.tfrecords")
+    """The shards of each split in an archive or a folder, each with the number of shards that its
+    name promises."""
+    pattern = re.compile(
+        rf"({'|'.join(SPLITS)})-r{RESOLUTION_LEVELS[name]:02d}-s-(\d{{4,}})-of-(\d{{4,}})\.tfrecords"
+    )
     found: dict[str, list[tuple[int, Shard]]] = {split: [] for split in SPLITS}
 
     def add(path: str, size: int, open_shard: Callable[[], IO[bytes]]) -> None:
@@ -89,39 +103,66 @@ def find_shards(name: str, source: Path) -> Iterator[dict[str, list[tuple[int, S
 
     if source.is_dir():
         for file in source.rglob("*.tfrecords"):
-            add(file.relative_to(source).as_posix(), file.stat().st_size, lambda file=file: file.open("rb"))
+            add(
+                file.relative_to(source).as_posix(),
+                file.stat().st_size,
+                lambda file=file: file.open("rb"),
+            )
         yield found
     elif source.is_file():
         try:
             with tarfile.open(source, "r:") as archive:
-                for member in tqdm(archive, desc=f"contents of {source.name}", unit=" files", disable=None):
+                for member in tqdm(
+                    archive, desc=f"contents of {source.name}", unit=" files", disable=None
+                ):
                     if member.isfile():
-                        add(member.name, member.size, lambda member=member: archive.extractfile(member))
+                        add(
+                            member.name,
+                            member.size,
+                            lambda member=member: archive.extractfile(member),
+                        )
                 yield found
         except tarfile.TarError as error:
-            raise DataError(f"{source} is no whole tar archive ({error}); {_command(name)}") from None
+            raise DataError(
+                f"{source} is no whole tar archive ({error}); {_command(name)}"
+            ) from None
     else:
         raise DataError(f"there is no {source}; {_command(name)}")
 
 
-def check_complete(name: str, split: str, found: list[tuple[int, Shard]], source: Path) -> list[Shard]:
+def check_complete(
+    name: str, split: str, found: list[tuple[int, Shard]], source: Path
+) -> list[Shard]:
     """The shards in order, if they are all there and there once."""
     if not found:
         expected = f"{split}/{split}-r{RESOLUTION_LEVELS[name]:02d}-s-0000-of-....tfrecords"
-        raise DataError(f"{source} has no shards of {name}'s {split} split ({expected}); {_command(name)}")
+        raise DataError(
+            f"{source} has no shards of {name}'s {split} split ({expected}); {_command(name)}"
+        )
     totals = {total for total, _ in found}
     if len(totals) > 1:
-        raise DataError(f"{source}: shards of {split} come from sets of {' and '.join(map(str, sorted(totals)))}")
+        raise DataError(
+            f"{source}: shards of {split} come from sets of {' and '.join(map(str, sorted(totals)))}"
+        )
     (total,) = totals
     shards = sorted((shard for _, shard in found), key=lambda shard: shard.number)
     numbers = [shard.number for shard in shards]
     if missing := sorted(set(range(total)) - set(numbers)):
-        names = [f"{split}-r{RESOLUTION_LEVELS[name]:02d}-s-{number:04d}-of-{total:04d}" for number in missing]
+        names = [
+            f"{split}-r{RESOLUTION_LEVELS[name]:02d}-s-{number:04d}-of-{total:04d}"
+            for number in missing
+        ]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise DataError(f"{source} lacks {', '.join(names[:5])}{more}; {_command(name)}")
     if len(shards) > total:
-        extra = [shard.name for shard in shards if numbers.count(shard.number) > 1 or shard.number >= total]
-        raise DataError(f"{source} has {len(shards)} shards of {split} instead of {total}: see {', '.join(extra[:5])}")
+        extra = [
+            shard.name
+            for shard in shards
+            if numbers.count(shard.number) > 1 or shard.number >= total
+        ]
+        raise DataError(
+            f"{source} has {len(shards)} shards of {split} instead of {total}: see {', '.join(extra[:5])}"
+        )
     return shards
 
 
@@ -134,14 +175,17 @@ def exclusive(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DataError(f"another process is converting to {folder}; let it finish") from None
+                raise DataError(
+                    f"another process is converting to {folder}; let it finish"
+                ) from None
         yield
     finally:
         os.close(handle)
 
 
 def check_room(name: str, target: Path, shard_bytes: int) -> None:
-    """Whether the LMDB fits on the disk: a value takes whole pages, its record about as much as the raw image."""
+    """Whether the LMDB fits on the disk: a value takes whole pages, its record about as much as the
+    raw image."""
     _, height, width = DATASETS[name].shape
     pages = -(-(height * width * 3 + 16) // PAGE)
     needed = int(shard_bytes / (height * width * 3) * (pages * PAGE + 64)) + 2**20
@@ -174,7 +218,11 @@ def convert_split(name: str, split: str, shards: list[Shard], target: Path) -> i
 
 def _paths(target: Path, split: str) -> tuple[Path, Path, Path]:
     """A split's LMDB, the one being written, and the one that is being replaced."""
-    return target / f"{split}.lmdb", target / f"{split}.lmdb.partial", target / f"{split}.old.lmdb.partial"
+    return (
+        target / f"{split}.lmdb",
+        target / f"{split}.lmdb.partial",
+        target / f"{split}.old.lmdb.partial",
+    )
 
 
 def images(name: str, shards: list[Shard], split: str) -> Iterator[bytes]:
@@ -194,10 +242,14 @@ def images(name: str, shards: list[Shard], split: str) -> Iterator[bytes]:
                         raise DataError(f"{where}: no tf.train.Example ({error})") from None
                     shape, data = example.get("shape"), example.get("data")
                     if shape != expected:
-                        raise DataError(f"{where}: the image's shape is {shape} instead of {expected}")
+                        raise DataError(
+                            f"{where}: the image's shape is {shape} instead of {expected}"
+                        )
                     image = data[0] if data and isinstance(data[0], bytes) else b""
                     if len(image) != height * width * channels:
-                        raise DataError(f"{where}: {len(image)} bytes of image instead of {height * width * channels}")
+                        raise DataError(
+                            f"{where}: {len(image)} bytes of image instead of {height * width * channels}"
+                        )
                     yield image
                     bar.update(len(record) + 16)
             if number < 0:
@@ -255,8 +307,15 @@ def _command(name: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser("data.tfrecords_to_lmdb", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", choices=sorted(RESOLUTION_LEVELS))
-    parser.add_argument("--source", required=True, type=Path, help="the tar archive, or the folder it was unpacked to")
-    parser.add_argument("--target", required=True, type=Path, help="folder for train.lmdb and validation.lmdb")
+    parser.add_argument(
+        "--source",
+        required=True,
+        type=Path,
+        help="the tar archive, or the folder it was unpacked to",
+    )
+    parser.add_argument(
+        "--target", required=True, type=Path, help="folder for train.lmdb and validation.lmdb"
+    )
     parser.add_argument("--force", action="store_true", help="convert a split again that is there")
     flags = parser.parse_args(arguments)
     with one_line_errors("data.tfrecords_to_lmdb", DataError, OSError):
@@ -266,7 +325,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise DataError("interrupted; the same command starts the split again") from None
     for split in SPLITS:
         path = flags.target / f"{split}.lmdb"
-        print(f"{path}: {counts[split]} images" if split in counts else f"{path} is there already; --force renews it")
+        print(
+            f"{path}: {counts[split]} images"
+            if split in counts
+            else f"{path} is there already; --force renews it"
+        )
 
 
 if __name__ == "__main__":

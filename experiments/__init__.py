@@ -1,1 +1,2 @@
-"""Programs that train and evaluate what the paper compares, and gather the results in its tables and figures."""
+"""Programs that train and evaluate what the paper compares, and gather the results in its tables
+and figures."""

@@ -1,8 +1,9 @@
-"""The disentanglement experiment (paper, section 6): β-VAEs with CNN and SDN decoders, for several β and seeds.
+"""The disentanglement experiment (paper, section 6): β-VAEs with CNN and SDN decoders, for several
+β and seeds.
 
-Trains and evaluates each, then gathers them (experiments.disentanglement_results). Further flags, such as --iters or
---batch, go to train.py. The same command goes on after an interruption: runs that are finished are skipped, others
-continue from their last checkpoint.
+Trains and evaluates each, then gathers them (experiments.disentanglement_results). Further flags,
+such as --iters or --batch, go to train.py. The same command goes on after an interruption: runs
+that are finished are skipped, others continue from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -44,8 +45,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BETAS = [1.0, 32.0, 100.0, 300.0, 500.0]
 SEEDS = list(range(10))
 ANNEALED = 1 / 3  # part of the iterations in which β rises: the paper's 100,000 of 300,000
-# Flags of train.py, beside those of its groups Run, Hardware and Logging, that runs of one experiment may differ in.
-FREE = ("num_workers", "root", "batch_val", "epoch_images", "val_images", "beta_final", "sdn_max_scale")
+# Flags of train.py, beside those of its groups Run, Hardware and Logging, that runs of one
+# experiment may differ in.
+FREE = (
+    "num_workers",
+    "root",
+    "batch_val",
+    "epoch_images",
+    "val_images",
+    "beta_final",
+    "sdn_max_scale",
+)
 OURS = {
     "task": "it is disentanglement",
     "exp_name": "use --name",
@@ -63,7 +73,8 @@ OURS = {
 class Experiment:
     """What is to be done.
 
-    runs: In order. config: What all runs share. train_flags: For train.py. metrics, levels, limit: Of the evaluation.
+    runs: In order. config: What all runs share. train_flags: For train.py. metrics, levels, limit:
+        Of the evaluation.
     """
 
     runs: list[Run]
@@ -84,14 +95,34 @@ class Experiment:
 
 def make_parser() -> OneLineParser:
     parser = OneLineParser("train_3dshapes.sh", description=__doc__)
-    parser.add_argument("--name", default="3dshapes", help="of the experiment: runs are NAME_cnn_beta1_seed0, ...")
-    parser.add_argument("--betas", type=float, nargs="+", default=BETAS, help="weights of the KL, once annealed")
-    parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=list(DECODERS), help="networks to compare")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the runs of each beta and decoder")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; several GPUs are given out in turn")
-    parser.add_argument("--limit", type=int, default=10_000, help="validation images of the final ELBO")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=DEFAULT_METRICS, help="scores to compute")
-    parser.add_argument("--levels", type=int, nargs="+", default=None, help="see evaluate.py; default: all levels")
+    parser.add_argument(
+        "--name", default="3dshapes", help="of the experiment: runs are NAME_cnn_beta1_seed0, ..."
+    )
+    parser.add_argument(
+        "--betas", type=float, nargs="+", default=BETAS, help="weights of the KL, once annealed"
+    )
+    parser.add_argument(
+        "--decoders",
+        nargs="+",
+        choices=DECODERS,
+        default=list(DECODERS),
+        help="networks to compare",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=SEEDS, help="of the runs of each beta and decoder"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; several GPUs are given out in turn"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=10_000, help="validation images of the final ELBO"
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=METRICS, default=DEFAULT_METRICS, help="scores to compute"
+    )
+    parser.add_argument(
+        "--levels", type=int, nargs="+", default=None, help="see evaluate.py; default: all levels"
+    )
     return parser
 
 
@@ -103,8 +134,13 @@ def main(arguments: list[str] | None = None) -> None:
             experiment = prepare(flags, train_flags)
             failed = carry_out(experiment, flags.jobs)
             if failed:
-                print(f"train_3dshapes.sh: error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
-            disentanglement_results.main(["--name", flags.name, "--output_dir", experiment.config.output_dir])
+                print(
+                    f"train_3dshapes.sh: error: {len(failed)} runs failed: {', '.join(failed)}",
+                    file=sys.stderr,
+                )
+            disentanglement_results.main(
+                ["--name", flags.name, "--output_dir", experiment.config.output_dir]
+            )
         except KeyboardInterrupt:
             print("\ninterrupted: the same command goes on", file=sys.stderr)
             sys.exit(130)
@@ -119,7 +155,11 @@ def prepare(flags: argparse.Namespace, train_flags: list[str]) -> Experiment:
             raise ConfigError(f"--{name} is set by the experiment: {instead}")
     if "beta_rate" not in given:
         iters = given.get("iters", TrainConfig.for_task(task="disentanglement").iters)
-        train_flags = [*train_flags, "--beta_rate", f"{min(1.0, 1 / max(1.0, ANNEALED * iters)):.6g}"]
+        train_flags = [
+            *train_flags,
+            "--beta_rate",
+            f"{min(1.0, 1 / max(1.0, ANNEALED * iters)):.6g}",
+        ]
     train_flags = ["--task", "disentanglement", *train_flags]
     if flags.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1; got {flags.jobs}")
@@ -128,22 +168,30 @@ def prepare(flags: argparse.Namespace, train_flags: list[str]) -> Experiment:
     try:
         runs = [
             Run(flags.name, decoder, beta, seed)
-            for seed in dict.fromkeys(flags.seeds)  # outermost, so that what is finished can be compared
+            for seed in dict.fromkeys(
+                flags.seeds
+            )  # outermost, so that what is finished can be compared
             for beta in dict.fromkeys(flags.betas)
             for decoder in dict.fromkeys(flags.decoders)
         ]
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    config = train.parse([*train_flags, "--exp_name", runs[0].folder, "--random_seed", str(max(flags.seeds))])
+    config = train.parse(
+        [*train_flags, "--exp_name", runs[0].folder, "--random_seed", str(max(flags.seeds))]
+    )
     train.choose_devices(config)
     if config.gpus and config.gpus > 1:
-        raise ConfigError(f"--gpus {config.gpus}: each run is on one GPU; --jobs {config.gpus} uses as many")
+        raise ConfigError(
+            f"--gpus {config.gpus}: each run is on one GPU; --jobs {config.gpus} uses as many"
+        )
     for package, name in (("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
         if not importlib.util.find_spec(package):
             raise ConfigError(f"the evaluation needs the package {name}: pip install {name}")
     scenes = get_dataset(config.dataset, config.root, "train")
     if not isinstance(scenes, FactorData):
-        raise ConfigError(f"--dataset {config.dataset} has no factors: use 3DShapes or Shapes3DRendered")
+        raise ConfigError(
+            f"--dataset {config.dataset} has no factors: use 3DShapes or Shapes3DRendered"
+        )
     levels = FewerLevels(scenes, flags.levels or scenes.factor_sizes).factor_sizes
     train.make_data(config).check_batch(1)
     train.make_model(config)
@@ -159,7 +207,8 @@ def prepare(flags: argparse.Namespace, train_flags: list[str]) -> Experiment:
 
 
 def check_settings(experiment: Experiment, run: Run) -> None:
-    """Raises ConfigError if the run was begun with other settings: their results must not be averaged."""
+    """Raises ConfigError if the run was begun with other settings: their results must not be
+    averaged."""
     path = experiment.weights(run)
     if not path.exists():
         return
@@ -169,7 +218,9 @@ def check_settings(experiment: Experiment, run: Run) -> None:
         return  # the run itself will fail, and say so; others need not
     now = experiment.config.to_dict()
     fields = [
-        f.name for f in dataclasses.fields(TrainConfig) if f.metadata["group"] not in ("Run", "Hardware", "Logging")
+        f.name
+        for f in dataclasses.fields(TrainConfig)
+        if f.metadata["group"] not in ("Run", "Hardware", "Logging")
     ]
     wrong = [
         f"--{name} {before[name]} (now {now[name]})"
@@ -177,7 +228,9 @@ def check_settings(experiment: Experiment, run: Run) -> None:
         if name not in FREE and now[name] != before[name]
     ]
     if wrong:
-        raise ConfigError(f"{path} was trained with {', '.join(wrong)}: give these to go on, or another --name")
+        raise ConfigError(
+            f"{path} was trained with {', '.join(wrong)}: give these to go on, or another --name"
+        )
 
 
 def carry_out(experiment: Experiment, jobs: int) -> list[str]:
@@ -189,7 +242,11 @@ def carry_out(experiment: Experiment, jobs: int) -> list[str]:
         print(f"{done} of {total} runs are finished already", flush=True)
     slots: queue.Queue[dict[str, str]] = queue.Queue()
     for slot in range(jobs):
-        slots.put(environment(slot, jobs, gpus=0 if experiment.config.gpus == 0 else torch.cuda.device_count()))
+        slots.put(
+            environment(
+                slot, jobs, gpus=0 if experiment.config.gpus == 0 else torch.cuda.device_count()
+            )
+        )
     failed = []
 
     def work(run: Run) -> None:
@@ -250,10 +307,30 @@ def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> s
             decoder = ["--sdn_max_scale", "0"] if run.decoder == "cnn" else []
             command = ["train.py", *experiment.train_flags, *decoder, "--exp_name", run.folder]
             command += ["--random_seed", str(run.seed), "--beta_final", f"{run.beta:g}"]
-            execute(experiment, [*command, "--make_checkpoint", "--use_checkpoint"], folder, lock, surroundings)
+            execute(
+                experiment,
+                [*command, "--make_checkpoint", "--use_checkpoint"],
+                folder,
+                lock,
+                surroundings,
+            )
             story = f"trained{f' from step {step}' if step else ''} in {(time.perf_counter() - start) / 60:.1f} min, "
-        command = ["evaluate.py", "--model", run.folder, "--output_dir", experiment.config.output_dir]
-        command += ["--elbo", "--limit", str(experiment.limit), "--traversal", "--reconstruction", "--count", "32"]
+        command = [
+            "evaluate.py",
+            "--model",
+            run.folder,
+            "--output_dir",
+            experiment.config.output_dir,
+        ]
+        command += [
+            "--elbo",
+            "--limit",
+            str(experiment.limit),
+            "--traversal",
+            "--reconstruction",
+            "--count",
+            "32",
+        ]
         command += ["--disentanglement", "--metrics", *experiment.metrics]
         command += ["--levels", *map(str, experiment.levels)]
         if experiment.config.gpus == 0:
@@ -262,19 +339,28 @@ def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> s
     finally:
         os.close(lock)
     results = experiment.results(run)
-    scores = {name: values["score"] for name, values in results["disentanglement"]["scores"].items()}
+    scores = {
+        name: values["score"] for name, values in results["disentanglement"]["scores"].items()
+    }
     shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
     return f"{story}-ELBO {results['elbo']['nats']:.0f} nats, {shown}"
 
 
-def execute(experiment: Experiment, command: list[str], folder: Path, lock: int, surroundings: dict[str, str]) -> None:
+def execute(
+    experiment: Experiment,
+    command: list[str],
+    folder: Path,
+    lock: int,
+    surroundings: dict[str, str],
+) -> None:
     """Runs one of the scripts, with its output in the run's log; raises RunError if it fails."""
     log = folder / "log.txt"
     with log.open("ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         start = file.tell()
-        # The lock is handed on, so that it lasts as long as the script even if this process is killed.
+        # The lock is handed on, so that it lasts as long as the script even if this process is
+        # killed.
         process = subprocess.Popen(
             [sys.executable, str(REPOSITORY / command[0]), *command[1:]],
             stdin=subprocess.DEVNULL,
@@ -319,7 +405,8 @@ def is_evaluated(experiment: Experiment, run: Run) -> bool:
 
 
 def environment(slot: int, jobs: int, gpus: int) -> dict[str, str]:
-    """Of the runs in one of the slots: its GPU of several, or its share of the cores if there is none."""
+    """Of the runs in one of the slots: its GPU of several, or its share of the cores if there is
+    none."""
     if gpus > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}

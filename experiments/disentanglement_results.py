@@ -1,14 +1,16 @@
-"""The runs of the disentanglement experiment as a table (the paper's Table 2) and as its Figures 7 and 12.
+"""The runs of the disentanglement experiment as a table (the paper's Table 2) and as its Figures 7
+and 12.
 
     python -m experiments.disentanglement_results --name 3dshapes
 
-β-VAEs with a CNN and with an SDN decoder, for several β and seeds. Reads checkpoints/RUN/steps.csv, which training
-writes, and figs/RUN/results.json of evaluate.py; RUN is `naming.Run.folder`. Writes:
+β-VAEs with a CNN and with an SDN decoder, for several β and seeds. Reads checkpoints/RUN/steps.csv,
+which training writes, and figs/RUN/results.json of evaluate.py; RUN is `naming.Run.folder`. Writes:
 
-- runs.csv: a row for each evaluated run; table.csv and table.md: mean and standard deviation over seeds (ddof 1; empty
-  for a single seed) for each β and decoder. Nats are per image; -ELBO also in bits/dim; scores are in [0, 1].
-- figure7.png: BetaVAE and FactorVAE metric against β. figure12.png: learning curves; the y axes leave out the start
-  and what else lies far from the rest (`limits`).
+- runs.csv: a row for each evaluated run; table.csv and table.md: mean and standard deviation over
+  seeds (ddof 1; empty for a single seed) for each β and decoder. Nats are per image; -ELBO also in
+  bits/dim; scores are in [0, 1].
+- figure7.png: BetaVAE and FactorVAE metric against β. figure12.png: learning curves; the y axes
+  leave out the start and what else lies far from the rest (`limits`).
 - on stderr: what is missing, and in what the runs differ though they should not.
 """
 
@@ -38,7 +40,11 @@ from lib.utils import nats_to_bits_per_dim
 PROGRAM = "disentanglement_results"
 NATS_PER_BIT_PER_DIM = 1 / nats_to_bits_per_dim(1.0, (3, 64, 64))
 # Heading and decimals in table.md; metrics have three.
-QUANTITIES = {"elbo": ("ELBO (nats)", 1), "log_likelihood": ("log-likelihood (nats)", 1), "kl": ("KL (nats)", 2)}
+QUANTITIES = {
+    "elbo": ("ELBO (nats)", 1),
+    "log_likelihood": ("log-likelihood (nats)", 1),
+    "kl": ("KL (nats)", 2),
+}
 QUANTITIES |= {"beta_kl": ("β·KL (nats)", 1), "neg_elbo_bits_per_dim": ("−ELBO (bits/dim)", 4)}
 ROW_START = ("run", "decoder", "beta", "seed", "steps", "images")
 COLUMNS = ("step", "neg_elbo", "distortion", "rate", "beta_kl", "beta")  # read from steps.csv
@@ -56,8 +62,10 @@ class Curves:
 
     Attributes:
         steps: Middle of each bin, float64 [B].
-        values: For each (beta, decoder), float64 [seeds, 4, B] in nats, as in `CURVES`; NaN: no steps or not finite.
-        annealed: For each beta, the step from which on training used the whole of it; none where it did from the first.
+        values: For each (beta, decoder), float64 [seeds, 4, B] in nats, as in `CURVES`; NaN: no
+            steps or not finite.
+        annealed: For each beta, the step from which on training used the whole of it; none where it
+            did from the first.
     """
 
     steps: np.ndarray
@@ -65,7 +73,8 @@ class Curves:
     annealed: dict[float, int]
 
     def spread(self, beta: float, decoder: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation (ddof 1) over the seeds that have the bin, [4, B] each; NaN if undefined."""
+        """Mean and standard deviation (ddof 1) over the seeds that have the bin, [4, B] each; NaN
+        if undefined."""
         values = np.ma.masked_invalid(self.values[beta, decoder])
         return values.mean(0).filled(np.nan), values.std(0, ddof=1).filled(np.nan)
 
@@ -93,30 +102,52 @@ def evaluated(run: Run, path: Path) -> dict[str, Any] | str:
     results = read_results(path)
     elbo, scored = results.get("elbo"), results.get("disentanglement")
     if elbo is None or scored is None:
-        return "not evaluated" if not (elbo or scored) else "no disentanglement" if elbo else "no ELBO"
+        return (
+            "not evaluated" if not (elbo or scored) else "no disentanglement" if elbo else "no ELBO"
+        )
     try:
         for what in ("step", "weights"):
             if elbo.get(what) != scored.get(what):
-                return f"ELBO of {what} {elbo.get(what)}, disentanglement of {what} {scored.get(what)}"
-        bits, distortion, rate = (float(elbo[part]) for part in ("bits_per_dim", "distortion", "rate"))
+                return (
+                    f"ELBO of {what} {elbo.get(what)}, disentanglement of {what} {scored.get(what)}"
+                )
+        bits, distortion, rate = (
+            float(elbo[part]) for part in ("bits_per_dim", "distortion", "rate")
+        )
         row = {"run": run.folder, "decoder": run.decoder, "beta": run.beta, "seed": run.seed}
-        row |= {"steps": int(elbo["step"]), "images": int(elbo["images"]), "elbo": -bits * NATS_PER_BIT_PER_DIM}
-        row |= {"log_likelihood": -distortion * NATS_PER_BIT_PER_DIM, "kl": rate * NATS_PER_BIT_PER_DIM}
-        row |= {"beta_kl": run.beta * row["kl"], "neg_elbo_bits_per_dim": bits, "levels": scored.get("levels")}
+        row |= {
+            "steps": int(elbo["step"]),
+            "images": int(elbo["images"]),
+            "elbo": -bits * NATS_PER_BIT_PER_DIM,
+        }
+        row |= {
+            "log_likelihood": -distortion * NATS_PER_BIT_PER_DIM,
+            "kl": rate * NATS_PER_BIT_PER_DIM,
+        }
+        row |= {
+            "beta_kl": run.beta * row["kl"],
+            "neg_elbo_bits_per_dim": bits,
+            "levels": scored.get("levels"),
+        }
         return row | {metric: float(found["score"]) for metric, found in scored["scores"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}): evaluate again") from None
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}): evaluate again"
+        ) from None
 
 
 def quantities(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the rows have, in the order of the columns; the paper's two metrics always."""
     scores = {key for row in rows for key in row} - {*QUANTITIES, *ROW_START, "levels"}
-    known = [metric for metric in TITLES if metric in scores or metric in ("beta_vae", "factor_vae")]
+    known = [
+        metric for metric in TITLES if metric in scores or metric in ("beta_vae", "factor_vae")
+    ]
     return [*QUANTITIES, *known, *sorted(scores - set(TITLES))]
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of table.csv: for each β and decoder the number of seeds, and `QUANTITY_mean` and `QUANTITY_std` (ddof 1).
+    """Rows of table.csv: for each β and decoder the number of seeds, and `QUANTITY_mean` and
+    `QUANTITY_std` (ddof 1).
 
     None stands for what is not there: all of a quantity's values, or a deviation of a single one.
     """
@@ -133,7 +164,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(table: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
-    """The table as Markdown: mean ± standard deviation, the mean alone where there is no deviation."""
+    """The table as Markdown: mean ± standard deviation, the mean alone where there is no
+    deviation."""
     shown = {name: QUANTITIES.get(name, (TITLES.get(name, name), 3)) for name in names}
     lines = [["β", "decoder", "seeds", *(heading for heading, _ in shown.values())]]
     for line in table:
@@ -149,15 +181,20 @@ def last_step(path: Path) -> int:
     with path.open("rb") as file:
         head = file.readline()
         file.seek(max(len(head), os.fstat(file.fileno()).st_size - TAIL))
-        rows = [line for line in file.read().split(b"\n")[:-1] if line.count(b",") == head.count(b",")]
+        rows = [
+            line for line in file.read().split(b"\n")[:-1] if line.count(b",") == head.count(b",")
+        ]
     step = rows[-1].split(b",")[0] if rows else b"0"
     if not step.isdigit():
-        raise ConfigError(f"{path} is damaged (it ends with step {step.decode(errors='replace')}): move it away")
+        raise ConfigError(
+            f"{path} is damaged (it ends with step {step.decode(errors='replace')}): move it away"
+        )
     return int(step)
 
 
 def read_steps(path: Path) -> np.ndarray:
-    """The `COLUMNS` of steps.csv, float64 [6, steps]. A last row without its end, which a kill leaves, is ignored.
+    """The `COLUMNS` of steps.csv, float64 [6, steps]. A last row without its end, which a kill
+    leaves, is ignored.
 
     Raises:
         ConfigError: if the file is damaged otherwise.
@@ -167,16 +204,21 @@ def read_steps(path: Path) -> np.ndarray:
         names = head.split(",")
         if lines and lines[-1].count(",") != head.count(","):
             lines.pop()
-        values = np.loadtxt(lines, delimiter=",", usecols=[names.index(c) for c in COLUMNS], ndmin=2, unpack=True)
+        values = np.loadtxt(
+            lines, delimiter=",", usecols=[names.index(c) for c in COLUMNS], ndmin=2, unpack=True
+        )
         if values[0, 0] < 1 or (np.diff(values[0]) <= 0).any():
             raise ValueError("the steps do not rise from 1 on")
         return values
     except (ValueError, IndexError) as error:
-        raise ConfigError(f"{path} is damaged ({str(error).splitlines()[0]}): move it away") from None
+        raise ConfigError(
+            f"{path} is damaged ({str(error).splitlines()[0]}): move it away"
+        ) from None
 
 
 def learning_curves(paths: Mapping[Run, Path], bins: int = 200) -> Curves:
-    """Learning curves of runs from their steps.csv, each with one row at least; at most `bins` bins.
+    """Learning curves of runs from their steps.csv, each with one row at least; at most `bins`
+    bins.
 
     Raises:
         ConfigError: if a file is damaged.
@@ -186,9 +228,14 @@ def learning_curves(paths: Mapping[Run, Path], bins: int = 200) -> Curves:
     seeds, annealed = defaultdict(list), {}
     for run, path in paths.items():
         steps, neg_elbo, distortion, rate, beta_kl, beta = read_steps(path)
-        index = np.searchsorted(edges, steps.clip(max=total)) - 1  # bin i has the steps edges[i] + 1 ... edges[i + 1]
+        index = (
+            np.searchsorted(edges, steps.clip(max=total)) - 1
+        )  # bin i has the steps edges[i] + 1 ... edges[i + 1]
         counts = np.bincount(index, minlength=len(edges) - 1)
-        sums = [np.bincount(index, part, len(counts)) for part in (-neg_elbo, -distortion, rate, beta_kl)]
+        sums = [
+            np.bincount(index, part, len(counts))
+            for part in (-neg_elbo, -distortion, rate, beta_kl)
+        ]
         means = np.stack(sums) / np.where(counts, counts, np.nan)
         seeds[run.beta, run.decoder].append(np.where(np.isfinite(means), means, np.nan))
         reached = beta >= run.beta * (1 - 1e-6)
@@ -199,28 +246,40 @@ def learning_curves(paths: Mapping[Run, Path], bins: int = 200) -> Curves:
 
 
 def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Figure 7: the two metrics against β, mean and standard deviation over seeds; each seed a faint dot."""
+    """Figure 7: the two metrics against β, mean and standard deviation over seeds; each seed a
+    faint dot."""
     betas = sorted({row["beta"] for row in rows})
     with panels(path, 1, 2, size=(9.2, 3.9)) as ((left, right),):
         left.set_ylabel("score (mean ± s.d. over seeds)")
         for axes, metric in ((left, "beta_vae"), (right, "factor_vae")):
             for decoder, side in zip(DECODERS, (-1, 1), strict=True):
-                style, scored = STYLES[decoder], [row for row in rows if row["decoder"] == decoder and metric in row]
+                style, scored = (
+                    STYLES[decoder],
+                    [row for row in rows if row["decoder"] == decoder and metric in row],
+                )
                 places = [betas.index(row["beta"]) + 0.2 * side for row in scored]
                 dots = dict(linestyle="", alpha=0.3, markersize=4, markeredgewidth=0, label=None)
                 axes.plot(places, [row[metric] for row in scored], **style | dots)
                 table = summarize(scored)
                 places = [betas.index(line["beta"]) + 0.06 * side for line in table]
-                means, deviations = ([line[f"{metric}_{part}"] or 0 for line in table] for part in ("mean", "std"))
+                means, deviations = (
+                    [line[f"{metric}_{part}"] or 0 for line in table] for part in ("mean", "std")
+                )
                 bars = dict(capsize=3, elinewidth=1.2, linewidth=1.8, markersize=6.5, zorder=3)
                 axes.errorbar(places, means, deviations, **style | bars)
             axes.axhline(1 / 6, color="0.35", linewidth=1, linestyle=":", label="chance", zorder=1)
-            axes.set(title=f"{TITLES[metric]} metric", xlabel="β", xlim=(-0.5, len(betas) - 0.5), ylim=(0, 1.05))
+            axes.set(
+                title=f"{TITLES[metric]} metric",
+                xlabel="β",
+                xlim=(-0.5, len(betas) - 0.5),
+                ylim=(0, 1.05),
+            )
             axes.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
 
 
 def draw_curves(curves: Curves, path: Path) -> None:
-    """Figure 12: a row of panels for each β; mean and standard deviation; dotted: the end of the annealing of β."""
+    """Figure 12: a row of panels for each β; mean and standard deviation; dotted: the end of the
+    annealing of β."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     x, betas = curves.steps, sorted({beta for beta, _ in curves.values})
@@ -229,16 +288,32 @@ def draw_curves(curves: Curves, path: Path) -> None:
             decoders = [decoder for decoder in DECODERS if (beta, decoder) in curves.values]
             for column, axes in enumerate(row):
                 for decoder in decoders:
-                    style = STYLES[decoder] | dict(marker="", linewidth=1.6, zorder=3 if decoder == "cnn" else 2)
+                    style = STYLES[decoder] | dict(
+                        marker="", linewidth=1.6, zorder=3 if decoder == "cnn" else 2
+                    )
                     mean, std = (part[column] for part in curves.spread(beta, decoder))
                     axes.plot(x, mean, **style)
-                    axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.22, linewidth=0)
-                low, high = limits(np.concatenate([curves.values[beta, decoder][:, column] for decoder in decoders]))
+                    axes.fill_between(
+                        x, mean - std, mean + std, color=style["color"], alpha=0.22, linewidth=0
+                    )
+                low, high = limits(
+                    np.concatenate(
+                        [curves.values[beta, decoder][:, column] for decoder in decoders]
+                    )
+                )
                 axes.set(xlim=(0, x[-1] * 1.02), ylim=(0 if column == 3 else low, high))
-                axes.xaxis.set(major_locator=MaxNLocator(4, steps=[1, 2, 5, 10]), major_formatter=EngFormatter(sep=""))
-                axes.yaxis.set(major_locator=MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]), major_formatter="{x:,.10g}")
+                axes.xaxis.set(
+                    major_locator=MaxNLocator(4, steps=[1, 2, 5, 10]),
+                    major_formatter=EngFormatter(sep=""),
+                )
+                axes.yaxis.set(
+                    major_locator=MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]),
+                    major_formatter="{x:,.10g}",
+                )
             if beta in curves.annealed:
-                row[2].axvline(curves.annealed[beta], color="0.35", linewidth=1, linestyle=":", zorder=1)
+                row[2].axvline(
+                    curves.annealed[beta], color="0.35", linewidth=1, linestyle=":", zorder=1
+                )
             row[0].set_ylabel(f"β = {beta:g}", fontsize=13, fontweight="bold", labelpad=8)
         for column, title in enumerate(CURVES):
             grid[0, column].set_title(title)
@@ -248,13 +323,20 @@ def draw_curves(curves: Curves, path: Path) -> None:
 def note_runs(runs: Sequence[str], total: int, what: str) -> None:
     """Names runs in one line on stderr, if there are any."""
     if runs:
-        print(f"{PROGRAM}: note: {len(runs)} of {total} runs {what}: {', '.join(runs)}", file=sys.stderr)
+        print(
+            f"{PROGRAM}: note: {len(runs)} of {total} runs {what}: {', '.join(runs)}",
+            file=sys.stderr,
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = OneLineParser(prog=PROGRAM, description="Table 2 and Figures 7 and 12 of the disentanglement experiment.")
+    parser = OneLineParser(
+        prog=PROGRAM, description="Table 2 and Figures 7 and 12 of the disentanglement experiment."
+    )
     parser.add_argument("--name", default="3dshapes", help="name of the experiment")
-    parser.add_argument("--output_dir", type=Path, default=Path("."), help="where checkpoints/ and figs/ are")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("."), help="where checkpoints/ and figs/ are"
+    )
     parser.add_argument("--folder", type=Path, help="where to write; default: OUTPUT_DIR/figs/NAME")
     flags = parser.parse_args(arguments)
     with one_line_errors(PROGRAM, ConfigError, OSError):
@@ -262,26 +344,48 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def gather(output_dir: Path, name: str, folder: Path) -> None:
-    """Reads the runs, says what is missing or differs, and writes tables and figures into the folder."""
+    """Reads the runs, says what is missing or differs, and writes tables and figures into the
+    folder."""
     runs = find_runs(output_dir, name)
     found = {run: evaluated(run, output_dir / "figs" / run.folder / "results.json") for run in runs}
     logs = {run: output_dir / "checkpoints" / run.folder / "steps.csv" for run in runs}
     ends = {run: last_step(path) if path.is_file() else 0 for run, path in logs.items()}
-    curves = learning_curves({run: logs[run] for run in runs if ends[run]}) if any(ends.values()) else None
+    curves = (
+        learning_curves({run: logs[run] for run in runs if ends[run]})
+        if any(ends.values())
+        else None
+    )
     rows = [result for result in found.values() if not isinstance(result, str)]
     names = quantities(rows)
     left_out = [f"{run.folder} ({why})" for run, why in found.items() if isinstance(why, str)]
     note_runs(left_out, len(runs), "are left out of the table")
     for metric in names[len(QUANTITIES) :]:
         note_runs([row["run"] for row in rows if metric not in row], len(rows), f"have no {metric}")
-    note_runs([run.folder for run, end in ends.items() if not end], len(runs), "have no learning curve in steps.csv")
-    note_differences(PROGRAM, "the last step of training", {run.folder: end for run, end in ends.items() if end})
-    for what, column in (("step", "steps"), ("number of images", "images"), ("levels of the factors", "levels")):
-        note_differences(PROGRAM, f"the {what} evaluated", {row["run"]: row[column] for row in rows})
+    note_runs(
+        [run.folder for run, end in ends.items() if not end],
+        len(runs),
+        "have no learning curve in steps.csv",
+    )
+    note_differences(
+        PROGRAM, "the last step of training", {run.folder: end for run, end in ends.items() if end}
+    )
+    for what, column in (
+        ("step", "steps"),
+        ("number of images", "images"),
+        ("levels of the factors", "levels"),
+    ):
+        note_differences(
+            PROGRAM, f"the {what} evaluated", {row["run"]: row[column] for row in rows}
+        )
     text = markdown(table := summarize(rows), names)
     written = [folder / file for file in ("runs.csv", "table.csv", "table.md")]
     write_csv(written[0], [*ROW_START, *names], rows)
-    columns = ["beta", "decoder", "seeds", *(f"{quantity}_{part}" for quantity in names for part in ("mean", "std"))]
+    columns = [
+        "beta",
+        "decoder",
+        "seeds",
+        *(f"{quantity}_{part}" for quantity in names for part in ("mean", "std")),
+    ]
     write_csv(written[1], columns, table)
     with whole_file(written[2]) as partial:
         partial.write_text(text)

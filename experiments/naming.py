@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 
 DECODERS = ("cnn", "sdn")
-PATTERN = re.compile(r"(?P<name>.+)_(?P<decoder>cnn|sdn)_beta(?P<beta>[^_]+)_seed(?P<seed>\d+)", re.ASCII | re.DOTALL)
+PATTERN = re.compile(
+    r"(?P<name>.+)_(?P<decoder>cnn|sdn)_beta(?P<beta>[^_]+)_seed(?P<seed>\d+)", re.ASCII | re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Run:
     Arguments:
         name: Of the experiment; may contain underscores.
         decoder: "cnn" or "sdn".
-        beta: Final weight of the KL, in at most six significant digits, so that the folder tells it exactly.
+        beta: Final weight of the KL, in at most six significant digits, so that the folder tells it
+            exactly.
         seed: At least 0.
 
     Raises:
@@ -31,11 +34,17 @@ class Run:
 
     def __post_init__(self):
         if not self.name or "/" in self.name:
-            raise ValueError(f"an experiment's name is not empty and has no slash; got {self.name!r}")
+            raise ValueError(
+                f"an experiment's name is not empty and has no slash; got {self.name!r}"
+            )
         if self.decoder not in DECODERS:
             raise ValueError(f"decoder is one of {', '.join(DECODERS)}; got {self.decoder!r}")
-        if not (math.isfinite(self.beta) and self.beta >= 0 and float(f"{self.beta:g}") == self.beta):
-            raise ValueError(f"beta is finite, not negative and has at most six significant digits; got {self.beta}")
+        if not (
+            math.isfinite(self.beta) and self.beta >= 0 and float(f"{self.beta:g}") == self.beta
+        ):
+            raise ValueError(
+                f"beta is finite, not negative and has at most six significant digits; got {self.beta}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed is not negative; got {self.seed}")
 

@@ -1,1 +1,2 @@
-"""Spatial Dependency Networks: layers (`lib.nn`), likelihoods (`lib.probability`) and the models built on them."""
+"""Spatial Dependency Networks: layers (`lib.nn`), likelihoods (`lib.probability`) and the models
+built on them."""

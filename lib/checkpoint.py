@@ -1,4 +1,5 @@
-"""Checkpoint files: written whole and with a hash of themselves, read without executing anything stored in them."""
+"""Checkpoint files: written whole and with a hash of themselves, read without executing anything
+stored in them."""
 
 from __future__ import annotations
 
@@ -15,13 +16,16 @@ from .config import ConfigError, TrainConfig
 from .files import whole_file
 
 AVERAGE_PREFIX = "average.module."
-RELEASED_AVERAGE = "ema.shadow_params."  # before a parameter's name, whose dots are carets; the authors' format
+RELEASED_AVERAGE = (
+    "ema.shadow_params."  # before a parameter's name, whose dots are carets; the authors' format
+)
 SEAL = b"sha256="  # and 64 digits: the comment of the ZIP archive that a checkpoint is
 ARCHIVE_END = b"PK\x05\x06"  # begins the archive's last record, whose last 2 of 22 bytes are the comment's length
 REQUIRED = {"state_dict", "hyper_parameters", "global_step"}
 
-# What old checkpoints may hold among their settings: pytorch-lightning 0.9's kind of dictionary, which becomes a plain
-# one (DEVIATIONS.md), and numpy's numbers, under the names that numpy 1 and 2 pickle them.
+# What old checkpoints may hold among their settings: pytorch-lightning 0.9's kind of dictionary,
+# which becomes a plain one (DEVIATIONS.md), and numpy's numbers, under the names that numpy 1 and 2
+# pickle them.
 _scalar = np.float64(0).__reduce__()[0]
 PLAIN_VALUES = [
     (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
@@ -40,7 +44,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint's dictionary, loaded to the CPU with `weights_only=True`.
 
     Raises:
-        CheckpointError: if there is no such file, or it is damaged, unsafe, or no checkpoint of this project.
+        CheckpointError: if there is no such file, or it is damaged, unsafe, or no checkpoint of
+            this project.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,20 +57,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         stored = re.search(r"GLOBAL (\S+)", str(error))
         if stored:
-            raise CheckpointError(f"{path} holds a {stored[1]}; only tensors and plain values are loaded") from None
+            raise CheckpointError(
+                f"{path} holds a {stored[1]}; only tensors and plain values are loaded"
+            ) from None
         raise CheckpointError(f"{path} is not a checkpoint, or is cut off") from None
     except Exception as error:  # damaged bytes can fail anywhere in the reader, in any way
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0][:120]
         raise CheckpointError(f"{path} is not a checkpoint, or is cut off ({reason})") from None
     lacking = sorted(REQUIRED - (checkpoint.keys() if isinstance(checkpoint, dict) else set()))
     if lacking:
-        raise CheckpointError(f"{path} is not a checkpoint of this project: it lacks {', '.join(lacking)}")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this project: it lacks {', '.join(lacking)}"
+        )
     if not all(isinstance(checkpoint[name], dict) for name in ("state_dict", "hyper_parameters")):
-        raise CheckpointError(f"{path} is not a checkpoint of this project: its tensors are no dictionary")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this project: its tensors are no dictionary"
+        )
     if checkpoint.get("sealed") and not sealed:
         raise CheckpointError(f"{path} is damaged: the hash at its end is missing")
     if not all(isinstance(name, str) for name in checkpoint["state_dict"]):
-        raise CheckpointError(f"{path} is not a checkpoint of this project: its tensors have no names")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this project: its tensors have no names"
+        )
     return checkpoint
 
 
@@ -101,7 +114,9 @@ def check_seal(path: Path) -> bool:
         if end[:4] != ARCHIVE_END or not end[22:].startswith(SEAL):
             return False  # by an earlier version or another program, or cut off
         if digest(file, size - length - 2).encode() != end[22 + len(SEAL) :]:
-            raise CheckpointError(f"{path} is damaged: its content differs from the hash stored with it")
+            raise CheckpointError(
+                f"{path} is damaged: its content differs from the hash stored with it"
+            )
     return True
 
 
@@ -116,17 +131,25 @@ def digest(file: BinaryIO, size: int) -> str:
 
 
 def is_released(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint's dictionary is in the format of the authors' release; `lib.released` reads that."""
-    return any(str(name).startswith((RELEASED_AVERAGE, "ladder_layers.")) for name in checkpoint["state_dict"])
+    """Whether a checkpoint's dictionary is in the format of the authors' release; `lib.released`
+    reads that."""
+    return any(
+        str(name).startswith((RELEASED_AVERAGE, "ladder_layers."))
+        for name in checkpoint["state_dict"]
+    )
 
 
 def stored_config(checkpoint: dict[str, Any], path: str | Path) -> TrainConfig:
     """The configuration of the run that wrote the checkpoint."""
     if is_released(checkpoint):
-        raise CheckpointError(f"{path} is in the authors' format; convert it: python -m lib.released {path} OUT")
+        raise CheckpointError(
+            f"{path} is in the authors' format; convert it: python -m lib.released {path} OUT"
+        )
     try:
         config = TrainConfig.from_dict(checkpoint["hyper_parameters"])
         config.validate()
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{path} was not written by this version of train.py: {error}") from None
+        raise CheckpointError(
+            f"{path} was not written by this version of train.py: {error}"
+        ) from None
     return config

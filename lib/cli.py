@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, bytes that are no UTF-8
+NO_TEXT = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+)  # control characters, bytes that are no UTF-8
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -21,7 +23,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong flag as one line, without the usage, and takes no abbreviations."""
+    """An argument parser that reports a wrong flag as one line, without the usage, and takes no
+    abbreviations."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
@@ -31,7 +34,9 @@ class OneLineParser(argparse.ArgumentParser):
         for argument in args:
             if NO_TEXT.search(argument):
                 self.error(f"the argument {ascii(argument)} is not plain text")
-            if argument.startswith("--") and argument.endswith("=--"):  # argparse would make it an empty list
+            if argument.startswith("--") and argument.endswith(
+                "=--"
+            ):  # argparse would make it an empty list
                 self.error(f"argument {argument.removesuffix('=--')}: expected one argument")
         return super().parse_known_args(args, namespace)
 
@@ -41,7 +46,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors(program: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns exceptions of these kinds, whose messages are meant for the user, into one line and status 2."""
+    """Turns exceptions of these kinds, whose messages are meant for the user, into one line and
+    status 2."""
     try:
         yield
     except kinds as error:

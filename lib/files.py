@@ -14,10 +14,11 @@ PARTIAL = ".partial"
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Gives the path of a new file to write, which takes the place of `path` at the end and is removed on failure.
+    """Gives the path of a new file to write, which takes the place of `path` at the end and is
+    removed on failure.
 
-    The folder is made if it is missing. The file is on the disk, not only in the system's memory, before it takes the
-    place, so that a machine that loses power keeps one of the two.
+    The folder is made if it is missing. The file is on the disk, not only in the system's memory,
+    before it takes the place, so that a machine that loses power keeps one of the two.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,8 +34,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def remove_partial_files(folder: Path, names: str = "*") -> None:
-    """Removes what processes that were killed inside `whole_file` left of files of such names; nobody may be writing
-    one of them."""
+    """Removes what processes that were killed inside `whole_file` left of files of such names;
+    nobody may be writing one of them."""
     for rest in folder.glob(f"{names}.*{PARTIAL}"):
         rest.unlink(missing_ok=True)
 
@@ -49,7 +50,8 @@ def sync(path: Path) -> None:
 
 
 def second_name(path: Path, name: Path) -> None:
-    """Gives a file another name, in place of what had it; a copy where the file system knows no hard links."""
+    """Gives a file another name, in place of what had it; a copy where the file system knows no
+    hard links."""
     with whole_file(name) as partial:
         try:
             os.link(path, partial)
@@ -59,7 +61,8 @@ def second_name(path: Path, name: Path) -> None:
 
 @contextmanager
 def folder_for_one(folder: Path, message: str) -> Iterator[None]:
-    """Holds a folder for this process, until the end of the block or of the process; leaves none that stays empty.
+    """Holds a folder for this process, until the end of the block or of the process; leaves none
+    that stays empty.
 
     Raises:
         BlockingIOError: with the message, if another process holds it.
@@ -74,7 +77,9 @@ def folder_for_one(folder: Path, message: str) -> Iterator[None]:
                 raise BlockingIOError  # its holder removed it a moment ago, and another may hold a new one
         except BlockingIOError:
             raise BlockingIOError(message) from None
-        os.register_at_fork(after_in_child=lock.close)  # or loader workers would hold it after this process's death
+        os.register_at_fork(
+            after_in_child=lock.close
+        )  # or loader workers would hold it after this process's death
         try:
             yield
         finally:

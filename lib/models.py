@@ -27,7 +27,8 @@ def build_model(config: TrainConfig, image_size: int | Sequence[int]) -> VAE:
         image_size: (height, width) of the images, or one number for both.
 
     Raises:
-        ValueError: if the model cannot be, or its weights do not fit into memory; the message says what is allowed.
+        ValueError: if the model cannot be, or its weights do not fit into memory; the message says
+            what is allowed.
     """
     for name, largest in LARGEST.items():
         if getattr(config, name) > largest:

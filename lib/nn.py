@@ -1,13 +1,14 @@
-r"""Spatial dependency layers, drop-in replacements for convolutions in networks that produce images.
+r"""Spatial dependency layers, drop-in replacements for convolutions in networks that produce
+images.
 
-Reference: Miladinović et al., "Spatial Dependency Networks: Neural Layers for Improved Generative Image Modeling",
-ICLR 2021, section 2 and Algorithm 1.
+Reference: Miladinović et al., "Spatial Dependency Networks: Neural Layers for Improved Generative
+Image Modeling", ICLR 2021, section 2 and Algorithm 1.
 
 This file needs PyTorch and the standard library only and works as a single copied file::
 
     from nn import SDNLayer
-    layer = SDNLayer(64, 64, num_features=100, dirs=[0, 2], kernel_size=3, stride=1, padding=1, upsample=False)
-    y = layer(torch.randn(8, 64, 32, 32))  # [8, 64, 32, 32]
+    layer = SDNLayer(64, 64, num_features=100, dirs=[0, 2], kernel_size=3, stride=1, padding=1,
+    upsample=False) y = layer(torch.randn(8, 64, 32, 32))  # [8, 64, 32, 32]
 """
 
 from __future__ import annotations
@@ -32,45 +33,54 @@ DIRECTIONS = {
 }
 BORDERS = ("zeros", "keep")
 BACKENDS = ("auto", "reference", "torch", "triton")
-KERNEL_FILES = ("sweep_triton.py", "sweep_kernels.py")
+KERNEL_FILES = ("sweeps/triton_backend.py", "sweeps/triton_kernels.py")
 
-# Rows (lines x positions x images) whose matrix products are taken together; on a CPU they should stay in its cache.
+# Rows (lines x positions x images) whose matrix products are taken together; on a CPU they should
+# stay in its cache.
 BLOCK_ROWS_CPU = 4096
 BLOCK_ROWS_GPU = 32768
 
 
 class SDNLayer(nn.Module):
-    r"""Spatial dependency layer (paper, section 2): project-in, directional correction sweeps, project-out.
+    r"""Spatial dependency layer (paper, section 2): project-in, directional correction sweeps,
+    project-out.
 
-    1. *Project-in*: `Conv2d(in_ch, num_features, ...)`, or `ConvTranspose2d` if `upsample`; then tanh.
-    2. *Correction*: one :class:`Sweep` for each entry of `dirs`, in that order, each with weights of its own.
+    1. *Project-in*: `Conv2d(in_ch, num_features, ...)`, or `ConvTranspose2d` if `upsample`; then
+      tanh.
+    2. *Correction*: one :class:`Sweep` for each entry of `dirs`, in that order, each with weights
+      of its own.
     3. *Project-out*: `Conv2d(num_features, out_ch, 1)`.
 
-    With all four directions every output position depends on every input position. With fewer some depend on a part of
+    With all four directions every output position depends on every input position. With fewer some
+    depend on a part of
     the input only: with `dirs=[0, 2]` the top left output depends on the top left input alone.
 
     Arguments:
         in_ch: Number of input channels.
         out_ch: Number of output channels.
         num_features: Number of features :math:`C` that the sweeps work on.
-        dirs: Directions of the sweeps, any non-empty sequence of 0 (columns, left to right), 1 (columns, right to
-            left), 2 (rows, top to bottom), 3 (rows, bottom to top). A direction may occur more than once.
+        dirs: Directions of the sweeps, any non-empty sequence of 0 (columns, left to right), 1
+            (columns, right to left), 2 (rows, top to bottom), 3 (rows, bottom to top). A direction
+            may occur more than once.
         kernel_size, stride, padding: Of the project-in convolution.
-        upsample: Whether project-in is a transposed convolution. `kernel_size=4, stride=2, padding=1` doubles the
-            scale.
-        border: What happens to the first line of a sweep, which has no previous line. `"zeros"` (paper, Algorithm 1):
-            it is corrected with all-zero neighbours. `"keep"` (the authors' release): it stays as it is; needed for
-            the authors' checkpoints (DEVIATIONS.md in the repository).
-        backend: `"reference"` (open loop, plain autograd, the oracle), `"torch"` (fast, hand-written gradient),
-            `"triton"` (kernels for CUDA devices, in sweep_triton.py and sweep_kernels.py beside this file) or `"auto"`
-            (the fastest that is available). The parameters and their names are the same for all.
+        upsample: Whether project-in is a transposed convolution. `kernel_size=4, stride=2,
+            padding=1` doubles the scale.
+        border: What happens to the first line of a sweep, which has no previous line. `"zeros"`
+            (paper, Algorithm 1): it is corrected with all-zero neighbours. `"keep"` (the authors'
+            release): it stays as it is; needed for the authors' checkpoints (DEVIATIONS.md in the
+            repository).
+        backend: `"reference"` (open loop, plain autograd, the oracle), `"torch"` (fast,
+            hand-written gradient), `"triton"` (kernels for CUDA devices, in sweep_triton.py and
+            sweep_kernels.py beside this file) or `"auto"` (the fastest that is available). The
+            parameters and their names are the same for all.
 
     Shapes:
         - input: :math:`[B, \text{in\_ch}, H, W]`, any :math:`H, W \ge 1`, any memory format.
         - output: :math:`[B, \text{out\_ch}, H', W']` with the convolution's :math:`H', W'`.
 
     Raises:
-        ValueError: on arguments that cannot work, or an input of another shape; the message says what is allowed.
+        ValueError: on arguments that cannot work, or an input of another shape; the message says
+            what is allowed.
 
     Example:
         >>> layer = SDNLayer(3, 8, num_features=16, dirs=[0, 1, 2, 3], kernel_size=3, stride=1, padding=1)
@@ -95,9 +105,12 @@ class SDNLayer(nn.Module):
         super().__init__()
         _check_positive(in_ch=in_ch, out_ch=out_ch, num_features=num_features)
         self.dirs = _checked_directions(dirs)
-        self.project_in_stage = make_convolution(in_ch, num_features, kernel_size, stride, padding, upsample)
+        self.project_in_stage = make_convolution(
+            in_ch, num_features, kernel_size, stride, padding, upsample
+        )
         self.sdn_correction_stage = nn.ModuleList(
-            Sweep(num_features, direction, border=border, backend=backend) for direction in self.dirs
+            Sweep(num_features, direction, border=border, backend=backend)
+            for direction in self.dirs
         )
         self.project_out_stage = nn.Conv2d(num_features, out_ch, kernel_size=1)
 
@@ -108,14 +121,16 @@ class SDNLayer(nn.Module):
         features = torch.tanh(self.project_in_stage(x))  # [B, C, H', W']
         for sweep in self.sdn_correction_stage:
             features = sweep(features)  # [B, C, H', W']
-        return self.project_out_stage(features).contiguous(memory_format=memory_format)  # [B, out_ch, H', W']
+        return self.project_out_stage(features).contiguous(
+            memory_format=memory_format
+        )  # [B, out_ch, H', W']
 
 
 class ResSDNLayer(nn.Module):
     r"""Spatial dependency layer with a highway connection (paper, Figure 3).
 
-    With :math:`(s, g)` the two halves of the channels of an `SDNLayer(in_ch, 2 * out_ch, ...)` and :math:`c` a
-    convolution of the same kernel, stride, padding and direction of scaling,
+    With :math:`(s, g)` the two halves of the channels of an `SDNLayer(in_ch, 2 * out_ch, ...)` and
+    :math:`c` a convolution of the same kernel, stride, padding and direction of scaling,
 
     .. math:: y = \sigma(g) \odot c + (1 - \sigma(g)) \odot s.
 
@@ -139,7 +154,9 @@ class ResSDNLayer(nn.Module):
         super().__init__()
         _check_positive(in_ch=in_ch, out_ch=out_ch, num_features=num_features)
         convolution = (kernel_size, stride, padding, upsample)
-        self.sdn = SDNLayer(in_ch, 2 * out_ch, num_features, dirs, *convolution, border=border, backend=backend)
+        self.sdn = SDNLayer(
+            in_ch, 2 * out_ch, num_features, dirs, *convolution, border=border, backend=backend
+        )
         self.cnn = make_convolution(in_ch, out_ch, *convolution)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,9 +171,10 @@ class ResSDNLayer(nn.Module):
 class Sweep(nn.Module):
     r"""One correction sweep across a feature map (paper, Algorithm 1).
 
-    The lines (columns for directions 0 and 1, rows for 2 and 3) are visited one after another. With :math:`h` the
-    features of a line before the sweep, :math:`p` the corrected features of the line visited before it (zeros beyond
-    the edges) and :math:`u_j = [p_{j-1}, p_j, p_{j+1}]`, all positions :math:`j` of a line are corrected at once:
+    The lines (columns for directions 0 and 1, rows for 2 and 3) are visited one after another. With
+    :math:`h` the features of a line before the sweep, :math:`p` the corrected features of the line
+    visited before it (zeros beyond the edges) and :math:`u_j = [p_{j-1}, p_j, p_{j+1}]`, all
+    positions :math:`j` of a line are corrected at once:
 
     .. math::
         r &= \sigma(W_{ir} u + b_{ir} + W_{hr} h + b_{hr}) \\
@@ -164,7 +182,8 @@ class Sweep(nn.Module):
         n &= \tanh(W_{in} u + b_{in} + r \odot (W_{hn} h + b_{hn})) \\
         h' &= (1 - z) \odot n + z \odot h
 
-    The parameters are those of a `torch.nn.GRUCell(3 * C, C)`, initialized as it is: :math:`U(\pm 1/\sqrt{C})`.
+    The parameters are those of a `torch.nn.GRUCell(3 * C, C)`, initialized as it is: :math:`U(\pm
+    1/\sqrt{C})`.
 
     Arguments:
         num_features: Number of features :math:`C`.
@@ -173,17 +192,24 @@ class Sweep(nn.Module):
         backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`, see :class:`SDNLayer`.
 
     Shapes:
-        - input and output: :math:`[B, C, H, W]`, of one type. Under autocast only products are in its type.
+        - input and output: :math:`[B, C, H, W]`, of one type. Under autocast only products are in
+          its type.
     """
 
-    def __init__(self, num_features: int, direction: int, *, border: str = "zeros", backend: str = "auto"):
+    def __init__(
+        self, num_features: int, direction: int, *, border: str = "zeros", backend: str = "auto"
+    ):
         super().__init__()
         _check_positive(num_features=num_features)
         (self.direction,) = _checked_directions([direction])
         if border not in BORDERS:
-            raise ValueError(f"border must be one of {', '.join(map(repr, BORDERS))}, got {border!r}")
+            raise ValueError(
+                f"border must be one of {', '.join(map(repr, BORDERS))}, got {border!r}"
+            )
         if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+            raise ValueError(
+                f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+            )
         self.border = border
         self.backend = backend
         self.cell = SweepCell(num_features)
@@ -196,12 +222,15 @@ class Sweep(nn.Module):
         from_lines = (2, 3, 1, 0) if self.direction in (0, 1) else (2, 3, 0, 1)
         lines = features.permute(to_lines)  # [line, position, B, C]
         sides = dict(reverse=self.direction in (1, 3), keep_first=self.border == "keep")
-        lines = correct_lines(lines, *self.cell.parameters_in_order(), **sides, backend=self.backend)
+        lines = correct_lines(
+            lines, *self.cell.parameters_in_order(), **sides, backend=self.backend
+        )
         return lines.permute(from_lines)  # [B, C, H, W]
 
 
 class SweepCell(nn.Module):
-    """Holds a sweep's parameters under the names of the authors' release (`cell.gru.weight_ih`, ...)."""
+    """Holds a sweep's parameters under the names of the authors' release (`cell.gru.weight_ih`,
+    ...)."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -231,8 +260,9 @@ def correct_lines_reference(
         keep_first: Whether the line visited first stays as it is.
 
     Returns:
-        Corrected features, same shape and type (float32 for float64 under autocast). Matrix products are in autocast's
-        type; features in low precision are rounded after the sweep, not between its lines.
+        Corrected features, same shape and type (float32 for float64 under autocast). Matrix
+        products are in autocast's type; features in low precision are rounded after the sweep, not
+        between its lines.
     """
     dtype = _features_dtype(lines)
     if _autocasts(lines):
@@ -273,17 +303,20 @@ def correct_lines(
     keep_first: bool,
     backend: str = "auto",
 ) -> Tensor:
-    """The same as :func:`correct_lines_reference`, arguments and result too, with a choice of `backend`.
+    """The same as :func:`correct_lines_reference`, arguments and result too, with a choice of
+    `backend`.
 
     Raises:
         RuntimeError: with `backend="triton"` where its kernels cannot run.
-        ValueError: with `backend="triton"` for float64, and for tensors that are not on a CUDA device; for tensors on
-            several devices.
+        ValueError: with `backend="triton"` for float64, and for tensors that are not on a CUDA
+            device; for tensors on several devices.
     """
     parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
     if any(parameter.device != lines.device for parameter in parameters):
         where = ", ".join(str(parameter.device) for parameter in parameters)
-        raise ValueError(f"features are on {lines.device}, parameters on {where}: all must be on one device")
+        raise ValueError(
+            f"features are on {lines.device}, parameters on {where}: all must be on one device"
+        )
     if backend == "reference":
         return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
     device, product_dtype = lines.device.type, lines.dtype
@@ -291,27 +324,47 @@ def correct_lines(
         lines, product_dtype = lines.to(_features_dtype(lines)), torch.get_autocast_dtype(device)
     if lines.stride(-1) != 1 or torch.empty_like(lines, device="meta").stride() != lines.stride():
         lines = lines.contiguous()  # channels side by side, nothing between positions
-    differentiable = torch.is_grad_enabled() and any(each.requires_grad for each in (lines, *parameters))
-    corrected, _ = _SWEEP(lines, *parameters, reverse, keep_first, product_dtype, differentiable, backend)
+    differentiable = torch.is_grad_enabled() and any(
+        each.requires_grad for each in (lines, *parameters)
+    )
+    corrected, _ = _SWEEP(
+        lines, *parameters, reverse, keep_first, product_dtype, differentiable, backend
+    )
     return corrected
 
 
-# A sweep is one operator of torch, and so is its gradient: for torch.compile, torch.export and CUDA graphs each is a
-# single node. Traced, it would be dozens of nodes a line: a layer of two directions on 16x16 maps (200 channels, batch
-# 32, one CPU thread) compiles in 22 s like this and in 218 s from the reference's loop, for steps of 1.26 and 1.36 s.
-# The backend is chosen inside: a graph that was exported on one device takes the fastest of another.
+# A sweep is one operator of torch, and so is its gradient: for torch.compile, torch.export and CUDA
+# graphs each is a single node. Traced, it would be dozens of nodes a line: a layer of two
+# directions on 16x16 maps (200 channels, batch 32, one CPU thread) compiles in 22 s like this and
+# in 218 s from the reference's loop, for steps of 1.26 and 1.36 s. The backend is chosen inside: a
+# graph that was exported on one device takes the fastest of another.
 
 
-def _sweep(lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype, differentiable, backend):
+def _sweep(
+    lines,
+    weight_ih,
+    weight_hh,
+    bias_ih,
+    bias_hh,
+    reverse,
+    keep_first,
+    product_dtype,
+    differentiable,
+    backend,
+):
     parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
     with torch.autocast(lines.device.type, enabled=False):
         if _resolved(backend, lines, product_dtype) == "triton":
-            corrected = _triton_kernels().sweep(lines, *parameters, reverse, keep_first, product_dtype)
+            corrected = _triton_kernels().sweep(
+                lines, *parameters, reverse, keep_first, product_dtype
+            )
             return corrected, lines.new_empty(0, dtype=_state_dtype(lines))
         return _sweep_torch(lines, *parameters, reverse, keep_first, product_dtype, differentiable)
 
 
-def _sweep_shapes(lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype, *how):
+def _sweep_shapes(
+    lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype, *how
+):
     num_lines, num_positions, batch, C = lines.shape
     differentiable, backend = how
     stores = differentiable and _resolved(backend, lines, product_dtype) == "torch"
@@ -320,7 +373,18 @@ def _sweep_shapes(lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_f
 
 
 def _save_for_backward(ctx, inputs, output):
-    lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype, _, backend = inputs
+    (
+        lines,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        reverse,
+        keep_first,
+        product_dtype,
+        _,
+        backend,
+    ) = inputs
     corrected, gates = output
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)  # or there would be zeros for the gates
@@ -331,19 +395,47 @@ def _save_for_backward(ctx, inputs, output):
 def _differentiate(ctx, grad_corrected, _):
     if grad_corrected is None:
         return (None,) * 10
-    return *_SWEEP_BACKWARD(grad_corrected, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+    return (
+        *_SWEEP_BACKWARD(grad_corrected, *ctx.saved_tensors, *ctx.options),
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def _sweep_backward(
-    grad_corrected, lines, weight_ih, weight_hh, bias_ih, bias_hh, corrected, gates, reverse, keep_first, dtype, backend
+    grad_corrected,
+    lines,
+    weight_ih,
+    weight_hh,
+    bias_ih,
+    bias_hh,
+    corrected,
+    gates,
+    reverse,
+    keep_first,
+    dtype,
+    backend,
 ):
     parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
     with torch.autocast(lines.device.type, enabled=False):
         if _resolved(backend, lines, dtype) == "triton":
             sweep_backward = _triton_kernels().sweep_backward
-            return sweep_backward(grad_corrected, lines, *parameters, corrected, reverse, keep_first, dtype)
+            return sweep_backward(
+                grad_corrected, lines, *parameters, corrected, reverse, keep_first, dtype
+            )
         return _sweep_backward_torch(
-            grad_corrected, lines, weight_ih, weight_hh, corrected, gates, reverse, keep_first, dtype
+            grad_corrected,
+            lines,
+            weight_ih,
+            weight_hh,
+            corrected,
+            gates,
+            reverse,
+            keep_first,
+            dtype,
         )
 
 
@@ -353,15 +445,18 @@ def _sweep_backward_shapes(grad_corrected, lines, weight_ih, weight_hh, bias_ih,
 
 
 def _refuse(*_):
-    raise RuntimeError("a sweep is once_differentiable: only backend='reference' has second derivatives")
+    raise RuntimeError(
+        "a sweep is once_differentiable: only backend='reference' has second derivatives"
+    )
 
 
 def _operator(name: str, signature: str, run, shapes, backward, setup_context=None):
     """Registers an operator, under another name if there is one already, and returns it.
 
-    Names are the process's, but this file may be there more than once: in a package and as a copy, reloaded, or in
-    several versions. Each registers operators of its own, which stay for as long as the process, as does what was
-    compiled with them. The version in the name tells stored graphs of an older signature from those of this one.
+    Names are the process's, but this file may be there more than once: in a package and as a copy,
+    reloaded, or in several versions. Each registers operators of its own, which stay for as long as
+    the process, as does what was compiled with them. The version in the name tells stored graphs of
+    an older signature from those of this one.
     """
     unique, number = name, 1
     while hasattr(torch.ops.sdn, unique):
@@ -397,7 +492,8 @@ _SWEEP_BACKWARD = _operator(
 
 
 def _resolved(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
-    """`"torch"` or `"triton"`, for lines on a device and products in a type; raises as :func:`correct_lines` says."""
+    """`"torch"` or `"triton"`, for lines on a device and products in a type; raises as
+    :func:`correct_lines` says."""
     device = lines.device.type
     automatic = backend == "auto"
     if backend == "torch" or automatic and (device != "cuda" or product_dtype == torch.float64):
@@ -408,7 +504,9 @@ def _resolved(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
             return "torch"
         raise RuntimeError(f"backend 'triton' cannot run: {reason}; 'torch' and 'reference' can")
     if device != "cuda" and not _triton_kernels().INTERPRETED:
-        raise ValueError(f"backend 'triton' needs a CUDA device, got {device}; 'torch' and 'reference' do not")
+        raise ValueError(
+            f"backend 'triton' needs a CUDA device, got {device}; 'torch' and 'reference' do not"
+        )
     if product_dtype == torch.float64:
         raise ValueError("backend 'triton' does not compute in float64; 'torch' and 'reference' do")
     return "triton"
@@ -417,7 +515,11 @@ def _resolved(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
 @functools.cache
 def _why_not_triton(device: torch.device | None) -> str | None:
     kernels = _triton_kernels()
-    return f"there is no {' and '.join(KERNEL_FILES)} beside nn.py" if kernels is None else kernels.available(device)
+    return (
+        f"there is no {' and '.join(KERNEL_FILES)} beside nn.py"
+        if kernels is None
+        else kernels.available(device)
+    )
 
 
 @functools.cache
@@ -432,10 +534,13 @@ def _triton_kernels() -> ModuleType | None:
     if not all((folder / name).exists() for name in KERNEL_FILES):
         return None
     if __package__:
-        return importlib.import_module(".sweep_triton", __package__)
-    # A copy outside of a package must not take another copy's kernels: its folder becomes one of a name of its own.
+        return importlib.import_module(".sweeps.triton_backend", __package__)
+    # A copy outside of a package must not take another copy's kernels: its folder becomes one of a
+    # name of its own.
     specification = importlib.util.spec_from_file_location(
-        f"{__name__}_sweep_triton", folder / KERNEL_FILES[0], submodule_search_locations=[str(folder)]
+        f"{__name__}_sweep_triton",
+        folder / KERNEL_FILES[0],
+        submodule_search_locations=[str(folder / "sweeps")],
     )
     module = importlib.util.module_from_spec(specification)
     sys.modules[module.__name__] = module
@@ -454,13 +559,15 @@ def _sweep_torch(
     product_dtype: torch.dtype,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor]:
-    """A sweep, and if it is `differentiable` its gates [line, position x batch, 4C], else an empty tensor.
+    """A sweep, and if it is `differentiable` its gates [line, position x batch, 4C], else an empty
+    tensor.
 
-    What makes it fast: a line's own features are known before it is visited, so their products with `weight_hh` are
-    taken for many lines at once; gates are computed in place, side by side as [W_hn h + b_hn, r, z, n], so that the
-    products with `weight_hh` fill the first three and those with `weight_ih` the last three; and the backward sweep
-    takes the products of all gradients block by block, in buffers that are small enough to stay in the processor's
-    cache and are never stored. Kept for the backward sweep: input, output and gates, six numbers per feature.
+    What makes it fast: a line's own features are known before it is visited, so their products with
+    `weight_hh` are taken for many lines at once; gates are computed in place, side by side as [W_hn
+    h + b_hn, r, z, n], so that the products with `weight_hh` fill the first three and those with
+    `weight_ih` the last three; and the backward sweep takes the products of all gradients block by
+    block, in buffers that are small enough to stay in the processor's cache and are never stored.
+    Kept for the backward sweep: input, output and gates, six numbers per feature.
     """
     num_lines, num_positions, batch, C = lines.shape
     rows, state = num_positions * batch, _state_dtype(lines)
@@ -473,7 +580,9 @@ def _sweep_torch(
     stored = lines.new_empty(num_lines if differentiable else longest, rows, 4 * C, dtype=state)
     by_parts = _by_parts(lines)
     parts = [part.t() for part in w_ih.split(C, dim=1)]
-    neighbours = None if by_parts else lines.new_zeros(1, num_positions, batch, 3 * C, dtype=product_dtype)
+    neighbours = (
+        None if by_parts else lines.new_zeros(1, num_positions, batch, 3 * C, dtype=product_dtype)
+    )
     candidate = lines.new_empty(num_positions, batch, C, dtype=state)
     corrected = torch.empty_like(lines)
     previous = None
@@ -489,13 +598,20 @@ def _sweep_torch(
                 corrected[line] = lines[line]
             else:
                 if previous is not None and by_parts:
-                    _add_products(g[:, C:], corrected[previous].reshape(rows, C).to(product_dtype), parts, batch)
+                    _add_products(
+                        g[:, C:],
+                        corrected[previous].reshape(rows, C).to(product_dtype),
+                        parts,
+                        batch,
+                    )
                 elif previous is not None:
                     _gather_neighbours(corrected[previous : previous + 1], out=neighbours)
                     _add_product(g[:, C:], neighbours.view(rows, 3 * C), w_ih.t())
                 g[:, C : 3 * C].sigmoid_()
                 candidate_own, r, z, n = g.view(num_positions, batch, 4 * C).split(C, dim=-1)
-                torch.addcmul(n, r, candidate_own, out=candidate).tanh_()  # tanh is slow on a part of a row
+                torch.addcmul(
+                    n, r, candidate_own, out=candidate
+                ).tanh_()  # tanh is slow on a part of a row
                 n.copy_(candidate)
                 if lines.dtype == state:
                     torch.lerp(candidate, lines[line], z, out=corrected[line])
@@ -529,13 +645,18 @@ def _sweep_backward_torch(
     grad_bias = lines.new_zeros(4 * C, dtype=state)
     blocks = _blocks(lines, reverse)
     longest = max(block.stop - block.start for block in blocks)
-    grad_gates_buffer = gates.new_empty(longest, num_positions, batch, 4 * C)  # of the pre-activations
+    grad_gates_buffer = gates.new_empty(
+        longest, num_positions, batch, 4 * C
+    )  # of the pre-activations
     grad_own_buffer = lines.new_empty(longest, num_positions, batch, C, dtype=state)
     neighbours_buffer = lines.new_zeros(longest, num_positions, batch, 3 * C, dtype=product_dtype)
-    # What each position j of the line visited next sends back to the values at j-1, j, j+1 of this one.
+    # What each position j of the line visited next sends back to the values at j-1, j, j+1 of this
+    # one.
     by_parts = _by_parts(lines)
     parts = [part.contiguous() for part in reversed(w_ih.split(C, dim=1))]
-    sent_back = None if by_parts else lines.new_zeros(num_positions, batch, 3 * C, dtype=product_dtype)
+    sent_back = (
+        None if by_parts else lines.new_zeros(num_positions, batch, 3 * C, dtype=product_dtype)
+    )
     visited_next = None
     total = lines.new_empty(num_positions, batch, C, dtype=state)
     first_visited = num_lines - 1 if reverse else 0
@@ -546,7 +667,9 @@ def _sweep_backward_torch(
         for line in reversed(_indices(block, reverse)):
             if by_parts:
                 total.copy_(grad_corrected[line])
-                if visited_next is not None:  # its gradients stay where they are until this line's are known
+                if (
+                    visited_next is not None
+                ):  # its gradients stay where they are until this line's are known
                     _add_products(total.view(rows, C), visited_next.to(product_dtype), parts, batch)
             else:
                 torch.add(grad_corrected[line].to(state), sent_back[..., C : 2 * C], out=total)
@@ -576,7 +699,9 @@ def _sweep_backward_torch(
         flat = flat.to(product_dtype)
         _add_product(grad_own.view(-1, C), flat[:, : 3 * C], w_own)
         grad_lines[block] = grad_own
-        _add_product(grad_w_own, flat[:, : 3 * C].t(), lines[block].reshape(-1, C).to(product_dtype))
+        _add_product(
+            grad_w_own, flat[:, : 3 * C].t(), lines[block].reshape(-1, C).to(product_dtype)
+        )
         # The lines of the block that have a previous line, and those previous lines.
         shift = 1 if reverse else -1
         start, stop = max(block.start, -shift), min(block.stop, num_lines - shift)
@@ -606,7 +731,9 @@ def _state_dtype(lines: Tensor) -> torch.dtype:
 
 
 def _autocasts(lines: Tensor) -> bool:
-    return not lines.is_meta and torch.is_autocast_enabled(lines.device.type)  # tensors without content have none
+    return not lines.is_meta and torch.is_autocast_enabled(
+        lines.device.type
+    )  # tensors without content have none
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -622,7 +749,8 @@ def _candidate_first(weight_hh: Tensor) -> Tensor:
 
 
 def _blocks(lines: Tensor, reverse: bool) -> list[slice]:
-    """Runs of lines, in the order of visiting, that are long enough for matrix products to be efficient."""
+    """Runs of lines, in the order of visiting, that are long enough for matrix products to be
+    efficient."""
     num_lines, num_positions, batch, _ = lines.shape
     rows = BLOCK_ROWS_CPU if lines.device.type == "cpu" else BLOCK_ROWS_GPU
     length = min(num_lines, max(1, rows // max(1, num_positions * batch)))
@@ -636,7 +764,8 @@ def _indices(block: slice, reverse: bool) -> range:
 
 
 def _gather_neighbours(previous: Tensor, out: Tensor) -> None:
-    """Writes [p[j-1], p[j], p[j+1]] for lines [line, position, batch, C]; beyond the edges `out` stays as it is."""
+    """Writes [p[j-1], p[j], p[j+1]] for lines [line, position, batch, C]; beyond the edges `out`
+    stays as it is."""
     C = previous.shape[-1]
     out[:, 1:, :, :C] = previous[:, :-1]
     out[..., C : 2 * C] = previous
@@ -644,13 +773,16 @@ def _gather_neighbours(previous: Tensor, out: Tensor) -> None:
 
 
 def _by_parts(lines: Tensor) -> bool:
-    """Whether the three neighbours are multiplied one after another, instead of being gathered for one product: on a
-    CPU the copies take longer than the sums, on a GPU two more launches do."""
+    """Whether the three neighbours are multiplied one after another, instead of being gathered for
+    one product: on a CPU the copies take longer than the sums, on a GPU two more launches do."""
     return lines.device.type == "cpu"
 
 
-def _add_products(accumulator: Tensor, previous: Tensor, parts: Sequence[Tensor], batch: int) -> None:
-    """Adds products of the neighbours j-1, j, j+1 of a line, rows (position, image), with a factor for each."""
+def _add_products(
+    accumulator: Tensor, previous: Tensor, parts: Sequence[Tensor], batch: int
+) -> None:
+    """Adds products of the neighbours j-1, j, j+1 of a line, rows (position, image), with a factor
+    for each."""
     before, same, after = parts
     _add_product(accumulator, previous, same)
     _add_product(accumulator[batch:], previous[: len(previous) - batch], before)
@@ -668,13 +800,16 @@ def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
 def make_convolution(
     in_ch: int, out_ch: int, kernel_size: int, stride: int, padding: int, upsample: bool
 ) -> nn.Conv2d | nn.ConvTranspose2d:
-    """A convolution, or if `upsample` a transposed one, with arguments that cannot work refused (ValueError)."""
+    """A convolution, or if `upsample` a transposed one, with arguments that cannot work refused
+    (ValueError)."""
     _check_positive(in_ch=in_ch, out_ch=out_ch, kernel_size=kernel_size, stride=stride)
     if not isinstance(padding, int) or padding < 0:
         raise ValueError(f"padding must be an integer >= 0, got {padding!r}")
     if upsample:
         if stride == 1:
-            raise ValueError("upsample=True needs stride >= 2 (kernel_size=4, stride=2, padding=1 doubles the scale)")
+            raise ValueError(
+                "upsample=True needs stride >= 2 (kernel_size=4, stride=2, padding=1 doubles the scale)"
+            )
         if kernel_size < stride:
             raise ValueError(
                 f"upsample=True needs kernel_size >= stride, or some outputs see no input at all; "
@@ -699,7 +834,9 @@ def _checked_directions(dirs: Sequence[int]) -> tuple[int, ...]:
     try:
         dirs = tuple(dirs)
     except TypeError:
-        raise ValueError(f"dirs must be a sequence of directions, got {dirs!r}; allowed are {allowed}") from None
+        raise ValueError(
+            f"dirs must be a sequence of directions, got {dirs!r}; allowed are {allowed}"
+        ) from None
     if not dirs:
         raise ValueError(f"dirs must name at least one direction; allowed are {allowed}")
     for direction in dirs:
@@ -714,4 +851,6 @@ def _check_input(x: Tensor, channels: int, convolution: nn.Conv2d | nn.ConvTrans
     if isinstance(convolution, nn.Conv2d):
         smallest = convolution.kernel_size[0] - 2 * convolution.padding[0]
         if min(x.shape[2:]) < smallest:
-            raise ValueError(f"input must be at least {smallest} high and wide for this kernel, got {list(x.shape)}")
+            raise ValueError(
+                f"input must be at least {smallest} high and wide for this kernel, got {list(x.shape)}"
+            )

@@ -1,7 +1,8 @@
-"""Distributions of latents (Gaussian, inverse autoregressive flow) and of images (discretized logistics).
+"""Distributions of latents (Gaussian, inverse autoregressive flow) and of images (discretized
+logistics).
 
-All log-probabilities are in nats, summed over everything but the batch, and computed in at least float32 whatever the
-training precision.
+All log-probabilities are in nats, summed over everything but the batch, and computed in at least
+float32 whatever the training precision.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from .utils import MaskedConv2d, full_precision, sum_over_image
 
-# Numbers in one of the some 30 intermediates of DML's likelihood. Up to the first limit they are all kept for the
-# backward pass: 120 MiB. Beyond it there are chunks, in a CPU's cache; on a GPU as large as launches cost little.
+# Numbers in one of the some 30 intermediates of DML's likelihood. Up to the first limit they are
+# all kept for the backward pass: 120 MiB. Beyond it there are chunks, in a CPU's cache; on a GPU as
+# large as launches cost little.
 WHOLE = 2**20
 CHUNK_CPU = 2**17
 CHUNK_GPU = 2**22
@@ -36,7 +38,9 @@ class IsoGaussian(nn.Module):
         super().__init__()
         self.param_channels = 2 * z_size
 
-    def sample(self, params: Tensor, noise: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, params: Tensor, noise: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """`z = mean + temperature * std * noise` and its log-probability at temperature 1."""
         mean, log_variance = full_precision(params).chunk(2, dim=1)
         z = mean + temperature * torch.exp(0.5 * log_variance) * noise
@@ -49,9 +53,9 @@ class IsoGaussian(nn.Module):
 class IAF(nn.Module):
     """Gaussian followed by one step of inverse autoregressive flow (Kingma et al. 2016).
 
-    Parameters are the channels [mean, log-variance, context]. With `z0 ~ N(mean, variance)` and `(m, s)` the output of
-    an autoregressive network of masked convolutions over positions in raster order, `z = (z0 - m) / exp(s)` and
-    `log q(z) = log N(z0) + sum(s)`.
+    Parameters are the channels [mean, log-variance, context]. With `z0 ~ N(mean, variance)` and
+    `(m, s)` the output of an autoregressive network of masked convolutions over positions in raster
+    order, `z = (z0 - m) / exp(s)` and `log q(z) = log N(z0) + sum(s)`.
 
     Arguments:
         z_size: Number of latent channels Z.
@@ -67,7 +71,9 @@ class IAF(nn.Module):
         self.arnn = AutoregressiveNetwork(z_size, context_size)
 
     def sample(self, params: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance, context = params.split([self.z_size, self.z_size, params.shape[1] - 2 * self.z_size], 1)
+        mean, log_variance, context = params.split(
+            [self.z_size, self.z_size, params.shape[1] - 2 * self.z_size], 1
+        )
         mean, log_variance = full_precision(mean), full_precision(log_variance)
         z0 = mean + torch.exp(0.5 * log_variance) * noise
         z, log_scale = self.flow(z0, context)
@@ -80,7 +86,8 @@ class IAF(nn.Module):
 
 
 class AutoregressiveNetwork(nn.Module):
-    """The IAF's network: three masked 3x3 convolutions, the first without the centre, the context added after it."""
+    """The IAF's network: three masked 3x3 convolutions, the first without the centre, the context
+    added after it."""
 
     def __init__(self, z_size: int, context_size: int):
         super().__init__()
@@ -97,10 +104,12 @@ class AutoregressiveNetwork(nn.Module):
 
 
 class DML(nn.Module):
-    """Discretized mixture of logistics with sub-pixel correlation (PixelCNN++, Salimans et al. 2017).
+    """Discretized mixture of logistics with sub-pixel correlation (PixelCNN++, Salimans et al.
+    2017).
 
-    Data are RGB levels `k` in [-1, 1]: `2 k / (2^nbits - 1) - 1`. Parameter channels: `mix` logits, then for each
-    colour `mix` means, `mix` log-scales (clamped at -7) and `mix` coefficients (through tanh).
+    Data are RGB levels `k` in [-1, 1]: `2 k / (2^nbits - 1) - 1`. Parameter channels: `mix` logits,
+    then for each colour `mix` means, `mix` log-scales (clamped at -7) and `mix` coefficients
+    (through tanh).
 
     Arguments:
         nbits: Bits per colour, 1 to 8.
@@ -152,28 +161,38 @@ class DML(nn.Module):
         lower = inverse_scale * (centred - self.half_bin)
         middle = inverse_scale * centred
         probability = torch.sigmoid(upper) - torch.sigmoid(lower)
-        # In the far tails the difference cancels: density at the middle times the bin's width instead.
+        # In the far tails the difference cancels: density at the middle times the bin's width
+        # instead.
         log_density = middle - log_scales - 2 * F.softplus(middle)
         log_bin = torch.where(
             probability > 1e-5,
             torch.log(probability.clamp(min=1e-12)),
             log_density + math.log(2 * self.half_bin),
         )
-        log_bin = torch.where(x < self.half_bin - 1, upper - F.softplus(upper), log_bin)  # darkest bin: open below
-        log_bin = torch.where(x > 1 - self.half_bin, -F.softplus(lower), log_bin)  # brightest bin: open above
+        log_bin = torch.where(
+            x < self.half_bin - 1, upper - F.softplus(upper), log_bin
+        )  # darkest bin: open below
+        log_bin = torch.where(
+            x > 1 - self.half_bin, -F.softplus(lower), log_bin
+        )  # brightest bin: open above
         log_components = log_bin.sum(1) + F.log_softmax(logits, dim=1)  # [B, M, H, W]
         return sum_over_image(torch.logsumexp(log_components, dim=1))
 
     def most_probable(self, params: Tensor) -> Tensor:
-        """Mean of the most probable component at each position, in [-1, 1], not rounded to levels."""
+        """Mean of the most probable component at each position, in [-1, 1], not rounded to
+        levels."""
         logits, means, _, coefficients = self._split(params)
         component = logits.argmax(1)
-        return self._colours(self._take(means, component), self._take(coefficients, component), lambda c, mean: mean)
+        return self._colours(
+            self._take(means, component), self._take(coefficients, component), lambda c, mean: mean
+        )
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A draw at the data's levels: component, then red, green given red, blue given both."""
         logits, means, log_scales, coefficients = self._split(params)
-        uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+        uniform = torch.rand(
+            logits.shape, generator=generator, device=logits.device, dtype=logits.dtype
+        )
         component = (logits - torch.log(-torch.log(_inside_unit_interval(uniform)))).argmax(1)
         noise = _logistic_noise(means[:, :, 0], generator)
         scales = torch.exp(self._take(log_scales, component))
@@ -183,7 +202,9 @@ class DML(nn.Module):
             level = ((value.clamp(-1, 1) + 1) / (2 * self.half_bin)).round()
             return level * (2 * self.half_bin) - 1
 
-        return self._colours(self._take(means, component), self._take(coefficients, component), draw)
+        return self._colours(
+            self._take(means, component), self._take(coefficients, component), draw
+        )
 
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits [B, M, H, W]; means, log-scales and coefficients, each [B, 3, M, H, W]."""
@@ -201,17 +222,22 @@ class DML(nn.Module):
 
     @staticmethod
     def _colours(means: Tensor, coefficients: Tensor, choose) -> Tensor:
-        """Red, green, blue in turn, each chosen by `choose(colour, mean)` given those before it: [B, 3, H, W]."""
+        """Red, green, blue in turn, each chosen by `choose(colour, mean)` given those before it:
+        [B, 3, H, W]."""
         red = choose(0, means[:, 0]).clamp(-1, 1)
         green = choose(1, means[:, 1] + coefficients[:, 0] * red).clamp(-1, 1)
-        blue = choose(2, means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green).clamp(-1, 1)
+        blue = choose(2, means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green).clamp(
+            -1, 1
+        )
         return torch.stack([red, green, blue], dim=1)
 
 
 class _InChunks(torch.autograd.Function):
-    """A log-probability [B] that is a sum over positions, some positions at a time; the backward pass computes it anew.
+    """A log-probability [B] that is a sum over positions, some positions at a time; the backward
+    pass computes it anew.
 
-    Of the dozens of intermediates, each as large as a third of DML's parameters, only a chunk's exist at any time.
+    Of the dozens of intermediates, each as large as a third of DML's parameters, only a chunk's
+    exist at any time.
     """
 
     @staticmethod
@@ -219,7 +245,9 @@ class _InChunks(torch.autograd.Function):
         """`log_prob(params, x)`, whose intermediates have so many `numbers` for each position."""
         ctx.save_for_backward(params, x)
         ctx.log_prob, ctx.numbers = log_prob, numbers
-        total = params.new_zeros(len(params), dtype=torch.promote_types(params.dtype, torch.float32))
+        total = params.new_zeros(
+            len(params), dtype=torch.promote_types(params.dtype, torch.float32)
+        )
         for images, rows in _chunks(params, numbers):
             total[images] += log_prob(params[images, :, rows], x[images, :, rows])
         return total
@@ -238,7 +266,8 @@ class _InChunks(torch.autograd.Function):
 
 
 def _chunks(params: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of images and of rows of [B, channels, H, W]: some whole images, or some rows of one."""
+    """Slices of images and of rows of [B, channels, H, W]: some whole images, or some rows of
+    one."""
     batch, _, height, width = params.shape
     limit = CHUNK_CPU if params.device.type == "cpu" else CHUNK_GPU
     rows = max(1, limit // max(1, numbers * width))
@@ -251,9 +280,10 @@ def _chunks(params: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
 class DL(nn.Module):
     """Discretized logistic with one learnt scale (Kingma et al. 2016), as a proper distribution.
 
-    Level `k` is the bin [k / 2^nbits - 0.5, (k + 1) / 2^nbits - 0.5), given as data by its lower edge. The first and
-    the last bin are open, so that the levels' probabilities sum to 1 (the authors' release leaves them closed; see
-    DEVIATIONS.md). Parameter channels: the three means, clamped to +-(0.5 - 1/512).
+    Level `k` is the bin [k / 2^nbits - 0.5, (k + 1) / 2^nbits - 0.5), given as data by its lower
+    edge. The first and the last bin are open, so that the levels' probabilities sum to 1 (the
+    authors' release leaves them closed; see DEVIATIONS.md). Parameter channels: the three means,
+    clamped to +-(0.5 - 1/512).
 
     Arguments:
         nbits: Bits per colour, 1 to 8.
@@ -269,12 +299,15 @@ class DL(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 images to data in [-0.5, 0.5), torch's default float type, on the images' device."""
+        """uint8 images to data in [-0.5, 0.5), torch's default float type, on the images'
+        device."""
         return quantize(images, self.nbits).to(torch.get_default_dtype()) / 2**self.nbits - 0.5
 
     def to_uint8(self, x: Tensor) -> Tensor:
         """Data in [-0.5, 0.5) to uint8 images for display."""
-        return (self._level(full_precision(x)) * (255 / (2**self.nbits - 1))).round().to(torch.uint8)
+        return (
+            (self._level(full_precision(x)) * (255 / (2**self.nbits - 1))).round().to(torch.uint8)
+        )
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         mean = self.most_probable(params)
@@ -282,8 +315,8 @@ class DL(nn.Module):
         scale = torch.exp(full_precision(self.log_scale))
         lower = (x - mean) / scale
         upper = (x + 2**-self.nbits - mean) / scale
-        # log(sigmoid(u) - sigmoid(l)) = logsigmoid(u) + logsigmoid(-l) + log(1 - exp(l - u)), stable everywhere.
-        # An open edge is a logsigmoid of infinity, that is 0, and no third term.
+        # log(sigmoid(u) - sigmoid(l)) = logsigmoid(u) + logsigmoid(-l) + log(1 - exp(l - u)),
+        # stable everywhere. An open edge is a logsigmoid of infinity, that is 0, and no third term.
         first, last = x < 2**-self.nbits / 2 - 0.5, x > 0.5 - 1.5 * 2**-self.nbits
         width = torch.log(-torch.expm1(-(2**-self.nbits) / scale))
         log_bin = (
@@ -320,10 +353,15 @@ def make_observation(name: str, nbits: int, mix_components: int) -> DML | DL:
 
 
 def standard_normal(
-    shape: Sequence[int], device: torch.device, dtype: torch.dtype, generator: torch.Generator | None = None
+    shape: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Standard normal noise, drawn with torch's global generator if none is given."""
-    if generator is None:  # torch.compile cannot draw for a batch of any size with a generator, not even with None
+    if (
+        generator is None
+    ):  # torch.compile cannot draw for a batch of any size with a generator, not even with None
         return torch.randn(shape, device=device, dtype=dtype)
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 

@@ -1,8 +1,10 @@
-"""Checkpoints of the authors' release (pytorch-lightning 0.9): reading them, and converting them to this project's.
+"""Checkpoints of the authors' release (pytorch-lightning 0.9): reading them, and converting them to
+this project's.
 
     python -m lib.released checkpoints/CelebAHQ256.ckpt checkpoints/celeb/last.ckpt
 
-writes a checkpoint from which `train.py --use_checkpoint` goes on. `evaluate.py` reads released checkpoints directly.
+writes a checkpoint from which `train.py --use_checkpoint` goes on. `evaluate.py` reads released
+checkpoints directly.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import RELEASED_AVERAGE, CheckpointError, is_released, read_checkpoint, write_checkpoint
+from .checkpoint import (
+    RELEASED_AVERAGE,
+    CheckpointError,
+    is_released,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .cli import OneLineParser, one_line_errors
 from .config import ARCHITECTURE, ConfigError, TrainConfig, flag_default, flag_type
 from .DensityVAE import DensityVAE
@@ -28,8 +36,8 @@ from .utils import MaskedConv2d
 
 IMAGE_SIZES = {"CIFAR10": (32, 32), "ImageNet32": (32, 32), "CelebAHQ256": (256, 256)}
 
-# Settings of the architecture that are checked by the tensors' names and shapes, or have one legal value, and so may be
-# missing from a file. The others may not.
+# Settings of the architecture that are checked by the tensors' names and shapes, or have one legal
+# value, and so may be missing from a file. The others may not.
 OPTIONAL = {
     "downsample_first": False,
     "post_model": "IAF",
@@ -38,7 +46,8 @@ OPTIONAL = {
     "sdn_min_scale": 0,
     "sdn_nfeat_diff": 0,
 }
-# What else a run's configuration takes over; the rest (paths, GPUs, loaders) belongs to the authors' machines.
+# What else a run's configuration takes over; the rest (paths, GPUs, loaders) belongs to the
+# authors' machines.
 TRAINING = ("batch", "batch_val", "random_seed", "lrate", "lrate_decay", "free_bits", "ema_coef")
 TRAINING += ("accumulate_grad_batches", "amp", "iters", "figsize", "sampling_temperature")
 
@@ -59,9 +68,12 @@ class Released:
     """A released checkpoint under this project's names.
 
     config: The run's settings, with `border="keep"`.
-    average, current: The averaged weights, which evaluation uses, and the trained ones, by parameter name.
-    masks: The masks of masked convolutions by buffer name; only compared, since the model makes its own.
-    ignored: Stored tensors and settings that are deliberately not used, by stored name, with the reason.
+    average, current: The averaged weights, which evaluation uses, and the trained ones, by
+        parameter name.
+    masks: The masks of masked convolutions by buffer name; only compared, since the model makes its
+        own.
+    ignored: Stored tensors and settings that are deliberately not used, by stored name, with the
+        reason.
     epoch, step: Finished epochs and optimizer steps.
     """
 
@@ -81,17 +93,20 @@ class Released:
         ]
 
 
-def translate(checkpoint: Mapping[str, Any], path: str | Path, *, training: bool = False) -> Released:
+def translate(
+    checkpoint: Mapping[str, Any], path: str | Path, *, training: bool = False
+) -> Released:
     """Sorts a released checkpoint's tensors and rebuilds its configuration.
 
     Arguments:
         checkpoint: What `read_checkpoint` returned.
         path: For messages.
-        training: Whether the settings of training must be usable, too; evaluation does without those that are not.
+        training: Whether the settings of training must be usable, too; evaluation does without
+            those that are not.
 
     Raises:
-        CheckpointError: if a setting is missing or out of range, a tensor is none or comes under two names, or there
-            is no average of the weights.
+        CheckpointError: if a setting is missing or out of range, a tensor is none or comes under
+            two names, or there is no average of the weights.
     """
     average, current, masks, ignored = {}, {}, {}, {}
 
@@ -103,7 +118,9 @@ def translate(checkpoint: Mapping[str, Any], path: str | Path, *, training: bool
 
     for stored, tensor in checkpoint["state_dict"].items():
         if not isinstance(tensor, Tensor) or not _is_plain(tensor):
-            raise CheckpointError(f"{path}: {stored} is a {type(tensor).__name__}, not a dense tensor of real numbers")
+            raise CheckpointError(
+                f"{path}: {stored} is a {type(tensor).__name__}, not a dense tensor of real numbers"
+            )
         if tensor.is_floating_point():
             tensor = tensor.float()
         if stored.startswith(RELEASED_AVERAGE):
@@ -116,7 +133,9 @@ def translate(checkpoint: Mapping[str, Any], path: str | Path, *, training: bool
         else:
             keep(current, stored, tensor)
     if not average:
-        raise CheckpointError(f"{path} has no averaged weights ({RELEASED_AVERAGE}*), which evaluation needs")
+        raise CheckpointError(
+            f"{path} has no averaged weights ({RELEASED_AVERAGE}*), which evaluation needs"
+        )
     config, unusable = rebuild_config(checkpoint["hyper_parameters"], path, training=training)
     ignored |= unusable
     if config.ema_coef == 0:
@@ -133,7 +152,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def our_name(name: str) -> str:
-    """The name in this project of a parameter or buffer of the authors' program, of either generation."""
+    """The name in this project of a parameter or buffer of the authors' program, of either
+    generation."""
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
@@ -142,15 +162,19 @@ def our_name(name: str) -> str:
 def rebuild_config(
     stored: Mapping[str, Any], path: str | Path, *, training: bool
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The run's configuration from the stored hyper-parameters, and those left out, with the reason.
+    """The run's configuration from the stored hyper-parameters, and those left out, with the
+    reason.
 
     Arguments:
         training: Whether a setting of training that cannot be is an error, rather than left out.
 
     Raises:
-        CheckpointError: if one is missing that cannot be told from the tensors, or it has a value that cannot be.
+        CheckpointError: if one is missing that cannot be told from the tensors, or it has a value
+            that cannot be.
     """
-    architecture = [f.name for f in dataclasses.fields(TrainConfig) if f.metadata["group"] == ARCHITECTURE]
+    architecture = [
+        f.name for f in dataclasses.fields(TrainConfig) if f.metadata["group"] == ARCHITECTURE
+    ]
     needed = [name for name in (*architecture, "dataset") if stored.get(name) is not None]
     # The release leaves a sweep's first line as it is, and has no blocks for ablations.
     values = (
@@ -205,17 +229,23 @@ def _plain(value: Any, name: str, path: str | Path) -> Any:
         raise CheckpointError(f"{path}: its hyper-parameter {name} cannot be {value!r}") from None
 
 
-def load_weights(model: DensityVAE, released: Released, path: str | Path, *, averaged: bool = True) -> None:
-    """Loads the averaged weights, or the current ones, into a model and checks every tensor of both by name.
+def load_weights(
+    model: DensityVAE, released: Released, path: str | Path, *, averaged: bool = True
+) -> None:
+    """Loads the averaged weights, or the current ones, into a model and checks every tensor of both
+    by name.
 
     A current tensor that is neither averaged nor in the model goes to those that are ignored.
 
     Raises:
-        CheckpointError: naming the tensor that is missing or misshapen, the average without a place, or the mask that
-            is another one.
+        CheckpointError: naming the tensor that is missing or misshapen, the average without a
+            place, or the mask that is another one.
     """
     expected = model.state_dict()
-    for where, weights in (("the averaged weights", released.average), ("the weights", released.current)):
+    for where, weights in (
+        ("the averaged weights", released.average),
+        ("the weights", released.current),
+    ):
         for name, tensor in expected.items():
             if name not in weights:
                 raise CheckpointError(f"{path}: {where} lack {name}")
@@ -230,10 +260,14 @@ def load_weights(model: DensityVAE, released: Released, path: str | Path, *, ave
     for name in sorted(released.current.keys() - expected.keys()):
         del released.current[name]
         released.ignored[name] = "neither averaged nor a parameter of the model"
-    convolutions = {f"{name}.mask": m for name, m in model.named_modules() if isinstance(m, MaskedConv2d)}
+    convolutions = {
+        f"{name}.mask": m for name, m in model.named_modules() if isinstance(m, MaskedConv2d)
+    }
     for name, mask in released.masks.items():
         shape = convolutions[name].weight.shape if name in convolutions else None
-        if shape != mask.shape or not torch.equal(mask, convolutions[name].mask.to(mask.dtype).expand(shape)):
+        if shape != mask.shape or not torch.equal(
+            mask, convolutions[name].mask.to(mask.dtype).expand(shape)
+        ):
             raise CheckpointError(f"{path}: {name} is not the raster-order mask of this model")
     model.load_state_dict(released.average if averaged else released.current)
 
@@ -241,31 +275,38 @@ def load_weights(model: DensityVAE, released: Released, path: str | Path, *, ave
 def convert(source: str | Path, target: str | Path) -> list[str]:
     """Writes a released checkpoint as one of this project, from which training can go on.
 
-    Weights, average, counters and, if they are stored for every parameter, the optimizer's moments are kept. The
-    target appears as a whole or not at all.
+    Weights, average, counters and, if they are stored for every parameter, the optimizer's moments
+    are kept. The target appears as a whole or not at all.
 
     Returns:
         What was used and what was not, one line for each kind, and how to train on.
 
     Raises:
-        CheckpointError: if the source cannot be read or is not a released checkpoint, or the target exists.
+        CheckpointError: if the source cannot be read or is not a released checkpoint, or the target
+            exists.
     """
     source, target = Path(source), Path(target)
     if target.exists():
         raise CheckpointError(f"{target} exists already: give another name")
     checkpoint = read_checkpoint(source)
     if not is_released(checkpoint):
-        raise CheckpointError(f"{source} is not in the authors' format (its state_dict has no {RELEASED_AVERAGE}*)")
+        raise CheckpointError(
+            f"{source} is not in the authors' format (its state_dict has no {RELEASED_AVERAGE}*)"
+        )
     released = translate(checkpoint, source, training=True)
     if released.config.dataset not in IMAGE_SIZES:
-        raise CheckpointError(f"{source} is of the data set {released.config.dataset}; known: {', '.join(IMAGE_SIZES)}")
+        raise CheckpointError(
+            f"{source} is of the data set {released.config.dataset}; known: {', '.join(IMAGE_SIZES)}"
+        )
     converted = _training_checkpoint(released, checkpoint, source)
     try:
         write_checkpoint(converted, target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from None
     config = released.config
-    moments = "kept" if converted["optimizer_states"][0]["state"] else "not in the file: they start anew"
+    moments = (
+        "kept" if converted["optimizer_states"][0]["state"] else "not in the file: they start anew"
+    )
     report = [
         f"{target}: {config.dataset}, epoch {released.epoch}, step {released.step}",
         f"used: {len(released.average)} averaged and {len(released.current)} current tensors",
@@ -273,13 +314,24 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
         *released.remarks(),
     ]
     if target.name == "last.ckpt":
-        command = ["python", "train.py", "--exp_name", target.resolve().parent.name, *resume_flags(config)]
-        report.append(f"train on with: {shlex.join([*command, '--make_checkpoint', '--use_checkpoint'])}")
+        command = [
+            "python",
+            "train.py",
+            "--exp_name",
+            target.resolve().parent.name,
+            *resume_flags(config),
+        ]
+        report.append(
+            f"train on with: {shlex.join([*command, '--make_checkpoint', '--use_checkpoint'])}"
+        )
     return report
 
 
-def _training_checkpoint(released: Released, checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What Lightning would have saved at the end of the epoch that the released run had finished."""
+def _training_checkpoint(
+    released: Released, checkpoint: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """What Lightning would have saved at the end of the epoch that the released run had
+    finished."""
     import pytorch_lightning as pl
 
     from .DensityVAE.training import DensityTraining
@@ -299,7 +351,11 @@ def _training_checkpoint(released: Released, checkpoint: Mapping[str, Any], path
     optimizer_state, scheduler_state = optimizer.state_dict(), scheduler.state_dict()
     optimizer_state["param_groups"][0]["lr"] = rate
     optimizer_state["state"] = _moments(training.model, checkpoint)
-    scheduler_state |= {"last_epoch": released.epoch, "_step_count": released.epoch + 1, "_last_lr": [rate]}
+    scheduler_state |= {
+        "last_epoch": released.epoch,
+        "_step_count": released.epoch + 1,
+        "_last_lr": [rate],
+    }
 
     converted = {
         "epoch": released.epoch,
@@ -318,7 +374,8 @@ def _training_checkpoint(released: Released, checkpoint: Mapping[str, Any], path
 
 
 def _fit_loop(epoch: int, step: int) -> dict[str, Any]:
-    """The state of Lightning's training loop after `epoch` whole epochs and `step` optimizer steps."""
+    """The state of Lightning's training loop after `epoch` whole epochs and `step` optimizer
+    steps."""
     epochs = dict.fromkeys(("ready", "started", "processed", "completed"), epoch)
     none, steps = dict(ready=0, completed=0), dict(ready=step, completed=step)
     zero_grad = {"total": steps | {"started": step}, "current": none | {"started": 0}}
@@ -342,17 +399,29 @@ def _moments(model: DensityVAE, checkpoint: Mapping[str, Any]) -> dict[int, dict
         return {}
     if not isinstance(stored, dict):
         return {}
-    names = [name for name in checkpoint["state_dict"] if not name.startswith("ema.") and not name.endswith(".mask")]
+    names = [
+        name
+        for name in checkpoint["state_dict"]
+        if not name.startswith("ema.") and not name.endswith(".mask")
+    ]
     by_name = {our_name(name): stored.get(number) for number, name in enumerate(names)}
     moments = {}
-    for number, (name, parameter) in enumerate((n, p) for n, p in model.named_parameters() if p.requires_grad):
+    for number, (name, parameter) in enumerate(
+        (n, p) for n, p in model.named_parameters() if p.requires_grad
+    ):
         state = by_name.get(name)
         if not isinstance(state, dict) or not {"step", "exp_avg", "exp_inf"} <= state.keys():
             return {}
-        if any(getattr(state[key], "shape", None) != parameter.shape for key in ("exp_avg", "exp_inf")):
+        if any(
+            getattr(state[key], "shape", None) != parameter.shape for key in ("exp_avg", "exp_inf")
+        ):
             return {}
         step = torch.as_tensor(state["step"], dtype=torch.float32)
-        moments[number] = {"step": step, "exp_avg": state["exp_avg"].float(), "exp_inf": state["exp_inf"].float()}
+        moments[number] = {
+            "step": step,
+            "exp_avg": state["exp_avg"].float(),
+            "exp_inf": state["exp_inf"].float(),
+        }
     return moments
 
 
@@ -370,9 +439,13 @@ def resume_flags(config: TrainConfig) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = OneLineParser("python -m lib.released", description="Converts a released checkpoint to this project's.")
+    parser = OneLineParser(
+        "python -m lib.released", description="Converts a released checkpoint to this project's."
+    )
     parser.add_argument("source", metavar="IN", help="checkpoint of the authors' release")
-    parser.add_argument("target", metavar="OUT", help="where to write; checkpoints/NAME/last.ckpt can be trained on")
+    parser.add_argument(
+        "target", metavar="OUT", help="where to write; checkpoints/NAME/last.ckpt can be trained on"
+    )
     flags = parser.parse_args(arguments)
     with one_line_errors(parser.prog, CheckpointError):
         print(*convert(flags.source, flags.target), sep="\n")

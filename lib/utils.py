@@ -1,4 +1,5 @@
-"""Small pieces that several modules share: masked convolutions, weight normalization, reproducible noise."""
+"""Small pieces that several modules share: masked convolutions, weight normalization, reproducible
+noise."""
 
 from __future__ import annotations
 
@@ -12,15 +13,17 @@ from torch.nn.utils.parametrizations import weight_norm
 
 
 class MaskedConv2d(nn.Conv2d):
-    """A square convolution, same size out as in, that sees only positions before its own in raster order.
+    """A square convolution, same size out as in, that sees only positions before its own in raster
+    order.
 
-    The mask multiplies the weight inside the graph, after weight normalization, so masked entries never receive a
-    gradient through the convolution (Kingma et al. 2016; see DEVIATIONS.md).
+    The mask multiplies the weight inside the graph, after weight normalization, so masked entries
+    never receive a gradient through the convolution (Kingma et al. 2016; see DEVIATIONS.md).
 
     Arguments:
         in_ch, out_ch: Channels.
         kernel_size: Odd.
-        include_centre: Whether a position sees itself (all channels of it) or only those strictly before it.
+        include_centre: Whether a position sees itself (all channels of it) or only those strictly
+            before it.
     """
 
     def __init__(self, in_ch: int, out_ch: int, kernel_size: int = 3, *, include_centre: bool):
@@ -34,17 +37,22 @@ class MaskedConv2d(nn.Conv2d):
 
 
 def initialize_convolutions(module: nn.Module) -> None:
-    """Orthogonal weights for every convolution in `module`, then weight normalization (Salimans & Kingma 2016).
+    """Orthogonal weights for every convolution in `module`, then weight normalization (Salimans &
+    Kingma 2016).
 
-    Biases keep torch's default. The norm is taken per output channel: dimension 0, or 1 for transposed convolutions.
+    Biases keep torch's default. The norm is taken per output channel: dimension 0, or 1 for
+    transposed convolutions.
     """
-    for convolution in [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]:
+    for convolution in [
+        m for m in module.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)
+    ]:
         nn.init.orthogonal_(convolution.weight)
         weight_norm(convolution, dim=1 if isinstance(convolution, nn.ConvTranspose2d) else 0)
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """`x` in float32 if it is narrower: likelihoods and KL divergences must not be summed in 16 bits."""
+    """`x` in float32 if it is narrower: likelihoods and KL divergences must not be summed in 16
+    bits."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -59,15 +67,20 @@ def nats_to_bits_per_dim(nats: Tensor | float, image_shape: Sequence[int]) -> Te
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A 63-bit seed for a random generator from several integers; near numbers give unrelated seeds."""
+    """A 63-bit seed for a random generator from several integers; near numbers give unrelated
+    seeds."""
     digest = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def keyed_noise(
-    shapes: Sequence[Sequence[int]], seed: int, images: Sequence[int], samples: Sequence[int] | None = None
+    shapes: Sequence[Sequence[int]],
+    seed: int,
+    images: Sequence[int],
+    samples: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Standard normal noise that depends on nothing but (seed, image, sample): not on batch, rank, order or device.
+    """Standard normal noise that depends on nothing but (seed, image, sample): not on batch, rank,
+    order or device.
 
     Arguments:
         shapes: Shape of one image's latent at each layer, without the batch dimension.
@@ -86,4 +99,7 @@ def keyed_noise(
         generator.manual_seed(mixed_seed(seed, image, sample))
         rows.append(torch.randn(sum(sizes), generator=generator, dtype=torch.float32))
     flat = torch.stack(rows) if rows else torch.empty(0, sum(sizes), dtype=torch.float32)
-    return [part.reshape(-1, *shape) for part, shape in zip(flat.split(sizes, dim=1), shapes, strict=True)]
+    return [
+        part.reshape(-1, *shape)
+        for part, shape in zip(flat.split(sizes, dim=1), shapes, strict=True)
+    ]

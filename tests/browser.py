@@ -14,14 +14,25 @@ from PIL import Image
 
 
 class Browser:
-    """A headless browser without a network; DevTools messages, ended by a zero byte, on its descriptors 3 and 4."""
+    """A headless browser without a network; DevTools messages, ended by a zero byte, on its
+    descriptors 3 and 4."""
 
-    OFFLINE = ("--proxy-server=127.0.0.1:9", "--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking")
+    OFFLINE = (
+        "--proxy-server=127.0.0.1:9",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--disable-background-networking",
+    )
 
     def __init__(self, program: str, folder: Path):
         commands, self.write_end = os.pipe()
         self.read_end, answers = os.pipe()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+        ]
         self.process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "bash", program]
             + [*flags, f"--user-data-dir={folder}", *self.OFFLINE],
@@ -34,7 +45,9 @@ class Browser:
         os.close(answers)
         self.received, self.events, self.number, self.session = b"", [], 0, {}
         target = self("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.session = {
+            "sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        }
         for domain in ("Page", "Network", "Log"):
             self(f"{domain}.enable")
 
@@ -51,7 +64,9 @@ class Browser:
         until = time.monotonic() + timeout
         while True:
             while b"\0" not in self.received:
-                ready, _, _ = select.select([self.read_end], [], [], max(0, until - time.monotonic()))
+                ready, _, _ = select.select(
+                    [self.read_end], [], [], max(0, until - time.monotonic())
+                )
                 assert ready, f"the browser has not answered in {timeout} s"
                 part = os.read(self.read_end, 2**20)
                 assert part, "the browser has ended"
@@ -64,13 +79,24 @@ class Browser:
 
     def show(self, path: Path, width: int, height: int, scheme: str) -> None:
         self.events.clear()
-        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         self("Page.navigate", url=path.as_uri())
         self.wait(lambda message: message.get("method") == "Page.loadEventFired")
 
     def evaluate(self, expression: str):
-        return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+        return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"][
+            "value"
+        ]
 
     def screenshot(self, path: Path) -> Image.Image:
         """The whole page, also what is below the window."""

@@ -9,7 +9,8 @@ from helpers import TINY, TINY_BETA, run
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """A folder of data sets with a small ImageNet32 in the real format: 32 training and 11 validation images."""
+    """A folder of data sets with a small ImageNet32 in the real format: 32 training and 11
+    validation images."""
     lmdb = pytest.importorskip("lmdb")
     root = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
@@ -28,7 +29,17 @@ def images(tmp_path_factory):
 def finished(tmp_path_factory, images):
     """The output folder of a run of 6 steps, called tiny, with checkpoints."""
     folder = tmp_path_factory.mktemp("run")
-    arguments = ["--root", images, "--exp_name", "tiny", "--iters", 6, "--make_checkpoint", "--output_dir", folder]
+    arguments = [
+        "--root",
+        images,
+        "--exp_name",
+        "tiny",
+        "--iters",
+        6,
+        "--make_checkpoint",
+        "--output_dir",
+        folder,
+    ]
     done = run("train.py", *TINY, *arguments)
     assert done.returncode == 0, done.stderr
     return folder
@@ -36,9 +47,20 @@ def finished(tmp_path_factory, images):
 
 @pytest.fixture(scope="session")
 def beta_run(tmp_path_factory):
-    """The output folder of a disentanglement run of 8 steps in two epochs, called beta; β rises to 8 in 4 steps."""
+    """The output folder of a disentanglement run of 8 steps in two epochs, called beta; β rises to
+    8 in 4 steps."""
     folder = tmp_path_factory.mktemp("beta_run")
-    arguments = ["--exp_name", "beta", "--iters", 8, "--beta_final", 8, "--beta_rate", 0.25, "--make_checkpoint"]
+    arguments = [
+        "--exp_name",
+        "beta",
+        "--iters",
+        8,
+        "--beta_final",
+        8,
+        "--beta_rate",
+        0.25,
+        "--make_checkpoint",
+    ]
     done = run("train.py", *TINY_BETA, *arguments, "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     return folder

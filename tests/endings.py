@@ -19,7 +19,9 @@ def generated(cases: int) -> settings:
         database=None,
         deadline=None,
         phases=(Phase.explicit, Phase.generate),
-        suppress_health_check=list(HealthCheck),  # fixtures of the session are shared by all cases on purpose
+        suppress_health_check=list(
+            HealthCheck
+        ),  # fixtures of the session are shared by all cases on purpose
     )
 
 
@@ -33,9 +35,12 @@ class Ending:
 
 
 def ending_of(main: Callable[[list[str]], None], arguments: Sequence[object]) -> Ending:
-    """Runs the `main` of an entry script with streams like those of a terminal. What would be a traceback is raised."""
+    """Runs the `main` of an entry script with streams like those of a terminal. What would be a
+    traceback is raised."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict", write_through=True)
-    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
+    err = io.TextIOWrapper(
+        io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True
+    )
     status = 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
@@ -47,7 +52,11 @@ def ending_of(main: Callable[[list[str]], None], arguments: Sequence[object]) ->
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
 
 
 @contextmanager
@@ -71,7 +80,9 @@ def assert_told(ending: Ending, program: str) -> None:
         return
     assert ending.status == 2, ending
     assert len(errors) == 1, ending.err
-    assert errors[0].startswith(f"{program}: error: ") and len(errors[0]) > len(f"{program}: error: "), errors[0]
+    assert errors[0].startswith(f"{program}: error: ") and len(errors[0]) > len(
+        f"{program}: error: "
+    ), errors[0]
     assert ending.err.endswith(f"{errors[0]}\n"), ending.err
 
 

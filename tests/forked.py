@@ -1,8 +1,10 @@
-"""Runs entry scripts in copies of a process that has imported what they need: a start takes milliseconds, not seconds.
+"""Runs entry scripts in copies of a process that has imported what they need: a start takes
+milliseconds, not seconds.
 
-`python tests/forked.py` is that process, one for each test process. It reads requests, lines of JSON, and for each
-forks itself; the copy becomes the script: its working directory, environment, arguments and outputs, and its exit
-status. Only installed packages are imported before; the repository's files are read anew.
+`python tests/forked.py` is that process, one for each test process. It reads requests, lines of
+JSON, and for each forks itself; the copy becomes the script: its working directory, environment,
+arguments and outputs, and its exit status. Only installed packages are imported before; the
+repository's files are read anew.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from pathlib import Path
 import numpy
 
 
-def run(command: list[str], cwd: Path, environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
-    """As subprocess.run with captured text; `command` is a script's path or "-m" and a module, and arguments."""
+def run(
+    command: list[str], cwd: Path, environment: dict[str, str], timeout: float
+) -> subprocess.CompletedProcess:
+    """As subprocess.run with captured text; `command` is a script's path or "-m" and a module, and
+    arguments."""
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
@@ -50,11 +55,14 @@ def run(command: list[str], cwd: Path, environment: dict[str, str], timeout: flo
 def _server() -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a process with threads cannot be copied
     command = [sys.executable, __file__]
-    return subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    return subprocess.Popen(
+        command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
 
 
 def serve() -> list[str] | None:
-    """Forks for each request; returns the command in the copy, and None in the server when there are no more."""
+    """Forks for each request; returns the command in the copy, and None in the server when there
+    are no more."""
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         pid = os.fork()

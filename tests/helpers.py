@@ -1,4 +1,5 @@
-"""What several tests need: golden vectors, relative errors, small models, running the entry scripts."""
+"""What several tests need: golden vectors, relative errors, small models, running the entry
+scripts."""
 
 from __future__ import annotations
 
@@ -40,22 +41,33 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return (difference / scale if scale > 0 else difference).item()
 
 
-def run(script: str, *arguments: object, cwd: Path = REPOSITORY, timeout: int = 600, **environment: str):
-    """Runs an entry script, or with `-m NAME` a module, as a user would; the finished process with its text output.
+def run(
+    script: str, *arguments: object, cwd: Path = REPOSITORY, timeout: int = 600, **environment: str
+):
+    """Runs an entry script, or with `-m NAME` a module, as a user would; the finished process with
+    its text output.
 
-    With changes of the `environment` in a new interpreter, otherwise in a copy of a running one, which starts sooner.
+    With changes of the `environment` in a new interpreter, otherwise in a copy of a running one,
+    which starts sooner.
     """
-    start = ["-m", script.removeprefix("-m ")] if script.startswith("-m ") else [str(REPOSITORY / script)]
+    start = (
+        ["-m", script.removeprefix("-m ")]
+        if script.startswith("-m ")
+        else [str(REPOSITORY / script)]
+    )
     command = [*start, *map(str, arguments)]
     all_of_it = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | environment
     if not environment:
         return forked.run(command, cwd, all_of_it, timeout)
     command = [sys.executable, *command]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=all_of_it)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=all_of_it
+    )
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str, status: int = 2) -> None:
-    """The process failed with `status` and without a traceback; its one line with "error:" holds all `parts`."""
+    """The process failed with `status` and without a traceback; its one line with "error:" holds
+    all `parts`."""
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     (last,) = [line for line in done.stderr.splitlines() if "error:" in line]

@@ -1,4 +1,5 @@
-"""Checkpoints that are damaged, of another model or version, or malicious: one line, and nothing in them runs."""
+"""Checkpoints that are damaged, of another model or version, or malicious: one line, and nothing in
+them runs."""
 
 from __future__ import annotations
 
@@ -21,14 +22,19 @@ import train
 from lib import released
 from lib.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 
-COMMANDS = {"evaluate.py": evaluate.main, "train.py": train.main, "python -m lib.released": released.main}
+COMMANDS = {
+    "evaluate.py": evaluate.main,
+    "train.py": train.main,
+    "python -m lib.released": released.main,
+}
 READERS = st.sampled_from(sorted(COMMANDS))
 FRACTIONS = st.floats(0, 1, exclude_max=True)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """With an experiment called tiny, whose checkpoint the tests write, and where training itself is left out."""
+    """With an experiment called tiny, whose checkpoint the tests write, and where training itself
+    is left out."""
     monkeypatch.setattr(train.pl.Trainer, "fit", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints/tiny").mkdir(parents=True)
@@ -46,7 +52,17 @@ def read_with(program: str, folder: Path, images: Path) -> Ending:
     """What a command does with the experiment's last checkpoint; it leaves every file alone."""
     last = folder / "checkpoints/tiny/last.ckpt"
     arguments = {
-        "evaluate.py": ["--checkpoint", last, "--elbo", "--limit", 1, "--batch", 1, "--root", images],
+        "evaluate.py": [
+            "--checkpoint",
+            last,
+            "--elbo",
+            "--limit",
+            1,
+            "--batch",
+            1,
+            "--root",
+            images,
+        ],
         "train.py": [*TINY, "--root", images, "--exp_name", "tiny", "--use_checkpoint"],
         "python -m lib.released": [last, folder / "converted.ckpt"],
     }
@@ -55,7 +71,11 @@ def read_with(program: str, folder: Path, images: Path) -> Ending:
     with leaving_files_alone(folder, images):
         ending = ending_of(COMMANDS[program], arguments[program])
     assert_told(ending, program)
-    assert ending.status == 2 or program != "evaluate.py" or (folder / "figs/tiny/results.json").exists()
+    assert (
+        ending.status == 2
+        or program != "evaluate.py"
+        or (folder / "figs/tiny/results.json").exists()
+    )
     return ending
 
 
@@ -68,7 +88,8 @@ def read_with(program: str, folder: Path, images: Path) -> Ending:
     program=READERS,
 )
 def test_damaged_bytes(folder, finished, images, released_one, cut, changes, program):
-    """Cut off anywhere, or with bits flipped anywhere; of our own files, which hold their hash, no flip goes unseen."""
+    """Cut off anywhere, or with bits flipped anywhere; of our own files, which hold their hash, no
+    flip goes unseen."""
     last = folder / "checkpoints/tiny/last.ckpt"
     if released_one:
         torch.save(golden(), last)
@@ -84,8 +105,28 @@ def test_damaged_bytes(folder, finished, images, released_one, cut, changes, pro
 
 
 JUNK = st.sampled_from(
-    [None, True, -1, 0, 1, 1.5, float("nan"), float("inf"), -0.5, 10**9, 2**70, "", "x", "0", "a\nb", "\0", "\udcff"]
-) | st.sampled_from([b"x", [], [1], [None], ["x"], [2**70], (1, 2), {}, {"a": 1}, {1: 2}, "64-true", "3DShapes"])
+    [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        1.5,
+        float("nan"),
+        float("inf"),
+        -0.5,
+        10**9,
+        2**70,
+        "",
+        "x",
+        "0",
+        "a\nb",
+        "\0",
+        "\udcff",
+    ]
+) | st.sampled_from(
+    [b"x", [], [1], [None], ["x"], [2**70], (1, 2), {}, {"a": 1}, {1: 2}, "64-true", "3DShapes"]
+)
 TENSORS = {
     "empty": lambda tensor: tensor.reshape(-1)[:0],
     "one more dimension": lambda tensor: tensor[None],
@@ -97,7 +138,14 @@ TENSORS = {
     "quantized": lambda tensor: torch.quantize_per_tensor(tensor.float(), 1.0, 0, torch.qint8),
 } | {
     str(kind): lambda tensor, kind=kind: tensor.to(kind)
-    for kind in (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool, torch.complex64)
+    for kind in (
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int32,
+        torch.bool,
+        torch.complex64,
+    )
 }
 
 
@@ -112,14 +160,18 @@ def change(checkpoint: dict, data: st.DataObject) -> dict:
         return data.draw(JUNK | st.just(checkpoint["state_dict"]))
     place = {"setting": "hyper_parameters", "tensor": "state_dict"}.get(kind)
     part = dict(checkpoint[place]) if place else dict(checkpoint)
-    name = data.draw(settings_of(checkpoint) if kind == "setting" else st.sampled_from(sorted(part)))
+    name = data.draw(
+        settings_of(checkpoint) if kind == "setting" else st.sampled_from(sorted(part))
+    )
     how = data.draw(st.sampled_from(["junk", "junk", "missing", "extra"]))
     if how == "missing":
         part.pop(name, None)
     elif how == "extra":
-        part[data.draw(st.sampled_from(["average.module.x", "model.x", "ladder_layers.9.h", "x", 7, "é"]))] = (
-            torch.ones(2)
-        )
+        part[
+            data.draw(
+                st.sampled_from(["average.module.x", "model.x", "ladder_layers.9.h", "x", 7, "é"])
+            )
+        ] = torch.ones(2)
     elif kind == "tensor" and isinstance(part[name], torch.Tensor) and data.draw(st.integers(0, 3)):
         part[name] = TENSORS[data.draw(st.sampled_from(sorted(TENSORS)))](part[name])
     else:
@@ -131,8 +183,11 @@ def change(checkpoint: dict, data: st.DataObject) -> dict:
 @generated(140)
 @given(released_one=st.booleans(), data=st.data(), program=READERS)
 def test_other_content(folder, finished, images, released_one, data, program):
-    """Settings, tensors and counters that are missing, of another type, another shape, or unknown."""
-    original = golden() if released_one else read_checkpoint(finished / "checkpoints/tiny/last.ckpt")
+    """Settings, tensors and counters that are missing, of another type, another shape, or
+    unknown."""
+    original = (
+        golden() if released_one else read_checkpoint(finished / "checkpoints/tiny/last.ckpt")
+    )
     changed = change(original, data)
     if isinstance(changed, dict) and not released_one:
         write_checkpoint(changed, folder / "checkpoints/tiny/last.ckpt")
@@ -191,7 +246,11 @@ def zipped(pickled: bytes, **others: bytes) -> bytes:
     """A file as torch.save writes it since 1.6."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in {"data.pkl": pickled, "version": b"3\n", "byteorder": b"little"}.items():
+        for name, content in {
+            "data.pkl": pickled,
+            "version": b"3\n",
+            "byteorder": b"little",
+        }.items():
             archive.writestr(f"archive/{name}", content)
         for name, content in others.items():
             archive.writestr(f"archive/{name.replace('__', '/').replace('_pkl', '.pkl')}", content)
@@ -236,11 +295,18 @@ def test_nothing_in_a_malicious_file_runs(opcode, container, folder, images):
     assert not (folder / "canary").exists()
 
 
-@pytest.mark.parametrize("place", ["state_dict", "hyper_parameters", "global_step", "callbacks", "new"])
+@pytest.mark.parametrize(
+    "place", ["state_dict", "hyper_parameters", "global_step", "callbacks", "new"]
+)
 def test_nothing_in_a_malicious_entry_of_a_good_checkpoint_runs(place, folder, finished, images):
-    """Also where the file is otherwise right, and holds its own hash; in a dictionary's values or keys."""
+    """Also where the file is otherwise right, and holds its own hash; in a dictionary's values or
+    keys."""
     good = read_checkpoint(finished / "checkpoints/tiny/last.ckpt")
-    for call in (Runs(os.mkdir, "canary"), Runs(eval, "open('canary', 'w')"), Runs(os.system, "touch canary")):
+    for call in (
+        Runs(os.mkdir, "canary"),
+        Runs(eval, "open('canary', 'w')"),
+        Runs(os.system, "touch canary"),
+    ):
         values = [call, {"x": call}, [call]]
         if isinstance(good.get(place), dict):
             values.append(good[place] | {"x": call})
@@ -252,7 +318,9 @@ def test_nothing_in_a_malicious_entry_of_a_good_checkpoint_runs(place, folder, f
     assert not (folder / "canary").exists()
 
 
-@pytest.mark.parametrize("opcode", [name for name in OPCODES if name not in ("NEWOBJ", "NEWOBJ_EX", "persistent")])
+@pytest.mark.parametrize(
+    "opcode", [name for name in OPCODES if name not in ("NEWOBJ", "NEWOBJ_EX", "persistent")]
+)
 def test_the_malicious_files_would_run(opcode, folder):
     """The canary of the tests above can sing."""
     argument = "touch canary" if opcode == "dotted" else "canary"

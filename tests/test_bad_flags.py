@@ -1,4 +1,5 @@
-"""Every flag of every command with nonsense for a value: one line on stderr, status 2, no file touched."""
+"""Every flag of every command with nonsense for a value: one line on stderr, status 2, no file
+touched."""
 
 from __future__ import annotations
 
@@ -59,9 +60,23 @@ WORDS += [
     "ÿ",
     "\udcff",
 ]
-WORDS += ["x" * 300, "x" * 5000, "absent", "file", "file/x", "absent/../file", "/dev/null", "/dev/null/x", "/proc/x/y"]
-SOME_TEXT = st.text(st.characters(exclude_characters="/"), max_size=20)  # no way out of the test's folder
-NONSENSE = st.sampled_from(NUMBERS + WORDS) | SOME_TEXT | st.integers().map(str) | st.floats().map(str)
+WORDS += [
+    "x" * 300,
+    "x" * 5000,
+    "absent",
+    "file",
+    "file/x",
+    "absent/../file",
+    "/dev/null",
+    "/dev/null/x",
+    "/proc/x/y",
+]
+SOME_TEXT = st.text(
+    st.characters(exclude_characters="/"), max_size=20
+)  # no way out of the test's folder
+NONSENSE = (
+    st.sampled_from(NUMBERS + WORDS) | SOME_TEXT | st.integers().map(str) | st.floats().map(str)
+)
 LISTS = st.lists(st.sampled_from(NUMBERS + WORDS) | st.integers(-3, 9).map(str), max_size=5)
 FLAGS = [field.name for field in dataclasses.fields(TrainConfig)]
 
@@ -92,7 +107,9 @@ def check_train(here: Path, images: Path, arguments: list[str], tiny: list[str] 
     # Of a flag that is given twice the last counts.
     folder = tempfile.mkdtemp(dir=here)
     with leaving_files_alone(here, images):
-        ending = ending_of(train.main, [*tiny, "--root", images, "--output_dir", folder, *arguments])
+        ending = ending_of(
+            train.main, [*tiny, "--root", images, "--output_dir", folder, *arguments]
+        )
     assert_told(ending, "train.py")
     assert not (here / "pwned").exists()
 
@@ -107,7 +124,9 @@ def test_train_with_a_nonsense_value(name, here, images, until_training, data):
 @generated(40)
 @given(names=st.lists(st.sampled_from(FLAGS), min_size=2, max_size=5), data=st.data())
 def test_train_with_several_nonsense_values(here, images, until_training, names, data):
-    check_train(here, images, [argument for name in names for argument in flag_and_values(name, data)])
+    check_train(
+        here, images, [argument for name in names for argument in flag_and_values(name, data)]
+    )
 
 
 @pytest.mark.parametrize("value", ["--", "\0", "a\nb", "a\u2028b", "\x1b[31m", "\udcff"], ids=ascii)
@@ -125,7 +144,9 @@ SIZES = st.sampled_from([0, 1, 2, 3, 4, 5, 8, 31, 32, 33, 64])
 
 
 @generated(60)
-@example(architecture=dict(depth=9, ds_list=[0, 1, 2, 3, 4, 5, 6, 7, 8]))  # deeper than the image allows
+@example(
+    architecture=dict(depth=9, ds_list=[0, 1, 2, 3, 4, 5, 6, 7, 8])
+)  # deeper than the image allows
 @example(architecture=dict(depth=2, ds_list=[1, 1, 1]))
 @example(architecture=dict(depth=1001))
 @example(architecture=dict(h_size=2**20 + 1))
@@ -153,7 +174,8 @@ SIZES = st.sampled_from([0, 1, 2, 3, 4, 5, 8, 31, 32, 33, 64])
     )
 )
 def test_architectures_are_built_or_refused(here, images, until_training, architecture):
-    """Every field is in its range or just out of it; it is their combination that may not be a model."""
+    """Every field is in its range or just out of it; it is their combination that may not be a
+    model."""
     arguments = []
     for name, value in architecture.items():
         arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -194,10 +216,30 @@ TASKS_OF = {
 @given(data=st.data())
 def test_evaluate_with_a_nonsense_value(name, here, images, finished, data):
     task = next((task for task, names in TASKS_OF.items() if name in names), "--elbo")
-    which = [] if name in ("model", "checkpoint") else ["--checkpoint", finished / "checkpoints/tiny/best.ckpt"]
-    arguments = [task, *EVALUATION, "--output_dir", tempfile.mkdtemp(dir=here), *flag_and_values(name, data)]
-    numbers = [int(word) for word in arguments if isinstance(word, str) and word.isdecimal() and len(word) < 30]
-    if max(numbers) > 100 and name in ("count", "importance_samples", "processes", "frames", "num_workers"):
+    which = (
+        []
+        if name in ("model", "checkpoint")
+        else ["--checkpoint", finished / "checkpoints/tiny/best.ckpt"]
+    )
+    arguments = [
+        task,
+        *EVALUATION,
+        "--output_dir",
+        tempfile.mkdtemp(dir=here),
+        *flag_and_values(name, data),
+    ]
+    numbers = [
+        int(word)
+        for word in arguments
+        if isinstance(word, str) and word.isdecimal() and len(word) < 30
+    ]
+    if max(numbers) > 100 and name in (
+        "count",
+        "importance_samples",
+        "processes",
+        "frames",
+        "num_workers",
+    ):
         return  # they would be done, and take their time
     with leaving_files_alone(here, images, finished):
         ending = ending_of(evaluate.main, [*which, *arguments])
@@ -206,7 +248,10 @@ def test_evaluate_with_a_nonsense_value(name, here, images, finished, data):
 
 
 COMMANDS = {
-    "data.tfrecords_to_lmdb": (tfrecords_to_lmdb.main, ["ImageNet32", "--source", "file", "--target", "new"]),
+    "data.tfrecords_to_lmdb": (
+        tfrecords_to_lmdb.main,
+        ["ImageNet32", "--source", "file", "--target", "new"],
+    ),
     "data.shapes3d": (shapes3d.main, ["check", "file"]),
     "data.histogram": (histogram.main, ["ImageNet32", "--root", "file", "--nbits", "8"]),
     "python -m lib.released": (released.main, ["file", "new.ckpt"]),
@@ -222,19 +267,29 @@ def test_other_commands_with_nonsense(program, here, data, monkeypatch):
     monkeypatch.setattr(download, "FIRST_PAUSE", 0.0)
     main, arguments = COMMANDS[program]
     place = data.draw(st.integers(0, len(arguments) - 1))
-    instead = data.draw(st.one_of(st.just([]), NONSENSE.map(lambda value: [value]), st.just([arguments[place]] * 2)))
+    instead = data.draw(
+        st.one_of(st.just([]), NONSENSE.map(lambda value: [value]), st.just([arguments[place]] * 2))
+    )
     before = set(here.iterdir())
     with leaving_files_alone(here):
         ending = ending_of(main, [*arguments[:place], *instead, *arguments[place + 1 :]])
         for path in set(here.iterdir()) - before:  # a download that was begun can be gone on with
-            assert program == "data.download" and path.name.endswith(".partial") and not path.read_bytes()
+            assert (
+                program == "data.download"
+                and path.name.endswith(".partial")
+                and not path.read_bytes()
+            )
             path.unlink()
     assert_refused(ending, program)
 
 
 def experiment_flags() -> list[str]:
     def flags(parser: argparse.ArgumentParser) -> list[str]:
-        return [action.dest for action in parser._actions if action.option_strings and action.dest != "help"]
+        return [
+            action.dest
+            for action in parser._actions
+            if action.option_strings and action.dest != "help"
+        ]
 
     return sorted({*flags(disentanglement.make_parser()), *flags(train.make_parser())})
 
@@ -249,4 +304,6 @@ def test_the_experiment_with_a_nonsense_value(name, here, images, data, monkeypa
     arguments = [*TINY_BETA[2:], "--root", images, "--output_dir", tempfile.mkdtemp(dir=here)]
     with leaving_files_alone(here, images):
         ending = ending_of(disentanglement.main, [*arguments, *flag_and_values(name, data)])
-    assert_told(ending, "train.py" if ending.err.startswith("train.py: error: ") else "train_3dshapes.sh")
+    assert_told(
+        ending, "train.py" if ending.err.startswith("train.py: error: ") else "train_3dshapes.sh"
+    )

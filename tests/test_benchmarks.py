@@ -1,4 +1,5 @@
-"""The benchmarks of tables, training steps, loaders and kernels: that they run, and that they refuse what is wrong."""
+"""The benchmarks of tables, training steps, loaders and kernels: that they run, and that they
+refuse what is wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def result_of(benchmark, tmp_path, *arguments: str) -> dict:
     output = tmp_path / "results/file.json"
     benchmark.main(["--quick", *arguments, "--output", str(output)])
     result = json.loads(output.read_text())
-    assert result["machine"]["cores"] == os.cpu_count() and result["versions"]["torch"] == str(torch.__version__)
+    assert result["machine"]["cores"] == os.cpu_count() and result["versions"]["torch"] == str(
+        torch.__version__
+    )
     assert result["command"].startswith(f"python -m {benchmark.__name__} --quick")
     return result
 
@@ -45,9 +48,14 @@ def test_parameters_that_are_wrong_are_refused(monkeypatch, tmp_path):
 def test_table_6(tmp_path):
     rows = result_of(table6_runtime, tmp_path, "--device", "cpu", "--no_memory")["rows"]
     names = ["conv3", "conv5", "sdn1/auto", "sdn2/auto", "sdn4/auto"]
-    assert [(row["scale"], row["layer"]) for row in rows] == [(scale, name) for scale in (4, 5) for name in names]
+    assert [(row["scale"], row["layer"]) for row in rows] == [
+        (scale, name) for scale in (4, 5) for name in names
+    ]
     for row in rows:
-        assert min(row["forward_ms"], row["backward_ms"]) > 0 and min(row["forward_std"], row["backward_std"]) >= 0
+        assert (
+            min(row["forward_ms"], row["backward_ms"]) > 0
+            and min(row["forward_std"], row["backward_std"]) >= 0
+        )
         assert (row["forward_over_conv3"] == 1) == (row["layer"] == "conv3")
 
 
@@ -59,7 +67,9 @@ def test_training_steps(tmp_path, capsys):
     assert "30 steps in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("benchmark, arguments", [(train_step, SOME), (table6_runtime, ["--no_memory"])])
+@pytest.mark.parametrize(
+    "benchmark, arguments", [(train_step, SOME), (table6_runtime, ["--no_memory"])]
+)
 @pytest.mark.parametrize("wrong", ["output", "gradient"])
 def test_wrong_sweeps_are_not_timed(monkeypatch, tmp_path, benchmark, arguments, wrong):
     correct = sdn.correct_lines
@@ -122,7 +132,9 @@ import torch
 from benchmarks.common import peak_memory
 print(peak_memory(lambda: torch.ones(2**24), "cpu"))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() == "None":
         pytest.skip("the peak of the resident set cannot be read here")
@@ -131,7 +143,9 @@ print(peak_memory(lambda: torch.ones(2**24), "cpu"))
 
 def test_times_are_of_turns():
     calls = []
-    times = common.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, "cpu")
+    times = common.take_turns(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, "cpu"
+    )
     assert calls == ["a", "b"] * 3
     assert [len(taken) for taken in times.values()] == [2, 2]
 
@@ -153,12 +167,16 @@ def test_wrong_flags(benchmark, arguments):
 
 @pytest.mark.slow
 def test_memory_of_the_recipes_is_that_of_a_real_step(tmp_path):
-    """The program itself compares; here that it does. In a process of its own: it sets Triton's interpreter."""
+    """The program itself compares; here that it does. In a process of its own: it sets Triton's
+    interpreter."""
     output = tmp_path / "memory.json"
     done = run("-m benchmarks.recipe_memory", "--quick", "--output", output)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(output.read_text())["verified"]
-    assert found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1) and found["computed_mib"] > 10
+    assert (
+        found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1)
+        and found["computed_mib"] > 10
+    )
 
 
 def test_memory_of_a_layer_is_that_of_a_real_step(tmp_path):
@@ -169,10 +187,17 @@ def test_memory_of_a_layer_is_that_of_a_real_step(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     for found in result["verified"]:
-        assert found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1) and found["computed_mib"] > 10
+        assert (
+            found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1)
+            and found["computed_mib"] > 10
+        )
     (row,) = result["rows"]
-    # 12.5 MiB a feature map: seven are kept, a sweep's buffers take eight more; the yardstick keeps ten for each sweep.
-    assert 12.5 * 14 < row["triton_mib"] < 12.5 * 17 and row["torch_mib"] > 12.5 * 20 < row["yardstick_mib"]
+    # 12.5 MiB a feature map: seven are kept, a sweep's buffers take eight more; the yardstick keeps
+    # ten for each sweep.
+    assert (
+        12.5 * 14 < row["triton_mib"] < 12.5 * 17
+        and row["torch_mib"] > 12.5 * 20 < row["yardstick_mib"]
+    )
     done = run("-m benchmarks.layer_memory", "--batch", 0)
     assert done.returncode == 2 and done.stderr.endswith("error: all numbers must be at least 1\n")
 
@@ -184,5 +209,7 @@ def test_the_check_of_a_gpu_is_ready(tmp_path):
     command = ["bash", "benchmarks/gpu_check.sh", str(tmp_path / "results"), "--cpu"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert " 0 failed" in done.stdout and (tmp_path / "results/log.txt").read_text().strip().endswith("results")
+    assert " 0 failed" in done.stdout and (
+        tmp_path / "results/log.txt"
+    ).read_text().strip().endswith("results")
     assert len(list((tmp_path / "results").glob("*.json"))) >= 6

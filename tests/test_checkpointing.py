@@ -1,4 +1,5 @@
-"""Checkpoint files: whole or not at all, known by their hash, the last few and the best; what a full disk costs."""
+"""Checkpoint files: whole or not at all, known by their hash, the last few and the best; what a
+full disk costs."""
 
 from __future__ import annotations
 
@@ -16,15 +17,24 @@ from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
 
 import train
 from lib.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from lib.checkpointing import newest_checkpoint, step_checkpoints
 from lib.files import folder_for_one, second_name, whole_file
-from lib.position import Position
+from lib.training.checkpoints import newest_checkpoint, step_checkpoints
+from lib.training.position import Position
 
 CONTENT = {"state_dict": {"w": torch.arange(1000.0)}, "hyper_parameters": {}, "global_step": 3}
 
 
 def flags(images: Path, folder: Path, *more: object) -> list[str]:
-    given = [*TINY, "--root", images, "--output_dir", folder, "--make_checkpoint", "--use_checkpoint", *more]
+    given = [
+        *TINY,
+        "--root",
+        images,
+        "--output_dir",
+        folder,
+        "--make_checkpoint",
+        "--use_checkpoint",
+        *more,
+    ]
     return list(map(str, given))
 
 
@@ -43,7 +53,8 @@ def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path):
 
 
 def test_a_checkpoint_is_still_a_file_of_torch(tmp_path):
-    """The hash is the comment of the ZIP archive; torch reads it as before, and files without one are read."""
+    """The hash is the comment of the ZIP archive; torch reads it as before, and files without one
+    are read."""
     write_checkpoint(CONTENT, tmp_path / "x.ckpt")
     for mmap in (False, True):
         loaded = torch.load(tmp_path / "x.ckpt", weights_only=True, mmap=mmap)
@@ -78,7 +89,9 @@ def test_a_second_name_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch)
 def test_a_folder_is_for_one_process(tmp_path):
     with folder_for_one(tmp_path / "new/run", "in use"):
         other = f"from lib.files import *; folder_for_one(Path({str(tmp_path / 'new/run')!r}), 'in use').__enter__()"
-        done = subprocess.run([sys.executable, "-c", other], cwd=REPOSITORY, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", other], cwd=REPOSITORY, capture_output=True, text=True
+        )
         assert done.stderr.endswith("BlockingIOError: in use\n")
     assert not list(tmp_path.iterdir()), "nothing remains of a folder that stayed empty"
 
@@ -118,8 +131,11 @@ with folder_for_one(Path({str(tmp_path)!r}), "in use"):
     ],
 )
 def test_a_run_goes_on_at_a_whole_step(batch, accumulate, batches, validate, expected):
-    """With another global batch, accumulation or length of an epoch: not behind where it was, and a step is ahead."""
-    assert Position(2, 24, validate).on_grid(batch, accumulate, batches) == Position(2, expected, validate)
+    """With another global batch, accumulation or length of an epoch: not behind where it was, and a
+    step is ahead."""
+    assert Position(2, 24, validate).on_grid(batch, accumulate, batches) == Position(
+        2, expected, validate
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +151,15 @@ def kept(tmp_path_factory, images):
 def test_the_last_and_the_best_are_kept(kept):
     folder = kept / "checkpoints/sdn"
     paths = step_checkpoints(folder)
-    assert [path.name for path in paths] == ["step_0000010.ckpt", "step_0000008.ckpt", "step_0000006.ckpt"]
+    assert [path.name for path in paths] == [
+        "step_0000010.ckpt",
+        "step_0000008.ckpt",
+        "step_0000006.ckpt",
+    ]
     assert paths[0].samefile(folder / "last.ckpt")
-    validations = [(float(row["val_neg_elbo"]), int(row["step"])) for row in csv_rows(folder / "epochs.csv")]
+    validations = [
+        (float(row["val_neg_elbo"]), int(row["step"])) for row in csv_rows(folder / "epochs.csv")
+    ]
     assert read_checkpoint(folder / "best.ckpt")["global_step"] == min(validations)[1]
     assert [read_checkpoint(path)["position"] for path in paths] == [
         {"epoch": 1, "images": 8, "validate": False},
@@ -156,7 +178,10 @@ def test_the_one_before_a_damaged_checkpoint_is_used(kept, tmp_path, images, cap
     found, content = newest_checkpoint(folder)
     assert (found.name, content["global_step"]) == ("step_0000006.ckpt", 6)
     errors = capfd.readouterr().err
-    assert errors.count("trying the one before it") == 2 and "step_0000010.ckpt is not a checkpoint" in errors
+    assert (
+        errors.count("trying the one before it") == 2
+        and "step_0000010.ckpt is not a checkpoint" in errors
+    )
     train.main(flags(images, tmp_path, "--iters", 9))
     assert [int(row["step"]) for row in csv_rows(folder / "steps.csv")] == list(range(1, 10))
 
@@ -167,7 +192,9 @@ def test_only_damaged_checkpoints_are_an_error(kept, tmp_path, images):
         path.write_bytes(path.read_bytes()[:-1000])
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints/sdn").iterdir()}
     done = run("train.py", *flags(images, tmp_path, "--iters", 12))
-    assert_one_line_error(done, "step_0000010.ckpt is not a checkpoint, or is cut off", "more are damaged, too")
+    assert_one_line_error(
+        done, "step_0000010.ckpt is not a checkpoint, or is cut off", "more are damaged, too"
+    )
     assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints/sdn").iterdir()}
 
 
@@ -198,7 +225,10 @@ def without(content: dict, name: str) -> dict:
     [
         (lambda c: without(c, "loops"), "cannot be trained on: loops missing or damaged"),
         (lambda c: c | {"position": 3}, "cannot be trained on: position missing or damaged"),
-        (lambda c: c | {"state_dict": without(c["state_dict"], "model.h")}, "model.h is missing or has another shape"),
+        (
+            lambda c: c | {"state_dict": without(c["state_dict"], "model.h")},
+            "model.h is missing or has another shape",
+        ),
     ],
 )
 def test_a_checkpoint_that_lacks_something_is_one_line(kept, tmp_path, images, change, message):
@@ -225,11 +255,16 @@ def test_a_full_disk_costs_neither_the_run_nor_older_checkpoints(kept, tmp_path,
     before = {path.name: path.read_bytes() for path in folder.glob("*.ckpt")}
     done = limited(100_000, *flags(images, tmp_path, "--iters", 20, "--keep_last", 3))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "note: no checkpoint of step 16: " in done.stderr and "those before it are whole" in done.stderr
+    assert (
+        "note: no checkpoint of step 16: " in done.stderr
+        and "those before it are whole" in done.stderr
+    )
     assert done.stderr.splitlines()[-1].startswith("train.py: error: ")
     assert {path.name: path.read_bytes() for path in folder.glob("*.ckpt")} == before
     assert not list(folder.glob("*.partial"))
-    assert [int(row["step"]) for row in csv_rows(folder / "steps.csv")] == list(range(1, 21)), "training went on"
+    assert [int(row["step"]) for row in csv_rows(folder / "steps.csv")] == list(range(1, 21)), (
+        "training went on"
+    )
     done = run("train.py", *flags(images, tmp_path, "--iters", 20))
     assert done.returncode == 0, done.stderr
     assert read_checkpoint(folder / "last.ckpt")["global_step"] == 20
@@ -240,7 +275,7 @@ def test_rows_that_do_not_fit_on_the_disk_are_written_later(tmp_path, capfd):
     code = f"""
 import resource, signal
 from pathlib import Path
-from lib.callbacks import CsvFile
+from lib.training.callbacks import CsvFile
 file = CsvFile(Path({str(tmp_path / "x.csv")!r}), ["step", "value"], 0)
 file.append([dict(step=0, value=1)])
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -250,7 +285,9 @@ for step in range(1, 40):
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 file.append([dict(step=40, value=2)])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("its rows wait until it can") == 1
     assert [int(row["step"]) for row in csv_rows(tmp_path / "x.csv")] == list(range(41))

@@ -8,7 +8,7 @@ from helpers import TINY
 
 import train
 from benchmarks.communication import BACKWARD_SHARE, BETWEEN_NODES, count, efficiency, recipe_flags
-from lib.training import objective
+from lib.training.base import objective
 
 
 def test_the_bytes_counted_are_those_of_the_gradients():
@@ -24,7 +24,10 @@ def test_the_bytes_counted_are_those_of_the_gradients():
 
 
 def test_flags_are_those_of_the_recipes():
-    sdn, cnn = (train.parse([*recipe_flags("train_cifar.sh", variant), "--gpus", "0"]) for variant in ("sdn", "cnn"))
+    sdn, cnn = (
+        train.parse([*recipe_flags("train_cifar.sh", variant), "--gpus", "0"])
+        for variant in ("sdn", "cnn")
+    )
     assert (sdn.dataset, sdn.depth, sdn.sdn_nfeat_0, sdn.sdn_max_scale) == ("CIFAR10", 15, 360, 32)
     assert cnn.sdn_max_scale == 0
 
@@ -37,7 +40,10 @@ def test_efficiency_is_lost_to_bytes_and_gpus_and_regained_by_overlap(link):
     )
     for result in (few, many, slow):
         assert 0 < result["without_overlap"] < result["with_overlap"] <= 1
-    assert many["without_overlap"] < few["without_overlap"] and many["without_overlap"] < slow["without_overlap"]
+    assert (
+        many["without_overlap"] < few["without_overlap"]
+        and many["without_overlap"] < slow["without_overlap"]
+    )
     sent = 2 * 511 / 512 * 10**9 / link["bandwidth"]
     assert sent < many["all_reduce_seconds"] < 1.2 * sent
     assert many["with_overlap"] < 0.1 / (0.1 + sent - BACKWARD_SHARE * 0.1)

@@ -1,4 +1,5 @@
-"""Training steps of whole models as torch.compile sees them: one graph, the same losses and gradients."""
+"""Training steps of whole models as torch.compile sees them: one graph, the same losses and
+gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from lib import nn as sdn
 from lib.config import TrainConfig
 from lib.DensityVAE import DensityVAE
 from lib.DisentanglementVAE.model import DisentanglementVAE
-from lib.training import objective
+from lib.training.base import objective
 from lib.utils import keyed_noise
 
 LOW = SMALL_SDN | dict(depth=1, ds_list=[0])  # compiling takes seconds for each layer
@@ -23,7 +24,12 @@ MODELS = {
     "density": lambda: DensityVAE(4, **LOW),
     "checkpointed": lambda: DensityVAE(4, **LOW, checkpoint_activations=True),
     "gaussian": lambda: DensityVAE(
-        (4, 8), **LOW, downsample_first=True, post_model="IsoGaussian", analytic_kl=True, obs_model="DL"
+        (4, 8),
+        **LOW,
+        downsample_first=True,
+        post_model="IsoGaussian",
+        analytic_kl=True,
+        obs_model="DL",
     ),
     "disentanglement": lambda: DisentanglementVAE(z_size=3, sdn_nfeat=4, sdn_dirs=(0, 3)),
 }
@@ -44,7 +50,11 @@ def step(model, x, noise=None, autocast=False) -> dict[str, torch.Tensor]:
     loss = objective(output, beta=0.5, free_bits=0.1)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), "rates": output.rates.detach(), "params": output.params.detach()} | gradients
+    return {
+        "loss": loss.detach(),
+        "rates": output.rates.detach(),
+        "params": output.params.detach(),
+    } | gradients
 
 
 def compare(computed, expected, tolerance) -> None:
@@ -63,7 +73,13 @@ def build(name):
 
 @pytest.mark.parametrize(
     ("name", "autocast"),
-    [("density", False), ("density", True), ("checkpointed", False), ("gaussian", False), ("disentanglement", True)],
+    [
+        ("density", False),
+        ("density", True),
+        ("checkpointed", False),
+        ("gaussian", False),
+        ("disentanglement", True),
+    ],
 )
 def test_a_training_step_is_one_graph(name, autocast):
     model, x, noise = build(name)
@@ -93,7 +109,9 @@ def test_batches_of_other_sizes_and_without_gradients(name):
         compare(step(compiled, images), expected, 1e-5)
         noises = [eps[torch.arange(batch) % 2] for eps in noise]
         with torch.no_grad():
-            compare({"elbo": compiled(images, noises).elbo}, {"elbo": model(images, noises).elbo}, 1e-5)
+            compare(
+                {"elbo": compiled(images, noises).elbo}, {"elbo": model(images, noises).elbo}, 1e-5
+            )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -114,7 +132,9 @@ class Devices(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+        tensors = [
+            each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)
+        ]
         self.elsewhere += [function for each in tensors if not each.is_meta]
         self.calls += 1
         return result
@@ -122,8 +142,8 @@ class Devices(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_training_step_stays_on_its_device(name):
-    """What CUDA graphs need, and what keeps a GPU busy: no tensor of another device, and no number that is read: a
-    tensor without content raises when one is."""
+    """What CUDA graphs need, and what keeps a GPU busy: no tensor of another device, and no number
+    that is read: a tensor without content raises when one is."""
     with torch.device("meta"), Devices() as devices:
         model = MODELS[name]()
         output = model(torch.zeros(2, *model.image_shape))
@@ -141,7 +161,9 @@ def test_a_sweep_stays_on_its_device(reverse, product_dtype):
         corrected, gates = sdn._sweep_torch(
             lines, *weights, cell.bias_ih, cell.bias_hh, reverse, False, product_dtype, True
         )
-        sdn._sweep_backward_torch(corrected, lines, *weights, corrected, gates, reverse, False, product_dtype)
+        sdn._sweep_backward_torch(
+            corrected, lines, *weights, corrected, gates, reverse, False, product_dtype
+        )
     assert devices.calls > 100 and devices.elsewhere == []
 
 
@@ -166,20 +188,45 @@ def test_graphs_are_replayed_where_the_kernels_cannot_run(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_a_compiled_run_is_the_same_run(tmp_path, images):
-    """With noise by image, `--compile` changes rounding only: losses, validation, and the run goes on without it. So do
-    two processes, which compile the same code side by side."""
-    common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--noise", "image"]
-    common += ["--depth", 1, "--ds_list", 0, "--free_bits", 0]  # whose mean is that of a process's own images
+    """With noise by image, `--compile` changes rounding only: losses, validation, and the run goes
+    on without it. So do two processes, which compile the same code side by side."""
+    common = [
+        *TINY,
+        "--root",
+        images,
+        "--make_checkpoint",
+        "--output_dir",
+        tmp_path,
+        "--noise",
+        "image",
+    ]
+    common += [
+        "--depth",
+        1,
+        "--ds_list",
+        0,
+        "--free_bits",
+        0,
+    ]  # whose mean is that of a process's own images
     # Batches of the same size, so that the code is compiled once.
     one, two = ["--accumulate_grad_batches", 2], ["--num_processes", 2]
-    for name, flags in (("plain", one), ("compiled", [*one, "--compile"]), ("two", [*two, "--compile"])):
+    for name, flags in (
+        ("plain", one),
+        ("compiled", [*one, "--compile"]),
+        ("two", [*two, "--compile"]),
+    ):
         done = run("train.py", *common, *flags, "--exp_name", name, "--iters", 4)
         assert done.returncode == 0, done.stderr
-    done = run("train.py", *common, *one, "--exp_name", "compiled", "--iters", 5, "--use_checkpoint")
+    done = run(
+        "train.py", *common, *one, "--exp_name", "compiled", "--iters", 5, "--use_checkpoint"
+    )
     assert done.returncode == 0, done.stderr
     names = ("plain", "compiled", "two")
     plain, *others = (csv_rows(tmp_path / f"checkpoints/{name}/steps.csv") for name in names)
-    assert [[int(row["step"]) for row in rows] for rows in others] == [[1, 2, 3, 4, 5], [1, 2, 3, 4]]
+    assert [[int(row["step"]) for row in rows] for rows in others] == [
+        [1, 2, 3, 4, 5],
+        [1, 2, 3, 4],
+    ]
     for name, rows in zip(names[1:], others, strict=True):
         for one, other in zip(plain, rows, strict=False):
             if name != "two":  # logged is the loss of the first process's images
@@ -187,4 +234,6 @@ def test_a_compiled_run_is_the_same_run(tmp_path, images):
             assert float(other["grad_norm"]) == pytest.approx(float(one["grad_norm"]), rel=1e-3)
     plain, *others = (csv_rows(tmp_path / f"checkpoints/{name}/epochs.csv") for name in names)
     for rows in others:
-        assert float(rows[0]["val_neg_elbo"]) == pytest.approx(float(plain[0]["val_neg_elbo"]), rel=1e-3)
+        assert float(rows[0]["val_neg_elbo"]) == pytest.approx(
+            float(plain[0]["val_neg_elbo"]), rel=1e-3
+        )

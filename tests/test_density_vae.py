@@ -12,7 +12,7 @@ from lib.DensityVAE import DensityVAE
 from lib.DensityVAE.blocks import BLOCKS, HALF_SCALE, SAME_SCALE, Block, Highway, make_block
 from lib.evaluation.likelihood import negative_elbo
 from lib.nn import ResSDNLayer
-from lib.training import objective
+from lib.training.base import objective
 from lib.utils import keyed_noise
 
 
@@ -23,7 +23,9 @@ def small_model(seed: int = 0, image_size=8, **changes) -> DensityVAE:
 
 def random_images(model: DensityVAE, batch: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (batch, *model.image_shape), dtype=torch.uint8, generator=generator)
+    return torch.randint(
+        0, 256, (batch, *model.image_shape), dtype=torch.uint8, generator=generator
+    )
 
 
 VARIANTS = {
@@ -46,19 +48,27 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_learns_and_shapes_fit(variant):
     model = small_model(**VARIANTS[variant])
-    torch.nn.init.normal_(model.h)  # it starts at zero, and so would the gradients of what follows it
+    torch.nn.init.normal_(
+        model.h
+    )  # it starts at zero, and so would the gradients of what follows it
     x = model.observation.encode(random_images(model, 2))
     output = model(x)
     depth = len(model.ladder_layers)
     assert output.distortion.shape == (2,) and output.rates.shape == (2, depth)
-    assert [tuple(z.shape) for z in output.latents] == [(2, *shape) for shape in model.latent_shapes]
+    assert [tuple(z.shape) for z in output.latents] == [
+        (2, *shape) for shape in model.latent_shapes
+    ]
     assert output.params.shape == (2, model.observation.param_channels, *model.image_shape[1:])
     torch.testing.assert_close(output.elbo, -output.distortion - output.rates.sum(1))
     objective(output, free_bits=0.0).backward()
     for name, parameter in model.named_parameters():
-        one_position = variant == "to scale 1" and name.split(".")[:2] in [["ladder_layers", i] for i in "1234"]
+        one_position = variant == "to scale 1" and name.split(".")[:2] in [
+            ["ladder_layers", i] for i in "1234"
+        ]
         if parameter.requires_grad and one_position:
-            assert parameter.grad is not None, name  # one position has no neighbours, so some weights are idle
+            assert parameter.grad is not None, (
+                name
+            )  # one position has no neighbours, so some weights are idle
         elif parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
         else:
@@ -107,9 +117,19 @@ def test_sdn_is_placed_featured_and_directed_as_specified():
     assert [isinstance(block, ResSDNLayer) for block in blocks] == [True] * 6 + [False] * 2
     sdn = [block.sdn for block in [*blocks[:6], model.last_layer[1]]]
     features = [layer.project_in_stage.out_channels for layer in sdn]
-    assert features == [80, 80, 80, 80, 60, 60, 80], "drops after the downsampling layer 1; the last layer starts anew"
+    assert features == [80, 80, 80, 80, 60, 60, 80], (
+        "drops after the downsampling layer 1; the last layer starts anew"
+    )
     directions = [layer.dirs for layer in sdn]
-    assert directions == [(0, 1, 2), (3, 0, 1), (2, 3, 0), (1, 2, 3), (0, 1, 2), (3, 0, 1), (2, 3, 0, 1)]
+    assert directions == [
+        (0, 1, 2),
+        (3, 0, 1),
+        (2, 3, 0),
+        (1, 2, 3),
+        (0, 1, 2),
+        (3, 0, 1),
+        (2, 3, 0, 1),
+    ]
 
 
 def count(module) -> int:
@@ -120,7 +140,8 @@ def count(module) -> int:
 @pytest.mark.parametrize("highway", [False, True])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_blocks_have_the_shapes_and_parameters_of_their_description(kind, highway, upsample):
-    """In 5, out 6: a block with a highway has an ungated one with 12 outputs, and the plain convolution."""
+    """In 5, out 6: a block with a highway has an ungated one with 12 outputs, and the plain
+    convolution."""
     kernel, k = (HALF_SCALE, 4) if upsample else (SAME_SCALE, 3)
     block = Block(kind, highway, num_features=7, dirs=(0, 2))
     made = make_block(5, 6, kernel, upsample=upsample, block=block)
@@ -130,7 +151,11 @@ def test_blocks_have_the_shapes_and_parameters_of_their_description(kind, highwa
     hidden = max(5, out)
     sdn = 5 * 7 * k**2 + 7 + 2 * (3 * 7 * 4 * 7 + 6 * 7) + 7 * out + out
     deeper = lambda number: (  # noqa: E731
-        5 * hidden * k**2 + hidden + (number - 2) * (hidden**2 * 9 + hidden) + hidden * out * 9 + out
+        5 * hidden * k**2
+        + hidden
+        + (number - 2) * (hidden**2 * 9 + hidden)
+        + hidden * out * 9
+        + out
     )
     own = {
         "sdn": sdn,
@@ -146,7 +171,10 @@ def test_a_highway_gates_with_the_plain_convolution():
     made = make_block(4, 4, SAME_SCALE, upsample=False, block=Block("conv5", highway=True))
     x = torch.randn(2, 4, 5, 6)
     with torch.no_grad():
-        made.block.weight[4:], made.block.bias[4:] = 0, torch.tensor([30.0, -30.0, 0.0, 0.0])  # the gates
+        made.block.weight[4:], made.block.bias[4:] = (
+            0,
+            torch.tensor([30.0, -30.0, 0.0, 0.0]),
+        )  # the gates
     y, transform, plain = made(x), made.block(x)[:, :4], made.cnn(x)
     torch.testing.assert_close(y[:, 0], plain[:, 0])
     torch.testing.assert_close(y[:, 1], transform[:, 1])
@@ -158,9 +186,13 @@ def test_blocks_stand_where_the_sdn_layers_would():
     model = small_model(block="conv5", highway="on", sdn_max_scale=4, depth=2, ds_list=[0])
     assert [isinstance(layer.down_a, Highway) for layer in model.ladder_layers] == [False, True]
     plain, baseline = small_model(block="conv3"), small_model(sdn_max_scale=0)
-    assert plain.state_dict().keys() == baseline.state_dict().keys() and count(plain) == count(baseline)
+    assert plain.state_dict().keys() == baseline.state_dict().keys() and count(plain) == count(
+        baseline
+    )
     for wrong in (dict(block="conv7"), dict(highway="maybe")):
-        with pytest.raises(ValueError, match="block must be one of sdn, conv3.* highway one of auto"):
+        with pytest.raises(
+            ValueError, match="block must be one of sdn, conv3.* highway one of auto"
+        ):
             small_model(**wrong)
 
 
@@ -170,7 +202,9 @@ def test_sdn_features_never_fall_below_fifty_nor_rise():
             8, h_size=8, z_size=2, depth=2, ds_list=[0], mix_components=1, sdn_max_scale=8, sdn_nfeat_0=first,
             sdn_nfeat_diff=128, sdn_num_dirs=1,
         )  # fmt: skip
-        assert [layer.down_a.sdn.project_in_stage.out_channels for layer in model.ladder_layers] == expected
+        assert [
+            layer.down_a.sdn.project_in_stage.out_channels for layer in model.ladder_layers
+        ] == expected
 
 
 def test_free_bits_follow_the_paper():
@@ -258,7 +292,8 @@ def test_cnn_baseline_needs_no_sdn_arguments():
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("variant", ["sdn", "analytic", "downsample first"])
 def test_checkpointed_activations_change_memory_alone(variant, autocast):
-    """Loss and gradients are equal bit for bit, also with noise drawn by the model; what is kept shrinks."""
+    """Loss and gradients are equal bit for bit, also with noise drawn by the model; what is kept
+    shrinks."""
     plain = small_model(**VARIANTS[variant])
     saving = small_model(**VARIANTS[variant], checkpoint_activations=True)
     x = plain.observation.encode(random_images(plain, 2))
@@ -266,7 +301,10 @@ def test_checkpointed_activations_change_memory_alone(variant, autocast):
     for model in (plain, saving):
         torch.manual_seed(1)
         numbers = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t)  # noqa: B023
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: numbers.append(t.numel()) or t,  # noqa: B023
+            lambda t: t,
+        )
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = model(x)
         loss = objective(output, free_bits=0.1)

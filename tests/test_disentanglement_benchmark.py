@@ -1,4 +1,5 @@
-"""The benchmark of the disentanglement experiments: what it writes, and that nothing wrong is timed."""
+"""The benchmark of the disentanglement experiments: what it writes, and that nothing wrong is
+timed."""
 
 from __future__ import annotations
 
@@ -64,21 +65,39 @@ def test_the_files(tmp_path, capsys):
     assert (cnn["decoder"], cnn["times CNN's seconds"], sdn["decoder"]) == ("CNN", 1, "SDN")
     assert sdn["times CNN's seconds"] == pytest.approx(cnn["iterations/s"] / sdn["iterations/s"])
     assert result["encoder"]["batch"] == 512 and result["encoder"]["images/s"] > 0
-    assert [row["metric"] for row in result["metrics"]] == ["beta_vae", "factor_vae", "mig", "dci", "sap"]
+    assert [row["metric"] for row in result["metrics"]] == [
+        "beta_vae",
+        "factor_vae",
+        "mig",
+        "dci",
+        "sap",
+    ]
     assert all(row["seconds"] > 0 and 0 <= row["score"] <= 1 for row in result["metrics"])
     assert result["metrics"][3]["sizes"] == {"trees": 1, "train": 150, "test": 75}
     assert {"date", "command", "machine", "versions", "threads"} <= set(result)
 
     assert capsys.readouterr().out == text
     assert str(tmp_path) not in text + json.dumps(result)
-    assert "python -m benchmarks.disentanglement --root ROOT --workers 0 --batches 3 --batch 16" in text
+    assert (
+        "python -m benchmarks.disentanglement --root ROOT --workers 0 --batches 3 --batch 16"
+        in text
+    )
     assert text.count("dominates") == 2 and "not run" not in text
-    for part in (result["date"], result["machine"]["cpu"], torch.__version__, "| dci |", "| SDN |", "(gzip)"):
+    for part in (
+        result["date"],
+        result["machine"]["cpu"],
+        torch.__version__,
+        "| dci |",
+        "| SDN |",
+        "(gzip)",
+    ):
         assert part in text
 
 
 def test_what_is_left_out_is_said(tmp_path):
-    disentanglement.main([*TINY, "--skip_hdf5", "--skip_dci", "--workers", "2", "--output_dir", str(tmp_path)])
+    disentanglement.main(
+        [*TINY, "--skip_hdf5", "--skip_dci", "--workers", "2", "--output_dir", str(tmp_path)]
+    )
     result, text = results(tmp_path)
     assert result["file"] is None and [row["workers"] for row in result["loaders"]] == [2]
     assert "3DShapes: not run." in text and "| dci | not run | not run |" in text
@@ -91,11 +110,15 @@ def test_refuses_loaders_that_give_something_else(tmp_path, monkeypatch, wrong):
     arguments = [*TINY, "--root", str(tmp_path), "--output_dir", str(tmp_path / "out")]
     if wrong == "order":
         correct = disentanglement.Shapes3DRendered._images
-        monkeypatch.setattr(disentanglement.Shapes3DRendered, "_images", lambda *given: correct(*given).flip(0))
+        monkeypatch.setattr(
+            disentanglement.Shapes3DRendered, "_images", lambda *given: correct(*given).flip(0)
+        )
         message = "Shapes3DRendered is not timed: a batch differs from"
     elif wrong == "labels":
         correct = shapes3d.Scenes.labels
-        monkeypatch.setattr(shapes3d.Scenes, "labels", lambda self, indices: correct(self, indices).flip(1))
+        monkeypatch.setattr(
+            shapes3d.Scenes, "labels", lambda self, indices: correct(self, indices).flip(1)
+        )
         message = "Shapes3DRendered is not timed: a batch differs from the scenes' labels"
     else:
         disentanglement.prepare_file(tmp_path)
@@ -122,7 +145,11 @@ def test_refuses_wrong_training_and_metrics(tmp_path, monkeypatch, wrong):
             value = correct(output, **options)
             if value.dtype == torch.float64:
                 return value
-            return 1.001 * value if wrong == "loss" else value.detach() + 1.001 * (value - value.detach())
+            return (
+                1.001 * value
+                if wrong == "loss"
+                else value.detach() + 1.001 * (value - value.detach())
+            )
 
         monkeypatch.setattr(disentanglement, "objective", broken)
         message = f"training is not timed: the {wrong}"

@@ -52,10 +52,16 @@ def test_all_runs_are_trained_evaluated_and_gathered(carried_out):
         assert [weight.shape[1] for weight in sweeps] == [parts] * bool(parts)
         results = json.loads((folder / f"figs/{name}/results.json").read_text())
         assert results["elbo"]["step"] == results["disentanglement"]["step"] == 8
-        assert results["elbo"]["images"] == 4 and list(results["disentanglement"]["scores"]) == ["mig"]
-        assert re.search(rf"\[[12]/2\] {name}: trained in .* min, -ELBO \d+ nats, mig [\d.]+\n", done.stdout)
+        assert results["elbo"]["images"] == 4 and list(results["disentanglement"]["scores"]) == [
+            "mig"
+        ]
+        assert re.search(
+            rf"\[[12]/2\] {name}: trained in .* min, -ELBO \d+ nats, mig [\d.]+\n", done.stdout
+        )
     assert len(csv_rows(folder / "figs/few/runs.csv")) == 2
-    assert {"figure7.png", "figure12.png", "table.csv"} <= {path.name for path in (folder / "figs/few").iterdir()}
+    assert {"figure7.png", "figure12.png", "table.csv"} <= {
+        path.name for path in (folder / "figs/few").iterdir()
+    }
 
 
 def test_what_is_finished_is_skipped(carried_out):
@@ -73,18 +79,37 @@ def test_more_metrics_do_not_train_again(carried_out):
     flags = [*SMALL, "sap", "--betas", 4, "--seeds", 3, "--decoders", "cnn"]
     done = run("-m experiments.disentanglement", *flags, "--output_dir", folder)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\[1/1\] few_cnn_beta4_seed3: -ELBO \d+ nats, mig [\d.]+, sap [\d.]+\n", done.stdout)
+    assert re.search(
+        r"\[1/1\] few_cnn_beta4_seed3: -ELBO \d+ nats, mig [\d.]+, sap [\d.]+\n", done.stdout
+    )
     commands = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("$ ")]
     assert commands == ["train.py", "evaluate.py", "evaluate.py"]
 
 
 @pytest.mark.slow
 def test_an_interrupted_experiment_goes_on(tmp_path):
-    """SIGTERM after the first checkpoint: its children end too, and the runs end as if nothing had been."""
-    flags = [*SMALL, *TWO, "--decoders", "cnn", "--output_dir", str(tmp_path), "--beta_rate", "0.1", "--iters", "400"]
+    """SIGTERM after the first checkpoint: its children end too, and the runs end as if nothing had
+    been."""
+    flags = [
+        *SMALL,
+        *TWO,
+        "--decoders",
+        "cnn",
+        "--output_dir",
+        str(tmp_path),
+        "--beta_rate",
+        "0.1",
+        "--iters",
+        "400",
+    ]
     command = [sys.executable, "-m", "experiments.disentanglement", *flags]
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
     )
     last = tmp_path / "checkpoints/few_cnn_beta4_seed3/last.ckpt"
     until = time.monotonic() + 300
@@ -107,15 +132,23 @@ def test_an_interrupted_experiment_goes_on(tmp_path):
     assert f"trained from step {stopped} in" in done.stdout
     rows = csv_rows(tmp_path / "checkpoints/few_cnn_beta4_seed3/steps.csv")
     assert [int(row["step"]) for row in rows] == list(range(1, stopped + 5))
-    assert [float(row["beta"]) for row in rows] == pytest.approx([min(4, 0.4 * step) for step in range(stopped + 4)])
+    assert [float(row["beta"]) for row in rows] == pytest.approx(
+        [min(4, 0.4 * step) for step in range(stopped + 4)]
+    )
 
 
 def test_runs_of_other_settings_are_not_mixed_in(carried_out, capfd):
     folder, _ = carried_out
     for flags, told in (
-        (["--batch", "8"], "was trained with --batch 4 (now 8): give these to go on, or another --name"),
+        (
+            ["--batch", "8"],
+            "was trained with --batch 4 (now 8): give these to go on, or another --name",
+        ),
         (["--iters", "60"], "was trained with --beta_rate 0.375 (now 0.05)"),
-        (["--obs_model", "DML", "--nbits", "5"], "was trained with --obs_model DL (now DML), --nbits 8 (now 5)"),
+        (
+            ["--obs_model", "DML", "--nbits", "5"],
+            "was trained with --obs_model DL (now DML), --nbits 8 (now 5)",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             disentanglement.main([*SMALL, *TWO, "--output_dir", str(folder), *flags])
@@ -129,7 +162,9 @@ def test_what_counts_as_finished(carried_out, tmp_path):
     folder, _ = carried_out
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    flags, train_flags = disentanglement.make_parser().parse_known_args([*SMALL, *TWO, "--output_dir", str(copy)])
+    flags, train_flags = disentanglement.make_parser().parse_known_args(
+        [*SMALL, *TWO, "--output_dir", str(copy)]
+    )
     experiment = disentanglement.prepare(flags, train_flags)
     cnn, sdn = experiment.runs
     assert all(disentanglement.is_evaluated(experiment, run) for run in (cnn, sdn))
@@ -150,9 +185,14 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path, capfd):
     flags, train_flags = disentanglement.make_parser().parse_known_args(
         [*SMALL, *TWO, "--decoders", "cnn", "--output_dir", str(tmp_path)]
     )
-    assert disentanglement.carry_out(disentanglement.prepare(flags, train_flags), 1) == [], "that is no failure"
+    assert disentanglement.carry_out(disentanglement.prepare(flags, train_flags), 1) == [], (
+        "that is no failure"
+    )
     os.close(lock)
-    assert "[0/1] few_cnn_beta4_seed3: left to another process, which is at it" in capfd.readouterr().out
+    assert (
+        "[0/1] few_cnn_beta4_seed3: left to another process, which is at it"
+        in capfd.readouterr().out
+    )
     assert list(folder.iterdir()) == []
 
 
@@ -180,9 +220,15 @@ WRONG = [
     (["--limit", "0"], "--limit must be at least 1; got 0"),
     (["--beta_rate", "2"], "--beta_rate must be above 0 and at most 1"),
     (["--levels", "2", "2"], "--levels must be 6 numbers from 2 to"),
-    (["--dataset", "Photos32"], "--dataset Photos32 has no factors: use 3DShapes or Shapes3DRendered"),
+    (
+        ["--dataset", "Photos32"],
+        "--dataset Photos32 has no factors: use 3DShapes or Shapes3DRendered",
+    ),
     (["--name", "a/b"], "an experiment's name is not empty and has no slash"),
-    (["--epoch_images", "3"], "--epoch_images gives an epoch 3 training images, fewer than one batch of 4"),
+    (
+        ["--epoch_images", "3"],
+        "--epoch_images gives an epoch 3 training images, fewer than one batch of 4",
+    ),
     (["--seeds", "99999999999"], "--random_seed must be below 2^32"),
     (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: Not a directory"),
     (["--decoders", "mlp"], "argument --decoders: invalid choice: 'mlp'"),
@@ -200,7 +246,15 @@ def test_wrong_flags_are_one_line(flags, message, tmp_path, capfd):
 
 
 def test_missing_data_are_said_before_the_first_run(tmp_path, capfd):
-    flags = [*SMALL, "--dataset", "3DShapes", "--root", str(tmp_path / "none"), "--output_dir", str(tmp_path)]
+    flags = [
+        *SMALL,
+        "--dataset",
+        "3DShapes",
+        "--root",
+        str(tmp_path / "none"),
+        "--output_dir",
+        str(tmp_path),
+    ]
     with pytest.raises(SystemExit) as stop:
         disentanglement.main(flags)
     assert stop.value.code == 2
@@ -211,23 +265,34 @@ def test_missing_data_are_said_before_the_first_run(tmp_path, capfd):
 
 def test_runs_share_the_hardware(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    given = [disentanglement.environment(slot, 3, gpus=2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    given = [
+        disentanglement.environment(slot, 3, gpus=2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)
+    ]
     assert given == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert disentanglement.environment(1, 3, gpus=2) == {"CUDA_VISIBLE_DEVICES": "7"}
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert disentanglement.environment(0, 3, gpus=0) == {"OMP_NUM_THREADS": "2"}
-    assert disentanglement.environment(0, 1, gpus=0) == disentanglement.environment(0, 3, gpus=1) == {}
+    assert (
+        disentanglement.environment(0, 1, gpus=0) == disentanglement.environment(0, 3, gpus=1) == {}
+    )
 
 
 def test_finished_seeds_can_be_compared_early(tmp_path):
-    flags = disentanglement.make_parser().parse_args(["--betas", "1", "9", "--seeds", "0", "1", "1"])
+    flags = disentanglement.make_parser().parse_args(
+        ["--betas", "1", "9", "--seeds", "0", "1", "1"]
+    )
     experiment = disentanglement.prepare(
         flags, ["--gpus", "0", "--dataset", "Shapes3DRendered", "--output_dir", str(tmp_path)]
     )
     assert experiment.runs == [
-        Run("3dshapes", decoder, beta, seed) for seed in (0, 1) for beta in (1.0, 9.0) for decoder in ("cnn", "sdn")
+        Run("3dshapes", decoder, beta, seed)
+        for seed in (0, 1)
+        for beta in (1.0, 9.0)
+        for decoder in ("cnn", "sdn")
     ]
-    assert experiment.train_flags[-2:] == ["--beta_rate", "1e-05"], "the paper's warm-up of 100,000 steps"
+    assert experiment.train_flags[-2:] == ["--beta_rate", "1e-05"], (
+        "the paper's warm-up of 100,000 steps"
+    )
     assert experiment.config.iters == 300_000

@@ -1,4 +1,5 @@
-"""Table 2 and Figures 7 and 12 from the files of runs: numbers, units, what is missing, what is damaged."""
+"""Table 2 and Figures 7 and 12 from the files of runs: numbers, units, what is missing, what is
+damaged."""
 
 from __future__ import annotations
 
@@ -16,12 +17,27 @@ from experiments import disentanglement_results as results
 from experiments.naming import Run
 
 NATS = 12288 * math.log(2)  # per bit/dim of a 64x64 image
-HEAD = ["step", "epoch", "neg_elbo", "distortion", "rate", "beta", "beta_kl", *(f"kl_{i}" for i in range(10))]
+HEAD = [
+    "step",
+    "epoch",
+    "neg_elbo",
+    "distortion",
+    "rate",
+    "beta",
+    "beta_kl",
+    *(f"kl_{i}" for i in range(10)),
+]
 HEAD += ["grad_norm", "lr", "loss_scale", "images_per_second"]
 LEVELS = [10, 10, 10, 8, 4, 15]
 
 
-def trained(folder, run: Run, steps: int = 8, distortion=lambda step: 60_000 / step, rate=lambda step: 10.0 + step):
+def trained(
+    folder,
+    run: Run,
+    steps: int = 8,
+    distortion=lambda step: 60_000 / step,
+    rate=lambda step: 10.0 + step,
+):
     """Writes steps.csv of a run whose β rises over half of its steps."""
     lines = [",".join(HEAD)]
     for step in range(1, steps + 1):
@@ -38,8 +54,14 @@ def evaluated(folder, run: Run, elbo=(), **changes):
     """Writes results.json of a run; numbers that no two seeds, decoders and β share."""
     number = run.seed + 3 * math.sqrt(run.beta) / 40 + (run.decoder == "sdn") / 3
     parts = {"distortion": 0.4 + number / 100, "rate": 0.004 + number / 1000}
-    scores = {"beta_vae": {"score": 0.9 - number / 20, "train_accuracy": 1}, "factor_vae": {"score": 0.6 + number / 20}}
-    entries = {"elbo": parts | {"bits_per_dim": sum(parts.values()), "rate_per_layer": [0.1], "images": 10, "step": 8}}
+    scores = {
+        "beta_vae": {"score": 0.9 - number / 20, "train_accuracy": 1},
+        "factor_vae": {"score": 0.6 + number / 20},
+    }
+    entries = {
+        "elbo": parts
+        | {"bits_per_dim": sum(parts.values()), "rate_per_layer": [0.1], "images": 10, "step": 8}
+    }
     entries["elbo"] |= dict(elbo)
     entries["disentanglement"] = {"scores": scores, "levels": LEVELS, "step": 8} | changes
     path = folder / "figs" / run.folder / "results.json"
@@ -52,14 +74,20 @@ def gathered(folder, capsys, name="3dshapes"):
     """Rows of runs.csv and of table.csv, and what was said on stdout and on stderr."""
     results.main(["--name", name, "--output_dir", str(folder)])
     said = capsys.readouterr()
-    return *(csv_rows(folder / "figs" / name / file) for file in ("runs.csv", "table.csv")), said.out, said.err
+    return (
+        *(csv_rows(folder / "figs" / name / file) for file in ("runs.csv", "table.csv")),
+        said.out,
+        said.err,
+    )
 
 
 def is_drawn(path) -> bool:
     """Whether a picture shows the colours of both decoders, below the legend."""
     picture = np.asarray(Image.open(path).convert("RGB"))
     pixels = picture[picture.shape[0] // 5 :].reshape(-1, 3)
-    colours = [[int(style["color"][i : i + 2], 16) for i in (1, 3, 5)] for style in results.STYLES.values()]
+    colours = [
+        [int(style["color"][i : i + 2], 16) for i in (1, 3, 5)] for style in results.STYLES.values()
+    ]
     return all((pixels == colour).all(1).sum() > 200 for colour in colours)
 
 
@@ -81,7 +109,8 @@ def test_other_folders_are_no_runs(folder):
 
 
 @pytest.mark.parametrize(
-    "fields", [("", "cnn", 1, 0), ("a", "rnn", 1, 0), ("a", "cnn", 1.2345678, 0), ("a", "cnn", 1, -1)]
+    "fields",
+    [("", "cnn", 1, 0), ("a", "rnn", 1, 0), ("a", "cnn", 1.2345678, 0), ("a", "cnn", 1, -1)],
 )
 def test_runs_that_no_name_could_tell_are_refused(fields):
     with pytest.raises(ValueError):
@@ -90,7 +119,10 @@ def test_runs_that_no_name_could_tell_are_refused(fields):
 
 def test_tables_hold_the_numbers_of_the_runs(tmp_path, capsys):
     runs = [
-        Run("my_shapes", decoder, beta, seed) for decoder in ("sdn", "cnn") for beta in (100.0, 1.0) for seed in (0, 1)
+        Run("my_shapes", decoder, beta, seed)
+        for decoder in ("sdn", "cnn")
+        for beta in (100.0, 1.0)
+        for seed in (0, 1)
     ]
     runs.append(Run("my_shapes", "cnn", 32.0, 7))
     for one in [*runs, Run("shapes", "cnn", 1.0, 0)]:
@@ -103,33 +135,55 @@ def test_tables_hold_the_numbers_of_the_runs(tmp_path, capsys):
     for row in rows:
         source = json.loads((tmp_path / "figs" / row["run"] / "results.json").read_text())
         elbo, scores = source["elbo"], source["disentanglement"]["scores"]
-        expected = {"elbo": -elbo["bits_per_dim"] * NATS, "log_likelihood": -elbo["distortion"] * NATS}
+        expected = {
+            "elbo": -elbo["bits_per_dim"] * NATS,
+            "log_likelihood": -elbo["distortion"] * NATS,
+        }
         expected |= {"kl": elbo["rate"] * NATS, "beta_kl": float(row["beta"]) * elbo["rate"] * NATS}
-        expected |= {"neg_elbo_bits_per_dim": elbo["bits_per_dim"], "beta_vae": scores["beta_vae"]["score"]}
+        expected |= {
+            "neg_elbo_bits_per_dim": elbo["bits_per_dim"],
+            "beta_vae": scores["beta_vae"]["score"],
+        }
         expected |= {"factor_vae": scores["factor_vae"]["score"], "steps": 8, "images": 10}
         assert {key: float(row[key]) for key in expected} == pytest.approx(expected)
         assert float(row["elbo"]) == pytest.approx(float(row["log_likelihood"]) - float(row["kl"]))
-        assert Run.parse(row["run"]) == Run("my_shapes", row["decoder"], float(row["beta"]), int(row["seed"]))
+        assert Run.parse(row["run"]) == Run(
+            "my_shapes", row["decoder"], float(row["beta"]), int(row["seed"])
+        )
 
     groups = [(float(line["beta"]), line["decoder"], int(line["seeds"])) for line in table]
-    assert groups == [(1, "cnn", 2), (1, "sdn", 2), (32, "cnn", 1), (100, "cnn", 2), (100, "sdn", 2)]
+    assert groups == [
+        (1, "cnn", 2),
+        (1, "sdn", 2),
+        (32, "cnn", 1),
+        (100, "cnn", 2),
+        (100, "sdn", 2),
+    ]
     for line in table:
-        members = [row for row in rows if (row["beta"], row["decoder"]) == (line["beta"], line["decoder"])]
+        members = [
+            row for row in rows if (row["beta"], row["decoder"]) == (line["beta"], line["decoder"])
+        ]
         for quantity in [*results.QUANTITIES, "beta_vae", "factor_vae"]:
             values = [float(row[quantity]) for row in members]
             assert float(line[f"{quantity}_mean"]) == pytest.approx(statistics.mean(values))
             if len(values) > 1:
-                difference = abs(values[0] - values[1])  # of two values, the deviation with ddof 1 is |a - b| / sqrt(2)
+                difference = abs(
+                    values[0] - values[1]
+                )  # of two values, the deviation with ddof 1 is |a - b| / sqrt(2)
                 assert float(line[f"{quantity}_std"]) == pytest.approx(difference / math.sqrt(2))
             else:
                 assert line[f"{quantity}_std"] == ""
 
     markdown = (tmp_path / "figs/my_shapes/table.md").read_text()
     assert markdown in out
-    cells = [[cell.strip() for cell in text.strip("|\n").split("|")] for text in markdown.splitlines()]
+    cells = [
+        [cell.strip() for cell in text.strip("|\n").split("|")] for text in markdown.splitlines()
+    ]
     assert {len(row) for row in cells} == {10} and len(cells) == 2 + len(table)
     assert cells[2][:3] == ["1", "CNN", "2"]
-    assert cells[2][3] == f"−{-float(table[0]['elbo_mean']):.1f} ± {float(table[0]['elbo_std']):.1f}"
+    assert (
+        cells[2][3] == f"−{-float(table[0]['elbo_mean']):.1f} ± {float(table[0]['elbo_std']):.1f}"
+    )
     assert "±" not in " ".join(cells[4])
     for figure in ("figure7.png", "figure12.png"):
         assert is_drawn(tmp_path / "figs/my_shapes" / figure)
@@ -138,7 +192,10 @@ def test_tables_hold_the_numbers_of_the_runs(tmp_path, capsys):
 
 def test_other_metrics_are_added_and_gaps_named(tmp_path, capsys):
     first, second = (Run("3dshapes", "sdn", 1.0, seed) for seed in (0, 1))
-    for one, scores in ((first, {"dci": {"score": 0.25}, "mig": {"score": 0.5}}), (second, {"mig": {"score": 0.75}})):
+    for one, scores in (
+        (first, {"dci": {"score": 0.25}, "mig": {"score": 0.5}}),
+        (second, {"mig": {"score": 0.75}}),
+    ):
         trained(tmp_path, one)
         evaluated(tmp_path, one, scores=scores)
     rows, (line,), _, err = gathered(tmp_path, capsys)
@@ -150,7 +207,9 @@ def test_other_metrics_are_added_and_gaps_named(tmp_path, capsys):
 
 
 def test_runs_without_a_whole_evaluation_are_left_out_and_named(tmp_path, capsys):
-    complete, nothing, half, mixed, redone = (Run("3dshapes", "cnn", 32.0, seed) for seed in range(5))
+    complete, nothing, half, mixed, redone = (
+        Run("3dshapes", "cnn", 32.0, seed) for seed in range(5)
+    )
     for one in (complete, nothing, half, mixed, redone):
         trained(tmp_path, one)
     evaluated(tmp_path, complete)
@@ -159,10 +218,15 @@ def test_runs_without_a_whole_evaluation_are_left_out_and_named(tmp_path, capsys
     path = evaluated(tmp_path, half)
     path.write_text(json.dumps({"elbo": json.loads(path.read_text())["elbo"]}))
     rows, table, _, err = gathered(tmp_path, capsys)
-    assert [row["run"] for row in rows] == [complete.folder] and [line["seeds"] for line in table] == ["1"]
+    assert [row["run"] for row in rows] == [complete.folder] and [
+        line["seeds"] for line in table
+    ] == ["1"]
     (named,) = err.splitlines()
     assert "4 of 5 runs" in named and complete.folder not in named
-    assert f"{nothing.folder} (not evaluated)" in named and f"{half.folder} (no disentanglement)" in named
+    assert (
+        f"{nothing.folder} (not evaluated)" in named
+        and f"{half.folder} (no disentanglement)" in named
+    )
     assert re.search(rf"{mixed.folder} \(.*step 8.*step 4\)", named)
     assert re.search(rf"{redone.folder} \(.*3f9a.*77de\)", named)
 
@@ -189,7 +253,9 @@ def test_differences_between_runs_are_said(tmp_path, capsys):
     for line, values in zip(lines[1:], ("8 6", "8 6", "10 9", f"{LEVELS}|{[2] * 6}"), strict=True):
         first, second = values.split("|" if "|" in values else " ")
         assert (
-            "the runs differ" in line and f"{first}: {runs[0].folder}" in line and f"{second}: {runs[1].folder}" in line
+            "the runs differ" in line
+            and f"{first}: {runs[0].folder}" in line
+            and f"{second}: {runs[1].folder}" in line
         )
 
 
@@ -197,7 +263,13 @@ def test_learning_curves_average_bins_and_keep_seeds_apart(tmp_path):
     paths = {}
     for seed, steps in ((0, 12), (1, 12), (2, 6)):
         one = Run("3dshapes", "sdn", 4.0, seed)
-        paths[one] = trained(tmp_path, one, steps, lambda step, seed=seed: 100.0 * seed + step, lambda step: 2.0 * step)
+        paths[one] = trained(
+            tmp_path,
+            one,
+            steps,
+            lambda step, seed=seed: 100.0 * seed + step,
+            lambda step: 2.0 * step,
+        )
     curves = results.learning_curves(paths, bins=4)
     assert curves.steps.tolist() == [2, 5, 8, 11]  # middles of 1 2 3, 4 5 6, ...
     values = curves.values[4.0, "sdn"]
@@ -227,7 +299,9 @@ def test_long_runs_have_at_most_two_hundred_bins(tmp_path):
     assert curves.values[1.0, "cnn"][0, 2] == pytest.approx(np.ones(200))
 
 
-@pytest.mark.parametrize("removed, end", [(1, b""), (2, b""), (3, b""), (20, b""), (70, b""), (50, b"\r\n")])
+@pytest.mark.parametrize(
+    "removed, end", [(1, b""), (2, b""), (3, b""), (20, b""), (70, b""), (50, b"\r\n")]
+)
 def test_a_last_row_cut_by_a_kill_is_ignored(tmp_path, removed, end):
     path = trained(tmp_path, Run("3dshapes", "cnn", 1.0, 0))
     whole, text = results.read_steps(path), path.read_bytes()
@@ -249,11 +323,15 @@ def test_limits_show_the_later_curve(tmp_path):
 def test_errors_are_one_line(tmp_path):
     module = "-m experiments.disentanglement_results"
     none = run(module, "--output_dir", tmp_path)
-    assert_one_line_error(none, f"{tmp_path}/checkpoints/3dshapes_", "beta*_seed*", "bash train_3dshapes.sh")
+    assert_one_line_error(
+        none, f"{tmp_path}/checkpoints/3dshapes_", "beta*_seed*", "bash train_3dshapes.sh"
+    )
     assert_one_line_error(run(module, "--outputs", tmp_path), "--outputs")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"elbo": {"step": 1}, "disentanglement": {"step": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"elbo": {"step": 1}, "disentanglement": {"step": 1}}']
+)
 def test_damaged_results_are_named(tmp_path, capsys, text):
     one = Run("3dshapes", "cnn", 1.0, 0)
     trained(tmp_path, one)
@@ -263,7 +341,8 @@ def test_damaged_results_are_named(tmp_path, capsys, text):
 
 
 @pytest.mark.parametrize(
-    "old, new", [(b"rate,", b"rat,"), (b"\r\n4,", b"\r\nx,"), (b"\r\n4,", b"\r\n3,"), (b"\n8,", b"\n8?,")]
+    "old, new",
+    [(b"rate,", b"rat,"), (b"\r\n4,", b"\r\nx,"), (b"\r\n4,", b"\r\n3,"), (b"\n8,", b"\n8?,")],
 )
 def test_damaged_steps_are_named(tmp_path, capsys, old, new):
     path = trained(tmp_path, Run("3dshapes", "cnn", 1.0, 0))

@@ -1,4 +1,5 @@
-"""The β-VAE: architecture, objective's parts, generation, and what the shared evaluation asks of it."""
+"""The β-VAE: architecture, objective's parts, generation, and what the shared evaluation asks of
+it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def model_of(seed: int = 0, **changes) -> DisentanglementVAE:
 
 def data_of(model: DisentanglementVAE, batch: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (batch, *model.image_shape), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        0, 256, (batch, *model.image_shape), dtype=torch.uint8, generator=generator
+    )
     return model.observation.encode(images)
 
 
@@ -31,23 +34,41 @@ def convolution(inputs: int, outputs: int, kernel: int = 4) -> int:
 @pytest.mark.parametrize("sdn_nfeat", [0, 200])
 def test_parameters_are_those_of_the_specification(sdn_nfeat):
     model = DisentanglementVAE(z_size=10, sdn_nfeat=sdn_nfeat)
-    encoder = convolution(3, 32) + convolution(32, 32) + convolution(32, 64) + convolution(64, 64) + linear(1024, 20)
-    decoder = linear(10, 256) + linear(256, 1024) + convolution(64, 64) + convolution(64, 32) + convolution(32, 3)
+    encoder = (
+        convolution(3, 32)
+        + convolution(32, 32)
+        + convolution(32, 64)
+        + convolution(64, 64)
+        + linear(1024, 20)
+    )
+    decoder = (
+        linear(10, 256)
+        + linear(256, 1024)
+        + convolution(64, 64)
+        + convolution(64, 32)
+        + convolution(32, 3)
+    )
     C = sdn_nfeat
     gru = 3 * C * 3 * C + 3 * C * C + 6 * C
     to_scale_32 = convolution(32, C) + gru + convolution(C, 32, 1) if C else convolution(32, 32)
     parameters = sum(p.numel() for p in model.parameters())
-    assert parameters == encoder + decoder + to_scale_32 + 1, "1: the scale of the discretized logistic"
+    assert parameters == encoder + decoder + to_scale_32 + 1, (
+        "1: the scale of the discretized logistic"
+    )
     layers = [module for module in model.modules() if isinstance(module, SDNLayer)]
     assert len(layers) == bool(C)
     for layer in layers:
         assert [sweep.direction for sweep in layer.sdn_correction_stage] == [0]
     weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert all(weight.std().item() == pytest.approx(0.02, rel=0.05) for weight in weights)
-    assert not [name for name, _ in model.named_parameters() if "parametrizations" in name], "no weight norm"
+    assert not [name for name, _ in model.named_parameters() if "parametrizations" in name], (
+        "no weight norm"
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, dict(sdn_nfeat=6), dict(obs_model="DML", mix_components=2), dict(nbits=5)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(sdn_nfeat=6), dict(obs_model="DML", mix_components=2), dict(nbits=5)]
+)
 def test_shapes_fit_and_every_parameter_learns(changes):
     model = model_of(**changes)
     output = model(data_of(model, 3))
@@ -70,7 +91,9 @@ def test_the_closed_form_is_the_mean_of_the_one_sample_estimate():
     torch.testing.assert_close(exact, expected)
     noise = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        many = model.top_down(4000, posterior=[q_params.expand(4000, -1)], noise=[noise], one_sample_kl=True)[1]
+        many = model.top_down(
+            4000, posterior=[q_params.expand(4000, -1)], noise=[noise], one_sample_kl=True
+        )[1]
     error = (many.mean(0) - expected[0]).abs()
     assert (error < 4 * many.std(0) / 4000**0.5 + 1e-6).all()
 
@@ -115,5 +138,7 @@ def test_wrong_arguments_say_what_is_allowed(arguments, message):
 
 def test_images_of_another_size_are_refused():
     model = model_of()
-    with pytest.raises(ValueError, match=r"images must be \[batch, 3, 64, 64\], got \[2, 3, 32, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"images must be \[batch, 3, 64, 64\], got \[2, 3, 32, 32\]"
+    ):
         model(torch.zeros(2, 3, 32, 32))

@@ -16,22 +16,51 @@ from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
 
 from lib.checkpoint import read_checkpoint
 
-# The noise of an image does not depend on the rank that has it, and without free bits neither does the loss.
-EXACT = [*TINY, "--noise", "image", "--free_bits", 0, "--precision", "64-true", "--make_checkpoint", "--use_checkpoint"]
+# The noise of an image does not depend on the rank that has it, and without free bits neither does
+# the loss.
+EXACT = [
+    *TINY,
+    "--noise",
+    "image",
+    "--free_bits",
+    0,
+    "--precision",
+    "64-true",
+    "--make_checkpoint",
+    "--use_checkpoint",
+]
 
 
 def start(*command: object, **environment: str) -> subprocess.Popen:
     quiet = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     arguments = [sys.executable, *map(str, command)]
     return subprocess.Popen(
-        arguments, cwd=REPOSITORY, env=quiet, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        arguments,
+        cwd=REPOSITORY,
+        env=quiet,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
 
 
-def torchrun(node: int, nodes: int, processes: int, port: int, *arguments: object) -> subprocess.Popen:
+def torchrun(
+    node: int, nodes: int, processes: int, port: int, *arguments: object
+) -> subprocess.Popen:
     """One node's agent."""
-    where = ["--master_addr", "127.0.0.1", "--master_port", port, "--node_rank", node, "--nnodes", nodes]
-    return start("-m", "torch.distributed.run", *where, "--nproc_per_node", processes, "train.py", *arguments)
+    where = [
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+        "--node_rank",
+        node,
+        "--nnodes",
+        nodes,
+    ]
+    return start(
+        "-m", "torch.distributed.run", *where, "--nproc_per_node", processes, "train.py", *arguments
+    )
 
 
 def free_port() -> int:
@@ -45,14 +74,18 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def assert_same_training(folder: Path, name: str, expected: str) -> None:
-    """Weights, average, logged gradients and validation agree up to the rounding of 64-bit numbers."""
+    """Weights, average, logged gradients and validation agree up to the rounding of 64-bit
+    numbers."""
     ours, theirs = weights(folder, name), weights(folder, expected)
     assert ours.keys() == theirs.keys()
     for key in ours:
         torch.testing.assert_close(
             ours[key], theirs[key], rtol=1e-7, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}"
         )
-    for file, columns in (("steps.csv", ["grad_norm"]), ("epochs.csv", ["val_neg_elbo", "val_kl_0", "val_distortion"])):
+    for file, columns in (
+        ("steps.csv", ["grad_norm"]),
+        ("epochs.csv", ["val_neg_elbo", "val_kl_0", "val_distortion"]),
+    ):
         a, b = (csv_rows(folder / f"checkpoints/{run}/{file}") for run in (name, expected))
         assert [row["step"] for row in a] == [row["step"] for row in b]
         for column in columns:
@@ -63,9 +96,20 @@ def assert_same_training(folder: Path, name: str, expected: str) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, images):
-    """The output folder of a run of 12 steps with one process, called one; 8 images in a step, 11 in a validation."""
+    """The output folder of a run of 12 steps with one process, called one; 8 images in a step, 11
+    in a validation."""
     folder = tmp_path_factory.mktemp("distributed")
-    done = run("train.py", *EXACT, *common(folder, images), "--exp_name", "one", "--batch", 8, "--iters", 12)
+    done = run(
+        "train.py",
+        *EXACT,
+        *common(folder, images),
+        "--exp_name",
+        "one",
+        "--batch",
+        8,
+        "--iters",
+        12,
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -114,17 +158,42 @@ def test_two_nodes_of_two_processes(alone, images):
 
 
 def test_a_job_of_another_size_is_one_line(tmp_path, images):
-    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NODELIST": "127.0.0.1"}
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "4",
+        "SLURM_NTASKS_PER_NODE": "4",
+        "SLURM_NODELIST": "127.0.0.1",
+    }
     job |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
     done = run("train.py", *TINY, *common(tmp_path, images), "--num_processes", 2, **job)
     assert_one_line_error(done, "ntasks-per-node")
 
 
 def test_two_tasks_of_slurm(alone, images):
-    """Each is started by srun with its place in the job; a signal to the job ends both with a checkpoint."""
-    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1"}
-    job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    flags = [*EXACT, *common(alone, images), "--exp_name", "slurm", "--num_processes", 2, "--batch", 4]
+    """Each is started by srun with its place in the job; a signal to the job ends both with a
+    checkpoint."""
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODELIST": "127.0.0.1",
+    }
+    job |= {
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    flags = [
+        *EXACT,
+        *common(alone, images),
+        "--exp_name",
+        "slurm",
+        "--num_processes",
+        2,
+        "--batch",
+        4,
+    ]
 
     def tasks(*more: object) -> list[subprocess.Popen]:
         places = ({"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in (0, 1))
@@ -141,7 +210,9 @@ def test_two_tasks_of_slurm(alone, images):
         _, errors = task.communicate(timeout=120)
         assert task.returncode == 0, errors
     ours, theirs = weights(alone, "slurm"), weights(alone, "one")
-    assert read_checkpoint(alone / "checkpoints/slurm/last.ckpt")["global_step"] == 12, "it was stopped before"
+    assert read_checkpoint(alone / "checkpoints/slurm/last.ckpt")["global_step"] == 12, (
+        "it was stopped before"
+    )
     assert all(torch.allclose(ours[key], theirs[key], rtol=1e-7, atol=1e-9) for key in ours)
 
 
@@ -150,7 +221,16 @@ def test_going_on_with_another_number_of_processes(alone, images, first):
     """Stopped inside an epoch; with the same global batch the run is the same."""
     name = f"from{first}"
     for processes, iters in ((first, 6), (3 - first, 12)):
-        flags = ["--exp_name", name, "--num_processes", processes, "--batch", 8 // processes, "--iters", iters]
+        flags = [
+            "--exp_name",
+            name,
+            "--num_processes",
+            processes,
+            "--batch",
+            8 // processes,
+            "--iters",
+            iters,
+        ]
         done = run("train.py", *EXACT, *common(alone, images), *flags)
         assert done.returncode == 0, done.stderr
     ours, theirs = weights(alone, name), weights(alone, "one")
@@ -169,7 +249,9 @@ def wait_for_steps(folder: Path, name: str, process: subprocess.Popen) -> None:
 def workers_of(process: subprocess.Popen) -> list[int]:
     """The other training processes, which `process` started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [
+        int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 @pytest.mark.parametrize("victim", ["child", "main"])
@@ -192,7 +274,11 @@ def test_a_dead_process_ends_the_run_with_a_message(tmp_path, images, victim):
     _, errors = process.communicate(timeout=60)  # until all of them have closed stderr
     assert time.monotonic() - begin < 60
     assert process.returncode != 0 and "Traceback" not in errors, errors
-    assert "lost contact with another process" in errors or "died (SIGKILL)" in errors or "main process died" in errors
+    assert (
+        "lost contact with another process" in errors
+        or "died (SIGKILL)" in errors
+        or "main process died" in errors
+    )
     assert not any(Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid) for pid in children)
 
 
@@ -249,6 +335,8 @@ def test_damage_that_one_rank_finds_ends_all(tmp_path, images):
         with environment, environment.begin(write=True) as transaction:
             for index in range(8):
                 transaction.put(str(index).encode(), bytes(3072 if index != 2 else 7))
-    done = run("train.py", *TINY, "--root", tmp_path, "--output_dir", tmp_path, "--num_processes", 2)
+    done = run(
+        "train.py", *TINY, "--root", tmp_path, "--output_dir", tmp_path, "--num_processes", 2
+    )
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
     assert "image 2 has 7 bytes" in done.stderr

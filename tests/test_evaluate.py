@@ -14,9 +14,9 @@ from PIL import Image
 import evaluate
 from data.get_dataset import get_dataset
 from lib.checkpoint import write_checkpoint
-from lib.evaluation.figures import save_image
 from lib.evaluation.options import ONLY_DISENTANGLEMENT
 from lib.evaluation.results import add_result
+from lib.pictures import save_image
 
 EVERYTHING = (
     "--elbo --likelihood --importance_samples 6 --latents --reconstruction --sampling --interpolation --neighborhood "
@@ -50,7 +50,8 @@ def refused_here(capfd, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def evaluated(finished):
-    """Everything that there is to evaluate, on a model of a few steps: the folder of results and the printed text."""
+    """Everything that there is to evaluate, on a model of a few steps: the folder of results and
+    the printed text."""
     done = run("evaluate.py", "--model", "tiny", "--output_dir", finished, *EVERYTHING)
     assert done.returncode == 0, done.stderr
     return finished / "figs/tiny", done.stdout
@@ -65,16 +66,26 @@ def test_numbers_are_printed_and_kept(evaluated):
     assert elbo["images"] == likelihood["images"] == 5
     assert likelihood["samples"] == 6 and likelihood["computed"] == 5
     assert likelihood["bits_per_dim"] < elbo["bits_per_dim"]
-    assert f"-ELBO: {elbo['bits_per_dim']:.4f} +- {elbo['standard_error']:.4f} bits/dim (5 images)" in printed
+    assert (
+        f"-ELBO: {elbo['bits_per_dim']:.4f} +- {elbo['standard_error']:.4f} bits/dim (5 images)"
+        in printed
+    )
     assert f"-log p(x): {likelihood['bits_per_dim']:.4f} +-" in printed
     assert results["latents"]["rate_per_layer"] == elbo["rate_per_layer"]
     assert sum(results["latents"]["share_per_layer"]) == pytest.approx(1)
-    assert results["overfitting"]["searched"] == 32 and results["overfitting"]["mirrored_too"] is False
+    assert (
+        results["overfitting"]["searched"] == 32 and results["overfitting"]["mirrored_too"] is False
+    )
     assert [len(of_query) for of_query in results["overfitting"]["neighbours"]] == [2] * 8
     (fingerprint,) = {result["weights"] for result in results.values()}
     assert len(fingerprint) == 12
     for result in results.values():
-        assert (result["step"], result["seed"], result["dataset"], result["device"]) == (6, 3, "ImageNet32", "cpu")
+        assert (result["step"], result["seed"], result["dataset"], result["device"]) == (
+            6,
+            3,
+            "ImageNet32",
+            "cpu",
+        )
         assert result["command"].startswith("evaluate.py --model tiny --output_dir ")
 
 
@@ -98,7 +109,9 @@ def test_the_same_command_draws_the_same_pictures_to_the_byte(evaluated, finishe
     assert done.returncode == 0, done.stderr
     for name in [name for names in PICTURES.values() for name in names]:
         assert (tmp_path / "figs/tiny" / name).read_bytes() == (folder / name).read_bytes(), name
-    first, second = (json.loads((f / "results.json").read_text()) for f in (folder, tmp_path / "figs/tiny"))
+    first, second = (
+        json.loads((f / "results.json").read_text()) for f in (folder, tmp_path / "figs/tiny")
+    )
     for task in first:
         for key in first[task].keys() - {"command", "date", "seconds"}:
             assert first[task][key] == second[task][key], (task, key)
@@ -112,7 +125,11 @@ def test_the_report_holds_numbers_and_pictures(evaluated):
     for task in ("elbo", "likelihood"):
         assert f"{results[task]['bits_per_dim']:.4f}" in page
     assert page.count("data:image/png;base64,") == sum(map(len, PICTURES.values()))
-    assert "sdn_num_dirs" in page and results["elbo"]["torch"] in page and results["elbo"]["weights"] in page
+    assert (
+        "sdn_num_dirs" in page
+        and results["elbo"]["torch"] in page
+        and results["elbo"]["weights"] in page
+    )
 
 
 def test_results_of_other_weights_are_left_out_of_a_report(evaluated, finished, tmp_path, capfd):
@@ -121,7 +138,9 @@ def test_results_of_other_weights_are_left_out_of_a_report(evaluated, finished, 
     mine.mkdir(parents=True)
     results = json.loads((folder / "results.json").read_text())
     results["elbo"]["weights"] = "0" * 12
-    (mine / "results.json").write_text(json.dumps({task: results[task] for task in ("elbo", "likelihood")}))
+    (mine / "results.json").write_text(
+        json.dumps({task: results[task] for task in ("elbo", "likelihood")})
+    )
     best = finished / "checkpoints/tiny/best.ckpt"
     here("--checkpoint", best, "--output_dir", tmp_path, "--report")
     page = (mine / "report.html").read_text()
@@ -152,7 +171,17 @@ def test_likelihood_goes_on_with_more_images_and_in_two_processes(evaluated, fin
     (tmp_path / "figs").mkdir()
     shutil.copytree(folder, tmp_path / "figs/tiny")
     (tmp_path / "checkpoints").symlink_to(finished / "checkpoints")
-    command = ["--model", "tiny", "--output_dir", tmp_path, "--likelihood", "--importance_samples", 6, "--seed", 3]
+    command = [
+        "--model",
+        "tiny",
+        "--output_dir",
+        tmp_path,
+        "--likelihood",
+        "--importance_samples",
+        6,
+        "--seed",
+        3,
+    ]
 
     def result(*options) -> dict:
         here(*command, *options)
@@ -174,21 +203,42 @@ def test_commands_at_the_same_time_keep_each_others_results(tmp_path):
     path = tmp_path / "results.json"
     add_result(path, "elbo", {"images": 1})
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: add_result(path, f"task{number}", {"images": number}), range(40)))
+        list(
+            pool.map(
+                lambda number: add_result(path, f"task{number}", {"images": number}), range(40)
+            )
+        )
     results = json.loads(path.read_text())
-    assert results == {"elbo": {"images": 1}} | {f"task{number}": {"images": number} for number in range(40)}
+    assert results == {"elbo": {"images": 1}} | {
+        f"task{number}": {"images": number} for number in range(40)
+    }
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_samples_of_an_earlier_command_do_not_stay(finished, tmp_path):
     best = finished / "checkpoints/tiny/best.ckpt"
     for count in (3, 1):
-        here("--checkpoint", best, "--output_dir", tmp_path, "--sampling", "--count", count, "--temperatures", 0.701, 1)
+        here(
+            "--checkpoint",
+            best,
+            "--output_dir",
+            tmp_path,
+            "--sampling",
+            "--count",
+            count,
+            "--temperatures",
+            0.701,
+            1,
+        )
     for temperature in ("0.701", "1.00"):
-        assert [path.name for path in (tmp_path / f"figs/tiny/samples_t{temperature}").iterdir()] == ["0000.png"]
+        assert [
+            path.name for path in (tmp_path / f"figs/tiny/samples_t{temperature}").iterdir()
+        ] == ["0000.png"]
 
 
-def test_what_cannot_be_is_found_before_anything_is_computed(finished, tmp_path, capfd, monkeypatch):
+def test_what_cannot_be_is_found_before_anything_is_computed(
+    finished, tmp_path, capfd, monkeypatch
+):
     best = finished / "checkpoints/tiny/best.ckpt"
     monkeypatch.setattr(evaluate, "validation_elbo", lambda *_: pytest.fail("computed"))
     for flags in (["--overfitting", "--queries", "absent.png"], ["--neighborhood", "--images", 99]):
@@ -199,16 +249,28 @@ def test_given_pictures_are_searched_for(finished, images, tmp_path, capfd):
     training = get_dataset("ImageNet32", images, "train")
     copy = save_image(training[17], tmp_path / "copy.png")
     (tmp_path / "checkpoints").symlink_to(finished / "checkpoints")
-    command = ["--model", "tiny", "--output_dir", tmp_path, "--root", images, "--overfitting", "--queries"]
+    command = [
+        "--model",
+        "tiny",
+        "--output_dir",
+        tmp_path,
+        "--root",
+        images,
+        "--overfitting",
+        "--queries",
+    ]
     here(*command, copy)
-    ((nearest, *_),) = json.loads((tmp_path / "figs/tiny/results.json").read_text())["overfitting"]["neighbours"]
+    ((nearest, *_),) = json.loads((tmp_path / "figs/tiny/results.json").read_text())["overfitting"][
+        "neighbours"
+    ]
     assert nearest == {"index": 17, "mse": 0.0, "mirrored": False}
     wrong = save_image(training[17][:, :20], tmp_path / "wrong.png")
     assert "wrong.png has 32x20 pixels" in refused_here(capfd, *command, wrong)
 
 
 def test_the_authors_celeba_checkpoint_just_works(tmp_path):
-    """`checkpoints/CelebAHQ256.ckpt` in the authors' format, here a small one, is detected and evaluated."""
+    """`checkpoints/CelebAHQ256.ckpt` in the authors' format, here a small one, is detected and
+    evaluated."""
     lmdb = pytest.importorskip("lmdb")
     checkpoint = torch.load(GOLDEN / "tiny_5bit.ckpt", weights_only=True)
     # SDN where the golden model has it: at half the image's scale.
@@ -221,7 +283,16 @@ def test_the_authors_celeba_checkpoint_just_works(tmp_path):
         for index in range(2):
             pixels = torch.full((256, 256, 3), 60 * (index + 1), dtype=torch.uint8)
             transaction.put(str(index).encode(), pixels.numpy().tobytes())
-    options = ["--output_dir", tmp_path, "--root", tmp_path / "data", "--count", 1, "--temperatures", 1]
+    options = [
+        "--output_dir",
+        tmp_path,
+        "--root",
+        tmp_path / "data",
+        "--count",
+        1,
+        "--temperatures",
+        1,
+    ]
     here("--model", "CelebAHQ256", "--elbo", "--sampling", *options)
     results = json.loads((tmp_path / "figs/CelebAHQ256/results.json").read_text())
     assert results["elbo"]["images"] == 2 and results["elbo"]["bits_per_dim"] > 0
@@ -236,15 +307,39 @@ def test_the_authors_celeba_checkpoint_just_works(tmp_path):
         (["--model", "a"], "nothing to do: ask for --elbo, --likelihood, --disentanglement"),
         (["--model", "a", "--elbo", "--batch", "0"], "--batch must be at least 1; got 0"),
         (["--model", "a", "--elbo", "--limit", "0"], "--limit must be at least 1; got 0"),
-        (["--model", "a", "--sampling", "--temperatures", "-1"], "--temperatures must be 0 or more; got -1.0"),
-        (["--model", "a", "--sampling", "--temperatures", "nan"], "--temperatures must be 0 or more; got nan"),
+        (
+            ["--model", "a", "--sampling", "--temperatures", "-1"],
+            "--temperatures must be 0 or more; got -1.0",
+        ),
+        (
+            ["--model", "a", "--sampling", "--temperatures", "nan"],
+            "--temperatures must be 0 or more; got nan",
+        ),
         (["--model", "a", "--likelihood", "--chunk", "0"], "--chunk must be at least 1; got 0"),
-        (["--model", "a", "--likelihood", "--processes", "0"], "--processes must be at least 1; got 0"),
-        (["--model", "a", "--interpolation", "--frames", "1"], "--frames must be at least 2; got 1"),
-        (["--model", "a", "--interpolation", "--images", "1"], "--interpolation takes --images in pairs; got 1"),
-        (["--model", "a", "--neighborhood", "--images", "-2"], "--images must be 0 or more; got -2"),
-        (["--model", "a", "--elbo", "--device", "tpu9"], "--device must be auto, cpu, cuda or cuda:N; got tpu9"),
-        (["--model", "a", "--elbo", "--device", "mps"], "--device must be auto, cpu, cuda or cuda:N; got mps"),
+        (
+            ["--model", "a", "--likelihood", "--processes", "0"],
+            "--processes must be at least 1; got 0",
+        ),
+        (
+            ["--model", "a", "--interpolation", "--frames", "1"],
+            "--frames must be at least 2; got 1",
+        ),
+        (
+            ["--model", "a", "--interpolation", "--images", "1"],
+            "--interpolation takes --images in pairs; got 1",
+        ),
+        (
+            ["--model", "a", "--neighborhood", "--images", "-2"],
+            "--images must be 0 or more; got -2",
+        ),
+        (
+            ["--model", "a", "--elbo", "--device", "tpu9"],
+            "--device must be auto, cpu, cuda or cuda:N; got tpu9",
+        ),
+        (
+            ["--model", "a", "--elbo", "--device", "mps"],
+            "--device must be auto, cpu, cuda or cuda:N; got mps",
+        ),
         (["--model", "a", "--elbo", "--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["--model", "absent", "--elbo"], "--model absent: none of"),
         (["--checkpoint", "absent.ckpt", "--elbo"], "no checkpoint at absent.ckpt"),
@@ -262,23 +357,41 @@ def test_wrong_flags_are_one_line(flags, message, tmp_path, capfd):
 
 def test_missing_data_are_one_line(finished, tmp_path, capfd):
     best = str(finished / "checkpoints/tiny/best.ckpt")
-    refusal = refused_here(capfd, "--checkpoint", best, "--elbo", "--root", tmp_path, "--output_dir", tmp_path)
+    refusal = refused_here(
+        capfd, "--checkpoint", best, "--elbo", "--root", tmp_path, "--output_dir", tmp_path
+    )
     assert "bash data/ImageNet32/get_imagenet_data.sh" in refusal
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--interpolation", "--layers", "1", "3"], "--layers must be 1 ... 2 (the model's depth); got 3"),
-        (["--neighborhood", "--images", "4", "11"], "--images must be below 11, the number of validation images"),
-        (["--overfitting", "--neighbors", "33"], "--neighbors 33: ImageNet32 has 32 training images"),
-        (["--overfitting", "--queries", "absent.png"], "--queries: absent.png cannot be read as a picture"),
+        (
+            ["--interpolation", "--layers", "1", "3"],
+            "--layers must be 1 ... 2 (the model's depth); got 3",
+        ),
+        (
+            ["--neighborhood", "--images", "4", "11"],
+            "--images must be below 11, the number of validation images",
+        ),
+        (
+            ["--overfitting", "--neighbors", "33"],
+            "--neighbors 33: ImageNet32 has 32 training images",
+        ),
+        (
+            ["--overfitting", "--queries", "absent.png"],
+            "--queries: absent.png cannot be read as a picture",
+        ),
     ],
 )
-def test_flags_that_do_not_fit_the_model_or_data_are_one_line(flags, message, finished, tmp_path, capfd):
+def test_flags_that_do_not_fit_the_model_or_data_are_one_line(
+    flags, message, finished, tmp_path, capfd
+):
     best = str(finished / "checkpoints/tiny/best.ckpt")
     count = ["--count", "1", "--temperatures", "1"]
-    assert message in refused_here(capfd, "--checkpoint", best, *flags, *count, "--output_dir", tmp_path)
+    assert message in refused_here(
+        capfd, "--checkpoint", best, *flags, *count, "--output_dir", tmp_path
+    )
     assert not (tmp_path / "figs/tiny/results.json").exists()
 
 
@@ -297,7 +410,9 @@ def test_results_of_another_kind_are_not_overwritten(content, finished, tmp_path
     (tmp_path / "figs/tiny").mkdir(parents=True)
     (tmp_path / "figs/tiny/results.json").write_text(content)
     best = finished / "checkpoints/tiny/best.ckpt"
-    assert "holds no results" in refused_here(capfd, "--checkpoint", best, "--sampling", "--output_dir", tmp_path)
+    assert "holds no results" in refused_here(
+        capfd, "--checkpoint", best, "--sampling", "--output_dir", tmp_path
+    )
     assert (tmp_path / "figs/tiny/results.json").read_text() == content
 
 
@@ -344,8 +459,18 @@ def test_files_that_are_no_checkpoint_are_one_line(finished, tmp_path, capfd):
     }
     for name, message in expected.items():
         with pytest.raises(SystemExit) as stop:
-            evaluate.main(["--checkpoint", str(tmp_path / f"{name}.ckpt"), "--elbo", "--output_dir", str(tmp_path)])
+            evaluate.main(
+                [
+                    "--checkpoint",
+                    str(tmp_path / f"{name}.ckpt"),
+                    "--elbo",
+                    "--output_dir",
+                    str(tmp_path),
+                ]
+            )
         assert stop.value.code == 2
         (line,) = capfd.readouterr().err.strip().splitlines()
-        assert line.startswith("evaluate.py: error: ") and f"{name}.ckpt" in line and message in line
+        assert (
+            line.startswith("evaluate.py: error: ") and f"{name}.ckpt" in line and message in line
+        )
     assert not (tmp_path / "figs").exists()

@@ -16,7 +16,7 @@ from data.shapes3d_rendered import Shapes3DRendered
 from lib.DisentanglementVAE import DisentanglementVAE
 from lib.DisentanglementVAE.metrics import MetricError, beta_vae, factor_vae
 from lib.evaluation.disentanglement import FewerLevels, disentanglement_scores
-from lib.evaluation.synthesis import encode, interpolate, reconstruct, sample_images, traverse
+from lib.synthesis import encode, interpolate, reconstruct, sample_images, traverse
 
 LEVELS = ["--levels", 2, 2, 2, 2, 4, 2]
 
@@ -35,10 +35,37 @@ class Counted:
 @pytest.fixture(scope="module")
 def evaluated(beta_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
-    tasks = ["--elbo", "--limit", 16, "--disentanglement", *LEVELS, "--latents", "--traversal", "--images", 3, 4]
-    tasks += ["--interpolation", "--reconstruction", "--sampling", "--count", 4, "--frames", 3, "--report"]
+    tasks = [
+        "--elbo",
+        "--limit",
+        16,
+        "--disentanglement",
+        *LEVELS,
+        "--latents",
+        "--traversal",
+        "--images",
+        3,
+        4,
+    ]
+    tasks += [
+        "--interpolation",
+        "--reconstruction",
+        "--sampling",
+        "--count",
+        4,
+        "--frames",
+        3,
+        "--report",
+    ]
     tasks += ["--likelihood", "--importance_samples", 4]
-    done = run("evaluate.py", "--checkpoint", beta_run / "checkpoints/beta/last.ckpt", *tasks, "--output_dir", folder)
+    done = run(
+        "evaluate.py",
+        "--checkpoint",
+        beta_run / "checkpoints/beta/last.ckpt",
+        *tasks,
+        "--output_dir",
+        folder,
+    )
     assert done.returncode == 0, done.stderr
     return folder, done, json.loads((folder / "figs/beta/results.json").read_text())
 
@@ -46,7 +73,9 @@ def evaluated(beta_run, tmp_path_factory):
 def test_numbers_are_kept(evaluated):
     _, done, results = evaluated
     elbo, scores = results["elbo"], results["disentanglement"]
-    assert len(elbo["rate_per_dimension"]) == 3 and sum(elbo["rate_per_dimension"]) == pytest.approx(elbo["rate"])
+    assert len(elbo["rate_per_dimension"]) == 3 and sum(
+        elbo["rate_per_dimension"]
+    ) == pytest.approx(elbo["rate"])
     assert elbo["nats"] == pytest.approx(elbo["bits_per_dim"] * 64 * 64 * 3 * math.log(2))
     assert f"{elbo['nats']:.1f} nats (16 images)" in done.stdout
     assert scores["levels"] == [2, 2, 2, 2, 4, 2] and scores["images"] == 128
@@ -60,9 +89,16 @@ def test_numbers_are_kept(evaluated):
 def test_pictures_are_as_large_as_what_they_show(evaluated):
     folder, _, results = evaluated
     pictures = {p["file"] for result in results.values() for p in result.get("pictures", ())}
-    assert {"traversal_3.png", "traversal_4.png", "interpolation_3_4.png", "latents.png"} <= pictures
+    assert {
+        "traversal_3.png",
+        "traversal_4.png",
+        "interpolation_3_4.png",
+        "latents.png",
+    } <= pictures
     with Image.open(folder / "figs/beta/traversal_3.png") as picture:
-        assert picture.width > 4 * 64 and picture.height > 3 * 64, "3 dimensions; the image and 3 frames"
+        assert picture.width > 4 * 64 and picture.height > 3 * 64, (
+            "3 dimensions; the image and 3 frames"
+        )
     page = (folder / "figs/beta/report.html").read_text()
     for text in ("Latent traversals", "FactorVAE", "Rate of each latent dimension", "Figure 7"):
         assert text in page
@@ -71,14 +107,27 @@ def test_pictures_are_as_large_as_what_they_show(evaluated):
 def test_results_are_reproducible(evaluated, beta_run, tmp_path):
     _, _, results = evaluated
     checkpoint = beta_run / "checkpoints/beta/last.ckpt"
-    again = ["--disentanglement", *LEVELS, "--metrics", "factor_vae", "factor_vae", "--output_dir", tmp_path]
+    again = [
+        "--disentanglement",
+        *LEVELS,
+        "--metrics",
+        "factor_vae",
+        "factor_vae",
+        "--output_dir",
+        tmp_path,
+    ]
     assert run("evaluate.py", "--checkpoint", checkpoint, *again).returncode == 0
-    scores = json.loads((tmp_path / "figs/beta/results.json").read_text())["disentanglement"]["scores"]
+    scores = json.loads((tmp_path / "figs/beta/results.json").read_text())["disentanglement"][
+        "scores"
+    ]
     assert scores == {"factor_vae": results["disentanglement"]["scores"]["factor_vae"]}
 
 
 WRONG = [
-    (["--neighborhood"], "--neighborhood keeps some layers of a model with several; this one has one"),
+    (
+        ["--neighborhood"],
+        "--neighborhood keeps some layers of a model with several; this one has one",
+    ),
     (
         ["--disentanglement", "--levels", 1, 2, 2, 2, 2, 2],
         "--levels must be 6 numbers from 2 to 10 10 10 8 4 15; got 1",
@@ -92,7 +141,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), WRONG, ids=[" ".join(map(str, flags)) for flags, _ in WRONG])
+@pytest.mark.parametrize(
+    ("flags", "message"), WRONG, ids=[" ".join(map(str, flags)) for flags, _ in WRONG]
+)
 def test_what_cannot_be_is_one_line(flags, message, beta_run, tmp_path, capfd):
     checkpoint = beta_run / "checkpoints/beta/last.ckpt"
     common = ["--checkpoint", checkpoint, "--elbo", "--limit", 1, "--output_dir", tmp_path]
@@ -106,13 +157,19 @@ def test_what_cannot_be_is_one_line(flags, message, beta_run, tmp_path, capfd):
 
 @pytest.mark.parametrize("task", ["disentanglement", "traversal"])
 def test_a_density_vae_has_no_such_representation(task, finished, images):
-    done = run("evaluate.py", "--model", "tiny", f"--{task}", "--root", images, "--output_dir", finished)
-    assert_one_line_error(done, f"--{task} is for models of --task disentanglement; this one is of density_estimation")
+    done = run(
+        "evaluate.py", "--model", "tiny", f"--{task}", "--root", images, "--output_dir", finished
+    )
+    assert_one_line_error(
+        done, f"--{task} is for models of --task disentanglement; this one is of density_estimation"
+    )
 
 
 def test_fewer_levels_are_spread_from_the_first_to_the_last():
     fewer = FewerLevels(Counted(), [2, 3, 3])
-    factors = np.stack(np.meshgrid(range(2), range(3), range(3), indexing="ij"), axis=-1).reshape(-1, 3)
+    factors = np.stack(np.meshgrid(range(2), range(3), range(3), indexing="ij"), axis=-1).reshape(
+        -1, 3
+    )
     expected = [[(0, 3)[a], b, (0, 2, 4)[c]] for a, b, c in factors]
     assert fewer.images(factors)[:, 0, 0, :3].tolist() == expected
     scenes = Shapes3DRendered()
@@ -152,7 +209,9 @@ def test_scores_are_those_of_the_representation():
 
 
 def test_data_without_factors_have_no_score():
-    with pytest.raises(MetricError, match="list has no factors of variation; a metric needs a data set with"):
+    with pytest.raises(
+        MetricError, match="list has no factors of variation; a metric needs a data set with"
+    ):
         disentanglement_scores(Levels(1.0), [], ["mig"], seed=0, progress=len)
     with pytest.raises(MetricError, match="list has no factors of variation"):
         FewerLevels([], [2, 2])
@@ -177,7 +236,9 @@ def test_a_traversal_changes_one_dimension(model):
             for number, value in enumerate((-1.5, -0.75, 0.0, 0.75, 1.5)):
                 changed = z.clone()
                 changed[0, dimension] = value
-                decoded = model.observation.to_uint8(model.observation.most_probable(model.decode([changed])))
+                decoded = model.observation.to_uint8(
+                    model.observation.most_probable(model.decode([changed]))
+                )
                 assert (decoded[0].int() - frames[5 * dimension + number].int()).abs().max() <= 1
     assert not torch.equal(frames[0], frames[4])
     with pytest.raises(ValueError, match="values must be at least 2, got 1"):

@@ -1,4 +1,5 @@
-"""The benchmark of evaluation: that it runs, and that it refuses to time what computes something else."""
+"""The benchmark of evaluation: that it runs, and that it refuses to time what computes something
+else."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Losses and gradients that are not finite, signals, and processes that die: what becomes of the run."""
+"""Losses and gradients that are not finite, signals, and processes that die: what becomes of the
+run."""
 
 from __future__ import annotations
 
@@ -18,12 +19,21 @@ from torch import nn
 
 import train
 from lib.checkpoint import read_checkpoint
-from lib.faults import all_finite
-from lib.training import VAETraining
+from lib.training.base import VAETraining
+from lib.training.non_finite import all_finite
 
 
 def flags(images: Path, folder: Path, *more: object) -> list[str]:
-    given = [*TINY, "--root", images, "--output_dir", folder, "--make_checkpoint", "--use_checkpoint", *more]
+    given = [
+        *TINY,
+        "--root",
+        images,
+        "--output_dir",
+        folder,
+        "--make_checkpoint",
+        "--use_checkpoint",
+        *more,
+    ]
     return list(map(str, given))
 
 
@@ -52,22 +62,32 @@ def spoil(monkeypatch):
     return from_now_on
 
 
-@pytest.mark.parametrize(("what", "value"), [("loss", math.nan), ("loss", math.inf), ("output", math.inf)])
+@pytest.mark.parametrize(
+    ("what", "value"), [("loss", math.nan), ("loss", math.inf), ("output", math.inf)]
+)
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, images, spoil, what, value):
     """Weights, moments and average after it are those before it; it is counted and logged."""
     train.main(flags(images, tmp_path, "--iters", 3, "--exp_name", "before"))
     spoil({3}, what, value)
     train.main(flags(images, tmp_path, "--iters", 4, "--exp_name", "spoiled"))
-    before, after = (read_checkpoint(tmp_path / f"checkpoints/{name}/last.ckpt") for name in ("before", "spoiled"))
+    before, after = (
+        read_checkpoint(tmp_path / f"checkpoints/{name}/last.ckpt")
+        for name in ("before", "spoiled")
+    )
     assert before["global_step"] == 3 and after["global_step"] == 4
     for name, tensor in before["state_dict"].items():
         assert torch.equal(tensor, after["state_dict"][name]), name
     for index, state in before["optimizer_states"][0]["state"].items():
-        assert all(torch.equal(state[name], after["optimizer_states"][0]["state"][index][name]) for name in state)
+        assert all(
+            torch.equal(state[name], after["optimizer_states"][0]["state"][index][name])
+            for name in state
+        )
     rows = csv_rows(tmp_path / "checkpoints/spoiled/steps.csv")
     assert [row["skipped"] for row in rows] == ["0", "0", "0", "1"]
     epoch = csv_rows(tmp_path / "checkpoints/spoiled/epochs.csv")[-1]
-    assert float(epoch["train_neg_elbo"]) == pytest.approx(sum(float(row["neg_elbo"]) for row in rows[:3]) / 3)
+    assert float(epoch["train_neg_elbo"]) == pytest.approx(
+        sum(float(row["neg_elbo"]) for row in rows[:3]) / 3
+    )
 
 
 def test_accumulated_batches_are_skipped_together(tmp_path, images, spoil):
@@ -86,22 +106,39 @@ def test_accumulated_batches_are_skipped_together(tmp_path, images, spoil):
         ("gradient", "the first is in the gradient of ladder_layers.1.up_a.bias"),
     ],
 )
-def test_a_run_goes_back_with_a_lower_rate_and_stops_at_last(tmp_path, images, spoil, capfd, what, where):
+def test_a_run_goes_back_with_a_lower_rate_and_stops_at_last(
+    tmp_path, images, spoil, capfd, what, where
+):
     spoil(set(range(5, 99)), what)
     with pytest.raises(SystemExit) as stop:
-        more = ["--iters", 50, "--max_skipped", 3, "--max_rollbacks", 2, "--checkpoint_every_n_steps", 2]
+        more = [
+            "--iters",
+            50,
+            "--max_skipped",
+            3,
+            "--max_rollbacks",
+            2,
+            "--checkpoint_every_n_steps",
+            2,
+        ]
         train.main(flags(images, tmp_path, *more, "--lrate_decay", 1))
     assert stop.value.code == 1
     errors = capfd.readouterr().err
     assert "Traceback" not in errors
     notes = [line for line in errors.splitlines() if "back to the weights of step_" in line]
     assert len(notes) == 2 and all(where in note for note in notes)
-    assert "note: step 8: 3 steps in a row" in notes[0] and "back to the weights of step_0000004.ckpt" in notes[0]
-    assert notes[0].endswith("with the learning rate 0.001") and notes[1].endswith("with the learning rate 0.0005")
+    assert (
+        "note: step 8: 3 steps in a row" in notes[0]
+        and "back to the weights of step_0000004.ckpt" in notes[0]
+    )
+    assert notes[0].endswith("with the learning rate 0.001") and notes[1].endswith(
+        "with the learning rate 0.0005"
+    )
     last = errors.strip().splitlines()[-1]
     assert last.startswith("train.py: error: step 14: 3 steps in a row") and where in last
     assert (
-        "stopped after going back 2 times. --use_checkpoint goes on from " in last and ".ckpt: with a smaller" in last
+        "stopped after going back 2 times. --use_checkpoint goes on from " in last
+        and ".ckpt: with a smaller" in last
     )
     rows = csv_rows(tmp_path / "checkpoints/sdn/steps.csv")
     assert [int(row["step"]) for row in rows] == list(range(1, 15))
@@ -126,29 +163,46 @@ def test_a_run_that_went_back_recovers(tmp_path, images, spoil):
 def test_many_skipped_steps_with_good_ones_between(tmp_path, images, spoil, capfd):
     """More than half of the last 100, although never many in a row."""
     spoil({step for step in range(200) if step % 5 > 1}, "loss")
-    train.main(flags(images, tmp_path, "--iters", 100, "--lrate_decay", 1, "--checkpoint_every_n_steps", 50))
+    train.main(
+        flags(
+            images, tmp_path, "--iters", 100, "--lrate_decay", 1, "--checkpoint_every_n_steps", 50
+        )
+    )
     assert (
-        "note: step 100: 60 of the last 100 steps had a loss or gradient that is not finite" in capfd.readouterr().err
+        "note: step 100: 60 of the last 100 steps had a loss or gradient that is not finite"
+        in capfd.readouterr().err
     )
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path, images, spoil, capfd):
     spoil(set(range(2, 99)), "loss")
     with pytest.raises(SystemExit) as stop:
-        train.main([flag for flag in flags(images, tmp_path, "--max_skipped", 2) if flag != "--make_checkpoint"])
+        train.main(
+            [
+                flag
+                for flag in flags(images, tmp_path, "--max_skipped", 2)
+                if flag != "--make_checkpoint"
+            ]
+        )
     assert stop.value.code == 1
     assert "there is no checkpoint to go back to" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_gradients_are_clipped(tmp_path, images):
-    """Logged before clipping; Adamax is insensitive to a constant factor, but not to a changing one."""
+    """Logged before clipping; Adamax is insensitive to a constant factor, but not to a changing
+    one."""
     for name, clip in (("free", 0), ("clipped", 1e-3)):
         train.main(flags(images, tmp_path, "--iters", 4, "--exp_name", name, "--grad_clip", clip))
     free, clipped = (tmp_path / f"checkpoints/{name}" for name in ("free", "clipped"))
     first = [float(csv_rows(folder / "steps.csv")[0]["grad_norm"]) for folder in (free, clipped)]
     assert first[0] == first[1] > 1
-    moments = [read_checkpoint(folder / "last.ckpt")["optimizer_states"][0]["state"] for folder in (free, clipped)]
-    norms = [math.hypot(*(state["exp_avg"].norm().item() for state in of.values())) for of in moments]
+    moments = [
+        read_checkpoint(folder / "last.ckpt")["optimizer_states"][0]["state"]
+        for folder in (free, clipped)
+    ]
+    norms = [
+        math.hypot(*(state["exp_avg"].norm().item() for state in of.values())) for of in moments
+    ]
     assert norms[1] <= 1e-3 < norms[0]
 
 
@@ -161,9 +215,15 @@ def test_finite_values_in_nested_outputs():
 
 def start(images: Path, folder: Path, *more: object) -> subprocess.Popen:
     """A run that does not end by itself; returns when it has a checkpoint."""
-    command = [sys.executable, "train.py", *flags(images, folder, "--checkpoint_every_n_steps", 1, *more)]
+    command = [
+        sys.executable,
+        "train.py",
+        *flags(images, folder, "--checkpoint_every_n_steps", 1, *more),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, text=True, stderr=subprocess.PIPE
+    )
     end = time.monotonic() + 120
     while not (folder / "checkpoints/sdn/last.ckpt").exists():
         assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
@@ -171,7 +231,9 @@ def start(images: Path, folder: Path, *more: object) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
 def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, images, signum, status):
     """To all processes of the job, loader workers among them, as a terminal or SLURM sends it."""
     process = start(images, tmp_path, "--num_workers", 2)
@@ -181,12 +243,18 @@ def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, images, signum, stat
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == status and "Traceback" not in errors, errors
     step = read_checkpoint(tmp_path / "checkpoints/sdn/last.ckpt")["global_step"]
-    assert errors.splitlines()[-1] == f"train.py: stopped after step {step}; --use_checkpoint goes on from there"
-    assert [int(row["step"]) for row in csv_rows(tmp_path / "checkpoints/sdn/steps.csv")] == list(range(1, step + 1))
+    assert (
+        errors.splitlines()[-1]
+        == f"train.py: stopped after step {step}; --use_checkpoint goes on from there"
+    )
+    assert [int(row["step"]) for row in csv_rows(tmp_path / "checkpoints/sdn/steps.csv")] == list(
+        range(1, step + 1)
+    )
 
 
 def test_the_second_interrupt_stops_at_once(tmp_path, images):
-    """Also while a step takes for ever: here the main process waits for a loader worker that is stopped."""
+    """Also while a step takes for ever: here the main process waits for a loader worker that is
+    stopped."""
     process = start(images, tmp_path, "--num_workers", 1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in children:
@@ -197,7 +265,9 @@ def test_the_second_interrupt_stops_at_once(tmp_path, images):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=20)[1]
-    assert process.returncode == 130 and "stopped at once" in errors and "Traceback" not in errors, errors
+    assert (
+        process.returncode == 130 and "stopped at once" in errors and "Traceback" not in errors
+    ), errors
     assert read_checkpoint(tmp_path / "checkpoints/sdn/last.ckpt")
 
 
@@ -205,7 +275,7 @@ def test_a_signal_in_a_validation_keeps_what_was_trained(tmp_path, images):
     """The run goes on with that validation, and ends as if it had never been stopped."""
     code = """
 import os, signal, train
-from lib.training import VAETraining
+from lib.training.base import VAETraining
 before = VAETraining.validation_step
 def step(self, batch, batch_idx):
     if self.global_step == 8 and batch_idx == 0 and not self.trainer.sanity_checking and not os.environ.get("AGAIN"):
@@ -217,7 +287,11 @@ train.main()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     more = flags(images, tmp_path, "--iters", 12, "--batch_val", 4)
     done = subprocess.run(
-        [sys.executable, "-c", code, *more], cwd=REPOSITORY, capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code, *more],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 75, done.stderr
     last = read_checkpoint(tmp_path / "checkpoints/sdn/last.ckpt")
@@ -227,7 +301,10 @@ train.main()
         done = run("train.py", *arguments)
         assert done.returncode == 0, done.stderr
     folders = [tmp_path / "checkpoints" / name for name in ("sdn", "whole")]
-    rows = [[(row["step"], row["epoch"], row["val_neg_elbo"]) for row in csv_rows(x / "epochs.csv")] for x in folders]
+    rows = [
+        [(row["step"], row["epoch"], row["val_neg_elbo"]) for row in csv_rows(x / "epochs.csv")]
+        for x in folders
+    ]
     assert rows[0] == rows[1] and [row[0] for row in rows[0]] == ["8", "12"]
     ours, theirs = (read_checkpoint(folder / "last.ckpt")["state_dict"] for folder in folders)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -246,7 +323,7 @@ def test_a_loader_worker_that_dies_is_one_line(tmp_path, images):
 DIES = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader
-from lib.processes import watched_loaders
+from lib.training.processes import watched_loaders
 with watched_loaders():
     batches = iter(DataLoader(range(100), num_workers=2, timeout=600))
     next(batches)
@@ -260,9 +337,14 @@ with watched_loaders():
 
 def test_a_loader_worker_that_dies_is_never_taken_for_another_fault():
     """As by whoever writes a checkpoint at that moment."""
-    done = subprocess.run([sys.executable, "-c", DIES], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", DIES], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1 and not done.stdout
-    assert re.fullmatch(r".*: error: a loader process died, .*; --use_checkpoint goes on from .*", done.stderr.strip())
+    assert re.fullmatch(
+        r".*: error: a loader process died, .*; --use_checkpoint goes on from .*",
+        done.stderr.strip(),
+    )
 
 
 HANGS = """
@@ -282,10 +364,16 @@ print("all of them")
 
 
 def test_a_loader_that_hangs_ends_the_run():
-    """Its workers stop while they send batches that are larger than a pipe: torch's own limit does not see it."""
-    done = subprocess.run([sys.executable, "-c", HANGS], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    """Its workers stop while they send batches that are larger than a pipe: torch's own limit does
+    not see it."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1 and not done.stdout
-    assert "error: the loader gave no batch for 2 s; --use_checkpoint goes on from" in done.stderr.splitlines()[-1]
+    assert (
+        "error: the loader gave no batch for 2 s; --use_checkpoint goes on from"
+        in done.stderr.splitlines()[-1]
+    )
 
 
 def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path, images):

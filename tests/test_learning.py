@@ -19,11 +19,15 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def histogram() -> float:
-    return histogram_bits_per_dim(get_dataset("Photos32"), get_dataset("Photos32", split="validation"))
+    return histogram_bits_per_dim(
+        get_dataset("Photos32"), get_dataset("Photos32", split="validation")
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "precision"), [("sdn", "32-true"), ("sdn", "bf16-mixed"), ("cnn", "32-true")])
+@pytest.mark.parametrize(
+    ("variant", "precision"), [("sdn", "32-true"), ("sdn", "bf16-mixed"), ("cnn", "32-true")]
+)
 def test_a_small_model_beats_the_histogram_by_a_bit(variant, precision, histogram, tmp_path):
     flags = ["--precision", precision, "--output_dir", tmp_path, "--exp_name", variant]
     flags += ["--sdn_max_scale", 0 if variant == "cnn" else 16]

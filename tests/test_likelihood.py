@@ -1,4 +1,5 @@
-"""The importance-weighted likelihood: its value, resumption, several workers, and memory that runs out."""
+"""The importance-weighted likelihood: its value, resumption, several workers, and memory that runs
+out."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ OPTIONS = dict(samples=6, seed=0, identity=IDENTITY, chunk=12)
 
 
 def open_small(device: str = "cpu", count: int = 8, image_size=8, dtype=torch.float32, **changes):
-    """A small model and random images; at the module's level, so that worker processes can call it."""
+    """A small model and random images; at the module's level, so that worker processes can call
+    it."""
     torch.manual_seed(0)
     model = DensityVAE(image_size, **(SMALL_SDN | changes)).to(device, dtype).eval()
     return model, torch.randint(0, 256, (count, *model.image_shape), dtype=torch.uint8)
@@ -68,7 +70,11 @@ def rows_computed(monkeypatch):
 def values_in(ledger: Path) -> dict[int, float]:
     """The log-likelihood of each finished image, and that none is there twice."""
     rows = [line.split(",") for line in ledger.read_text().splitlines()[2:]]
-    finished = [(int(image), float(value)) for image, samples, value in rows if int(samples) == OPTIONS["samples"]]
+    finished = [
+        (int(image), float(value))
+        for image, samples, value in rows
+        if int(samples) == OPTIONS["samples"]
+    ]
     assert len(dict(finished)) == len(finished)
     return dict(finished)
 
@@ -80,7 +86,8 @@ def comparable(result: dict) -> dict:
 
 @pytest.fixture
 def one_thread():
-    """Workers have a share of this process's threads, and with another number of them sums may differ in a bit."""
+    """Workers have a share of this process's threads, and with another number of them sums may
+    differ in a bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -90,14 +97,18 @@ def one_thread():
 @pytest.fixture
 def uninterrupted(tmp_path):
     """Result and values of all eight images, computed at once by one process."""
-    result = negative_log_likelihood(open_small, range(8), ledger=tmp_path / "uninterrupted.csv", **OPTIONS)
+    result = negative_log_likelihood(
+        open_small, range(8), ledger=tmp_path / "uninterrupted.csv", **OPTIONS
+    )
     return comparable(result), values_in(tmp_path / "uninterrupted.csv")
 
 
 @pytest.mark.parametrize("obs_model", ["DML", "DL"])
 @pytest.mark.parametrize("nbits", [8, 5])
 def test_it_is_the_mean_importance_weight_in_bits_per_dimension(tmp_path, obs_model, nbits):
-    open_model = partial(open_small, image_size=(8, 12), dtype=torch.float64, obs_model=obs_model, nbits=nbits)
+    open_model = partial(
+        open_small, image_size=(8, 12), dtype=torch.float64, obs_model=obs_model, nbits=nbits
+    )
     model, images = open_model()
     bits = []
     for index in (2, 5, 7):
@@ -105,7 +116,9 @@ def test_it_is_the_mean_importance_weight_in_bits_per_dimension(tmp_path, obs_mo
         weights = []
         for sample in range(11):
             with torch.no_grad():
-                noise = [eps.double() for eps in keyed_noise(model.latent_shapes, 3, [index], [sample])]
+                noise = [
+                    eps.double() for eps in keyed_noise(model.latent_shapes, 3, [index], [sample])
+                ]
                 posterior, _ = model.bottom_up(x)
                 _, rates, params = model.top_down(1, posterior=posterior, noise=noise)
                 weights.append((model.observation.log_prob(params, x) - rates.sum()).item())
@@ -113,10 +126,18 @@ def test_it_is_the_mean_importance_weight_in_bits_per_dimension(tmp_path, obs_mo
         mean_weight = sum(math.exp(weight - largest) for weight in weights) / 11
         bits.append(-(largest + math.log(mean_weight)) / (3 * 8 * 12 * math.log(2)))
     result = negative_log_likelihood(
-        open_model, [2, 5, 7], samples=11, seed=3, ledger=tmp_path / "ledger.csv", identity=IDENTITY, chunk=4
+        open_model,
+        [2, 5, 7],
+        samples=11,
+        seed=3,
+        ledger=tmp_path / "ledger.csv",
+        identity=IDENTITY,
+        chunk=4,
     )
     assert result["bits_per_dim"] == pytest.approx(statistics.mean(bits), rel=1e-9)
-    assert result["standard_error"] == pytest.approx(statistics.stdev(bits) / math.sqrt(3), rel=1e-6)
+    assert result["standard_error"] == pytest.approx(
+        statistics.stdev(bits) / math.sqrt(3), rel=1e-6
+    )
     assert (result["images"], result["samples"], result["computed"]) == (3, 11, 3)
 
 
@@ -131,15 +152,25 @@ def test_importance_weighted_bound():
 
     with torch.no_grad():
         noise = [eps.double() for eps in keyed_noise(model.latent_shapes, 0, range(4))]
-        torch.testing.assert_close(log_likelihoods(1, 0), model(model.observation.encode(images).double(), noise).elbo)
-    bounds = [torch.stack([log_likelihoods(samples, seed) for seed in range(24)]).mean(0) for samples in (1, 4, 16)]
+        torch.testing.assert_close(
+            log_likelihoods(1, 0), model(model.observation.encode(images).double(), noise).elbo
+        )
+    bounds = [
+        torch.stack([log_likelihoods(samples, seed) for seed in range(24)]).mean(0)
+        for samples in (1, 4, 16)
+    ]
     assert (bounds[1] > bounds[0]).all() and (bounds[2] > bounds[1]).all()
 
 
 def test_importance_weights_are_one_sample_in_a_model_with_analytic_kl(tmp_path):
-    analytic, sampled = (partial(open_small, post_model="IsoGaussian", analytic_kl=closed) for closed in (True, False))
+    analytic, sampled = (
+        partial(open_small, post_model="IsoGaussian", analytic_kl=closed)
+        for closed in (True, False)
+    )
     results = [
-        comparable(negative_log_likelihood(open_model, [0, 1], ledger=tmp_path / f"{i}.csv", **OPTIONS))
+        comparable(
+            negative_log_likelihood(open_model, [0, 1], ledger=tmp_path / f"{i}.csv", **OPTIONS)
+        )
         for i, open_model in enumerate((analytic, sampled))
     ]
     assert results[0] == results[1]
@@ -151,11 +182,17 @@ def test_importance_weights_are_one_sample_in_a_model_with_analytic_kl(tmp_path)
 def test_neither_chunk_nor_order_matters_but_the_seed_does(tmp_path, uninterrupted):
     for chunk in (1, 5, 1000):
         path = tmp_path / f"{chunk}.csv"
-        result = negative_log_likelihood(open_small, range(7, -1, -1), ledger=path, **OPTIONS | {"chunk": chunk})
+        result = negative_log_likelihood(
+            open_small, range(7, -1, -1), ledger=path, **OPTIONS | {"chunk": chunk}
+        )
         assert result["bits_per_dim"] == pytest.approx(uninterrupted[0]["bits_per_dim"], rel=1e-6)
-        assert result["standard_error"] == pytest.approx(uninterrupted[0]["standard_error"], rel=1e-4)
+        assert result["standard_error"] == pytest.approx(
+            uninterrupted[0]["standard_error"], rel=1e-4
+        )
         assert values_in(path) == pytest.approx(uninterrupted[1], rel=1e-6)
-    other = negative_log_likelihood(open_small, range(8), ledger=tmp_path / "seed.csv", **OPTIONS | {"seed": 1})
+    other = negative_log_likelihood(
+        open_small, range(8), ledger=tmp_path / "seed.csv", **OPTIONS | {"seed": 1}
+    )
     assert other["bits_per_dim"] != pytest.approx(uninterrupted[0]["bits_per_dim"], rel=1e-6)
 
 
@@ -165,19 +202,28 @@ def test_one_image_has_no_standard_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(indices=[]), dict(indices=[1, 1]), dict(devices=()), dict(samples=0), dict(chunk=0)]
+    "changes",
+    [dict(indices=[]), dict(indices=[1, 1]), dict(devices=()), dict(samples=0), dict(chunk=0)],
 )
 def test_what_cannot_be_computed_is_refused(tmp_path, changes):
     with pytest.raises(ValueError, match="needs images, each once"):
-        negative_log_likelihood(**(dict(open_model=open_small, indices=[0], ledger=tmp_path / "l") | OPTIONS | changes))
+        negative_log_likelihood(
+            **(dict(open_model=open_small, indices=[0], ledger=tmp_path / "l") | OPTIONS | changes)
+        )
     assert not (tmp_path / "l").exists()
 
 
 def test_a_likelihood_that_is_not_finite_is_an_error_and_not_kept(tmp_path):
     model, images = open_small()
-    model.observation.log_prob = lambda params, x: torch.where(torch.arange(len(x)) // 6 == 1, math.nan, 0.0)
-    with pytest.raises(LikelihoodError, match="the log-likelihood of image 5 is nan after 6 samples"):
-        negative_log_likelihood(lambda device: (model, images), range(4, 8), ledger=tmp_path / "l", **OPTIONS)
+    model.observation.log_prob = lambda params, x: torch.where(
+        torch.arange(len(x)) // 6 == 1, math.nan, 0.0
+    )
+    with pytest.raises(
+        LikelihoodError, match="the log-likelihood of image 5 is nan after 6 samples"
+    ):
+        negative_log_likelihood(
+            lambda device: (model, images), range(4, 8), ledger=tmp_path / "l", **OPTIONS
+        )
     assert values_in(tmp_path / "l") == {}
 
 
@@ -217,7 +263,9 @@ def test_more_images_build_on_fewer_and_fewer_on_more(tmp_path, uninterrupted):
         result = negative_log_likelihood(open_small, range(count), ledger=path, **OPTIONS)
         computed.append(result["computed"])
     assert computed == [3, 5, 0] and result["images"] == 2
-    assert values_in(path) == pytest.approx(uninterrupted[1], rel=1e-6), "image 3 was computed without image 2"
+    assert values_in(path) == pytest.approx(uninterrupted[1], rel=1e-6), (
+        "image 3 was computed without image 2"
+    )
 
 
 def test_an_image_goes_on_from_its_last_chunk(tmp_path, monkeypatch, rows_computed):
@@ -238,7 +286,9 @@ def test_an_image_goes_on_from_its_last_chunk(tmp_path, monkeypatch, rows_comput
         negative_log_likelihood(open_small, range(3), ledger=tmp_path / "ledger.csv", **options)
     assert len((tmp_path / "ledger.csv").read_text().splitlines()) == 2 + 9
     rows_computed.clear()
-    result = negative_log_likelihood(open_small, range(3), ledger=tmp_path / "ledger.csv", **options)
+    result = negative_log_likelihood(
+        open_small, range(3), ledger=tmp_path / "ledger.csv", **options
+    )
     assert rows_computed == [7, 7, 5] + [7, 7, 7, 7, 7, 5] and result["computed"] == 2
     assert comparable(result) == comparable(whole)
 
@@ -247,29 +297,38 @@ def test_an_image_is_encoded_once_and_written_once_if_it_is_quick(tmp_path, monk
     path = tmp_path / "ledger.csv"
     batches = []
     bottom_up = DensityVAE.bottom_up
-    monkeypatch.setattr(DensityVAE, "bottom_up", lambda self, x: batches.append(len(x)) or bottom_up(self, x))
+    monkeypatch.setattr(
+        DensityVAE, "bottom_up", lambda self, x: batches.append(len(x)) or bottom_up(self, x)
+    )
     negative_log_likelihood(open_small, range(8), ledger=path, **OPTIONS | {"chunk": 2})
     assert batches == 8 * [1] and len(path.read_text().splitlines()) == 2 + 8
 
 
 def compute_and_stall(path: str, workers: int) -> None:
-    """Run in a process of its own: computes images, and stalls when four are finished, having told its children."""
+    """Run in a process of its own: computes images, and stalls when four are finished, having told
+    its children."""
     count = 0
 
     def stall(images: int, estimate: str) -> None:
         nonlocal count
         count += images
         if count >= 4:
-            print("stalled", *(child.pid for child in multiprocessing.active_children()), flush=True)
+            print(
+                "stalled", *(child.pid for child in multiprocessing.active_children()), flush=True
+            )
             time.sleep(60)
 
-    negative_log_likelihood(open_small, range(8), ledger=path, devices=["cpu"] * workers, progress=stall, **OPTIONS)
+    negative_log_likelihood(
+        open_small, range(8), ledger=path, devices=["cpu"] * workers, progress=stall, **OPTIONS
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_run_goes_on_and_its_workers_end(tmp_path, uninterrupted, workers, one_thread):
     path = tmp_path / "ledger.csv"
-    with in_another_process(f"test_likelihood.compute_and_stall({str(path)!r}, {workers})") as process:
+    with in_another_process(
+        f"test_likelihood.compute_and_stall({str(path)!r}, {workers})"
+    ) as process:
         word, *children = process.stdout.readline().split()
         assert word == "stalled" and len(children) == (workers if workers > 1 else 0)
         with pytest.raises(LedgerError, match="in use by another process"):
@@ -297,11 +356,17 @@ def test_a_row_or_head_that_was_cut_off_is_dropped(tmp_path, uninterrupted, kept
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text.replace("abc", "abd"), r"holds other numbers \(weights abd there, abc now\): move it away"),
+        (
+            lambda text: text.replace("abc", "abd"),
+            r"holds other numbers \(weights abd there, abc now\): move it away",
+        ),
         (lambda text: text.replace('"seed": 0', '"seed": 1'), r"seed 1 there, 0 now"),
         (lambda text: text.replace("image,", "picture,"), "another file format"),
         (lambda text: "a letter to my aunt\n", "is not a file of finished images"),
-        (lambda text: text.replace("\n1,", "\none,"), r"line 4 is damaged or out of place \('one,6,"),
+        (
+            lambda text: text.replace("\n1,", "\none,"),
+            r"line 4 is damaged or out of place \('one,6,",
+        ),
         (lambda text: text + "0,6,-1.0\n", "line 5 is damaged"),
         (lambda text: text + "2,7,-1.0\n", "line 5 is damaged"),
         (lambda text: text + "2,6,nan\n", "line 5 is damaged"),
@@ -324,14 +389,18 @@ def test_a_ledger_without_images_binds_nobody(tmp_path):
 
     with pytest.raises(DataError, match="no such data"):
         negative_log_likelihood(open_nothing, range(2), ledger=tmp_path / "l", **OPTIONS)
-    result = negative_log_likelihood(open_small, range(2), ledger=tmp_path / "l", **OPTIONS | {"seed": 1})
+    result = negative_log_likelihood(
+        open_small, range(2), ledger=tmp_path / "l", **OPTIONS | {"seed": 1}
+    )
     assert result["computed"] == 2
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(LedgerError, match="cannot open .*file/ledger.csv"):
-        negative_log_likelihood(open_small, range(2), ledger=tmp_path / "file" / "ledger.csv", **OPTIONS)
+        negative_log_likelihood(
+            open_small, range(2), ledger=tmp_path / "file" / "ledger.csv", **OPTIONS
+        )
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_written(tmp_path):
@@ -341,7 +410,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_written(tmp_path):
         ledger.add([0], 6, [-1.5])
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
         try:
-            with pytest.raises(LedgerError, match="cannot write .*ledger.csv .*: what is in it stays; make room"):
+            with pytest.raises(
+                LedgerError, match="cannot write .*ledger.csv .*: what is in it stays; make room"
+            ):
                 ledger.add([1], 6, [-2.5])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -353,7 +424,12 @@ def test_two_workers_find_what_one_finds(tmp_path, one_thread, uninterrupted):
     path = tmp_path / "ledger.csv"
     told = []
     result = negative_log_likelihood(
-        open_small, range(8), ledger=path, devices=["cpu", "cpu"], progress=lambda *now: told.append(now), **OPTIONS
+        open_small,
+        range(8),
+        ledger=path,
+        devices=["cpu", "cpu"],
+        progress=lambda *now: told.append(now),
+        **OPTIONS,
     )
     assert (comparable(result), values_in(path)) == uninterrupted
     assert sum(images for images, _ in told) == result["computed"] == 8
@@ -363,7 +439,9 @@ def test_a_worker_that_fails_ends_the_run_and_loses_nothing(tmp_path):
     path = tmp_path / "ledger.csv"
     open_model = partial(open_trap, place=5)
     with pytest.raises(DataError, match="^image 5 is damaged$"):
-        negative_log_likelihood(open_model, range(8), ledger=path, devices=["cpu", "cpu"], **OPTIONS)
+        negative_log_likelihood(
+            open_model, range(8), ledger=path, devices=["cpu", "cpu"], **OPTIONS
+        )
     assert not multiprocessing.active_children()
     finished = values_in(path)
     assert finished and not {4, 5} & finished.keys()

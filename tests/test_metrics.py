@@ -1,7 +1,8 @@
-"""Disentanglement metrics: codes whose scores are known beforehand, and scores recomputed by open loops.
+"""Disentanglement metrics: codes whose scores are known beforehand, and scores recomputed by open
+loops.
 
-The data set has 3D-Shapes' factors, and its images are their levels, so that any code can be made up: as a function of
-the images or as the table of all codes.
+The data set has 3D-Shapes' factors, and its images are their levels, so that any code can be made
+up: as a function of the images or as the table of all codes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ REDUCED = {"dci": {"train": 1000, "test": 500, "trees": 5}, "sap": {"train": 200
 
 
 class LevelImages:
-    """Images [N, 3, 1, 2] whose six pixels are the levels of the six factors, or of the first ones."""
+    """Images [N, 3, 1, 2] whose six pixels are the levels of the six factors, or of the first
+    ones."""
 
     def __init__(self, factor_sizes: tuple[int, ...] = SIZES):
         self.factor_sizes = factor_sizes
@@ -60,7 +62,8 @@ def perfect() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def in_pairs(perfect) -> np.ndarray:
-    """Factors 1 and 2, 3 and 4, 5 and 6 turned by 45 degrees: two dimensions tell of two factors equally well."""
+    """Factors 1 and 2, 3 and 4, 5 and 6 turned by 45 degrees: two dimensions tell of two factors
+    equally well."""
     turn = np.array([[1, -1], [1, 1]]) / math.sqrt(2)
     return perfect @ np.kron(np.eye(3), turn)
 
@@ -82,8 +85,15 @@ def scores(metric: str, codes, data=DATA, seed: int = 0, **options) -> dict[str,
     return METRICS[metric](codes, data, seed=seed, **{**REDUCED.get(metric, {}), **options})
 
 
-# SAP: the two levels at the ends of the line can be cut off, which is 2/n of n levels, and chance is 1/n.
-NEAR_ONE = {"beta_vae": 0.99, "factor_vae": 0.99, "mig": 0.99, "dci": 0.99, "sap": np.mean([1 / n for n in SIZES])}
+# SAP: the two levels at the ends of the line can be cut off, which is 2/n of n levels, and chance
+# is 1/n.
+NEAR_ONE = {
+    "beta_vae": 0.99,
+    "factor_vae": 0.99,
+    "mig": 0.99,
+    "dci": 0.99,
+    "sap": np.mean([1 / n for n in SIZES]),
+}
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -111,14 +121,17 @@ def test_a_random_code_scores_near_chance(metric, noise):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_code_that_confuses_factors_in_pairs_scores_as_expected(metric, in_pairs):
-    """Of two factors in two dimensions with equal parts, either is as likely, and no dimension is the better one."""
+    """Of two factors in two dimensions with equal parts, either is as likely, and no dimension is
+    the better one."""
     dci = 1 - math.log(2) / math.log(6)
     expected = {"beta_vae": 1 / 2, "factor_vae": 1 / 2, "mig": 0, "dci": dci, "sap": 0}[metric]
     assert abs(scores(metric, in_pairs)["score"] - expected) < (0.01 if metric == "mig" else 0.05)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_an_entangled_rotation_scores_clearly_lower_than_the_perfect_code(metric, perfect, rotated, noise):
+def test_an_entangled_rotation_scores_clearly_lower_than_the_perfect_code(
+    metric, perfect, rotated, noise
+):
     best, entangled, worst = (scores(metric, codes)["score"] for codes in (perfect, rotated, noise))
     factor = {"beta_vae": 0.95, "factor_vae": 0.9, "mig": 0.25, "dci": 0.5, "sap": 0.5}[metric]
     assert worst < entangled < factor * best
@@ -127,9 +140,9 @@ def test_an_entangled_rotation_scores_clearly_lower_than_the_perfect_code(metric
 def test_beta_vae_saturates_where_factor_vae_does_not(perfect):
     """Each of 20 dimensions is the mean of three of the six factors, of every three once.
 
-    A shared factor makes ten dimensions differ less, and no other factor these ten: to a classifier of all dimensions,
-    as BetaVAE's, that is plain. But these ten are equal, and FactorVAE votes for any of them; a vote for a dimension
-    comes from its three factors equally often.
+    A shared factor makes ten dimensions differ less, and no other factor these ten: to a classifier
+    of all dimensions, as BetaVAE's, that is plain. But these ten are equal, and FactorVAE votes for
+    any of them; a vote for a dimension comes from its three factors equally often.
     """
     triples = list(itertools.combinations(range(6), 3))
     codes = np.stack([perfect[:, triple].mean(1) for triple in triples], axis=1)
@@ -143,13 +156,16 @@ def test_a_code_that_says_all_twice_is_disentangled_but_has_no_gap(perfect):
     for metric, score in (("beta_vae", 1), ("factor_vae", 1), ("mig", 0), ("sap", 0)):
         assert scores(metric, twice)["score"] == score, metric
     found = scores("dci", twice)
-    assert found == scores("dci", twice), "which of two equal dimensions a tree takes is a matter of the seed"
+    assert found == scores("dci", twice), (
+        "which of two equal dimensions a tree takes is a matter of the seed"
+    )
     assert found["score"] > 0.99
     assert abs(found["completeness"] - (1 - math.log(2) / math.log(12))) < 0.1
 
 
 def test_factor_vae_prunes_dimensions_that_hardly_vary(in_pairs, perfect):
-    """Six dimensions with a standard deviation of 0.01 that would settle every vote rightly, and two constant ones."""
+    """Six dimensions with a standard deviation of 0.01 that would settle every vote rightly, and
+    two constant ones."""
     constant = np.full((len(perfect), 2), 3.0)
     codes = np.concatenate([constant, in_pairs, 0.01 * perfect], axis=1)
     pruned = scores("factor_vae", codes)
@@ -187,20 +203,29 @@ def test_a_constant_code_has_a_score_and_a_warning(metric, value):
     assert len(record) == 1 and record[0].filename == __file__
     assert "\n" not in str(record[0].message)
     assert abs(found["score"] - CHANCE) < 0.03 if metric == "beta_vae" else found["score"] == 0
-    assert metric != "factor_vae" or found == {"score": 0, "train_accuracy": 0, "active_dimensions": 0}
+    assert metric != "factor_vae" or found == {
+        "score": 0,
+        "train_accuracy": 0,
+        "active_dimensions": 0,
+    }
     assert metric != "dci" or found["completeness"] == 0
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_seeds_and_nothing_else_decide(metric):
-    """The table of codes and the function of the images, in batches of any size, give the same bits."""
-    small = {"mig": {"samples": 1000}, "dci": {"trees": 1}}.get(metric, {"train": 1000, "test": 500})
+    """The table of codes and the function of the images, in batches of any size, give the same
+    bits."""
+    small = {"mig": {"samples": 1000}, "dci": {"trees": 1}}.get(
+        metric, {"train": 1000, "test": 500}
+    )
     rotation = torch.from_numpy(np.linalg.qr(np.random.default_rng(2).normal(size=(6, 6)))[0])
 
     def represent(images: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
         assert images.dtype == torch.uint8 and images.shape[1:] == (3, 1, 2)
-        return (levels_of(images)[:, :, None] * rotation).sum(1)  # not a matrix product: its rounding depends on B
+        return (levels_of(images)[:, :, None] * rotation).sum(
+            1
+        )  # not a matrix product: its rounding depends on B
 
     table = encode_all(represent, DATA, batch_size=10_000)
     first = scores(metric, table, **small)
@@ -233,11 +258,14 @@ def test_encode_all_goes_through_the_images_with_the_last_factor_fastest():
 
     codes = encode_all(represent, data, batch_size=9)
     assert batches == [9, 9, 6]
-    assert codes.tolist() == [list(levels) for levels in itertools.product(range(3), range(2), range(4))]
+    assert codes.tolist() == [
+        list(levels) for levels in itertools.product(range(3), range(2), range(4))
+    ]
 
 
 class Recorder:
-    """A representation of entangled factors that keeps the levels and the codes of all images it was given."""
+    """A representation of entangled factors that keeps the levels and the codes of all images it
+    was given."""
 
     data = LevelImages((3, 4, 5))
 
@@ -246,7 +274,12 @@ class Recorder:
 
     def __call__(self, images: Tensor) -> Tensor:
         levels = levels_of(images)[:, :3]
-        mixed = levels @ torch.tensor([[1, 0.3, 0.2, 0.1], [0.17, 1.3, 0.5, 0.2], [0.13, 0.41, 0.7, 0.2]]).double()
+        mixed = (
+            levels
+            @ torch.tensor(
+                [[1, 0.3, 0.2, 0.1], [0.17, 1.3, 0.5, 0.2], [0.13, 0.41, 0.7, 0.2]]
+            ).double()
+        )
         codes = torch.cat([mixed.sin() + 0.1 * mixed, 0.05 * mixed[:, :1].cos()], dim=1)
         self.levels += levels.int().tolist()
         self.codes += codes.tolist()
@@ -275,7 +308,11 @@ def test_factor_vae_agrees_with_open_loops():
     counts = Counter(votes[:300])
     majority = {d: max(range(3), key=lambda factor: counts[d, factor]) for d in active}  # noqa: B023 - used at once
     right = [majority[dimension] == factor for dimension, factor in votes]
-    expected = {"score": sum(right[300:]) / 200, "train_accuracy": sum(right[:300]) / 300, "active_dimensions": 4}
+    expected = {
+        "score": sum(right[300:]) / 200,
+        "train_accuracy": sum(right[:300]) / 300,
+        "active_dimensions": 4,
+    }
     assert found == expected
     assert 0.4 < found["score"] < 1
 
@@ -286,14 +323,22 @@ def test_beta_vae_agrees_with_open_loops():
 
     features, labels = [], []
     for levels, codes in recorder.points(40):
-        (factor,) = [k for k in range(3) if all(levels[i][k] == levels[i + 20][k] for i in range(20))]
-        assert all(len({row[k] for row in levels[:20]}) > 1 for k in range(3)), "pairs share it, not points"
-        features.append([sum(abs(codes[i][d] - codes[i + 20][d]) for i in range(20)) / 20 for d in range(5)])
+        (factor,) = [
+            k for k in range(3) if all(levels[i][k] == levels[i + 20][k] for i in range(20))
+        ]
+        assert all(len({row[k] for row in levels[:20]}) > 1 for k in range(3)), (
+            "pairs share it, not points"
+        )
+        features.append(
+            [sum(abs(codes[i][d] - codes[i + 20][d]) for i in range(20)) / 20 for d in range(5)]
+        )
         labels.append(factor)
     assert len(labels) == 500
     margins = []
     for factor in range(3):
-        model = LogisticRegression(solver="liblinear").fit(features[:300], [label == factor for label in labels[:300]])
+        model = LogisticRegression(solver="liblinear").fit(
+            features[:300], [label == factor for label in labels[:300]]
+        )
         margins.append(model.decision_function(features))
     right = np.argmax(margins, axis=0) == labels
     assert found == {"score": right[300:].mean(), "train_accuracy": right[:300].mean()}
@@ -310,7 +355,9 @@ def test_mig_agrees_with_open_loops():
 
     def information(a: list[int], b: list[int]) -> float:
         joint, left, right = Counter(zip(a, b, strict=True)), Counter(a), Counter(b)
-        return sum(n / 400 * math.log(n * 400 / (left[x] * right[y])) for (x, y), n in joint.items())
+        return sum(
+            n / 400 * math.log(n * 400 / (left[x] * right[y])) for (x, y), n in joint.items()
+        )
 
     assert len(recorder.codes) == 400
     binned = [bins(values) for values in zip(*recorder.codes, strict=True)]
@@ -357,15 +404,31 @@ SMALL_DATA = LevelImages((3, 2, 4))
 @pytest.mark.parametrize(
     ("codes", "data", "message"),
     [
-        (levels_of, TensorDataset(torch.zeros(3)), "TensorDataset has no factors of variation; .* factor_sizes and"),
+        (
+            levels_of,
+            TensorDataset(torch.zeros(3)),
+            "TensorDataset has no factors of variation; .* factor_sizes and",
+        ),
         (levels_of, LevelImages((5,)), r"needs two factors or more.* \(5,\)"),
         (levels_of, LevelImages((5, 1)), r"of two levels or more each; .* \(5, 1\)"),
         (TABLE[:23], SMALL_DATA, r"codes of 24 images must be \[24, Z\], got \[23, 2\]"),
         (np.where(TABLE > 1, np.nan, TABLE), SMALL_DATA, "NaN or infinite"),
         (None, SMALL_DATA, "codes must be a tensor or an array, got NoneType"),
-        (lambda images: (images, images), SMALL_DATA, "codes must be a tensor or an array, got tuple"),
-        (lambda images: images.float(), SMALL_DATA, r"codes of 7 images must be \[7, Z\], got \[7, 3, 1, 2\]"),
-        (lambda images: levels_of(images).sum(0, keepdim=True), SMALL_DATA, r"must be \[7, Z\], got \[1, 6\]"),
+        (
+            lambda images: (images, images),
+            SMALL_DATA,
+            "codes must be a tensor or an array, got tuple",
+        ),
+        (
+            lambda images: images.float(),
+            SMALL_DATA,
+            r"codes of 7 images must be \[7, Z\], got \[7, 3, 1, 2\]",
+        ),
+        (
+            lambda images: levels_of(images).sum(0, keepdim=True),
+            SMALL_DATA,
+            r"must be \[7, Z\], got \[1, 6\]",
+        ),
         (lambda images: levels_of(images) / 0, SMALL_DATA, "NaN or infinite"),
     ],
 )
@@ -387,7 +450,9 @@ def test_encode_all_refuses_as_the_metrics_do():
 def test_sizes_that_are_too_small_are_refused(metric):
     at_least_two = {"images", "variance_samples", "samples"}
     at_least_one = {"train", "test", "pairs", "bins", "trees", "batch_size"}
-    for option in inspect.signature(METRICS[metric]).parameters.keys() & (at_least_one | at_least_two):
+    for option in inspect.signature(METRICS[metric]).parameters.keys() & (
+        at_least_one | at_least_two
+    ):
         least = 1 + (option in at_least_two)
         with pytest.raises(ValueError, match=f"{option} must be at least {least}, got {least - 1}"):
             METRICS[metric](TABLE, SMALL_DATA, seed=0, **{option: least - 1})

@@ -20,7 +20,9 @@ def test_sizes_beyond_all_reason_are_refused(name):
 
 @pytest.mark.parametrize("name", ["h_size", "sdn_nfeat_0"])
 def test_weights_that_do_not_fit_into_memory_are_refused(name):
-    with pytest.raises(ValueError, match="the model's weights take .* GB, this machine's memory has"):
+    with pytest.raises(
+        ValueError, match="the model's weights take .* GB, this machine's memory has"
+    ):
         build_model(TrainConfig(**SMALL | {name: 2**20}), 32)
 
 

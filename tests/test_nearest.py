@@ -1,4 +1,5 @@
-"""Nearest training images: exactly what integer arithmetic on every pair gives, however the images arrive."""
+"""Nearest training images: exactly what integer arithmetic on every pair gives, however the images
+arrive."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from lib.evaluation.nearest import Neighbours, nearest_images
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
 ]
 
 
@@ -29,8 +32,11 @@ def batches_of(images: Tensor, size: int, order: Tensor | None = None, padding: 
     return [(images[indices.clamp(min=0)], indices) for indices in order.split(size)]
 
 
-def brute_force(queries: Tensor, images: Tensor, count: int, mirror: bool) -> tuple[list, list, list]:
-    """Indices, squared distances and which were mirrored, by sorting tuples of exact Python integers."""
+def brute_force(
+    queries: Tensor, images: Tensor, count: int, mirror: bool
+) -> tuple[list, list, list]:
+    """Indices, squared distances and which were mirrored, by sorting tuples of exact Python
+    integers."""
     found = []
     for query in queries.long():
         pairs = []
@@ -42,14 +48,18 @@ def brute_force(queries: Tensor, images: Tensor, count: int, mirror: bool) -> tu
     return tuple([[pair[part] for pair in row] for row in found] for part in (1, 0, 2))
 
 
-def assert_exact(result: Neighbours, queries: Tensor, images: Tensor, count: int, mirror: bool) -> None:
+def assert_exact(
+    result: Neighbours, queries: Tensor, images: Tensor, count: int, mirror: bool
+) -> None:
     indices, distances, mirrored = brute_force(queries, images, count, mirror)
     assert result.indices.tolist() == indices
     assert result.mirrored.tolist() == mirrored
     dimensions = queries[0].numel()
     assert result.mse.tolist() == [[distance / dimensions for distance in row] for row in distances]
     as_compared = torch.where(
-        result.mirrored[..., None, None, None], images.flip(-1)[result.indices], images[result.indices]
+        result.mirrored[..., None, None, None],
+        images.flip(-1)[result.indices],
+        images[result.indices],
     )
     assert torch.equal(result.images, as_compared)
     assert result.searched == len(images)
@@ -78,7 +88,8 @@ def test_agrees_with_integer_arithmetic_on_every_pair(side, mirror, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_extreme_levels_at_256_are_exact(precision, device):
-    """Sums that float32 could not hold over a whole image, and neighbours that differ in a single level."""
+    """Sums that float32 could not hold over a whole image, and neighbours that differ in a single
+    level."""
     shape = (1, 3, 256, 256)
     black, white = torch.zeros(shape, dtype=torch.uint8), torch.full(shape, 255, dtype=torch.uint8)
     almost_black, almost_white = black.clone(), white.clone()
@@ -86,7 +97,9 @@ def test_extreme_levels_at_256_are_exact(precision, device):
     almost_white[0, 0, 0, 0] = 254
     noise = random_images(2, 256)
     near_noise = noise[:1] ^ (noise[1:] % 128 == 0)
-    images = torch.cat([white, almost_white, black, almost_black, noise, near_noise, 255 * (noise[:1] % 2)])
+    images = torch.cat(
+        [white, almost_white, black, almost_black, noise, near_noise, 255 * (noise[:1] % 2)]
+    )
     queries = torch.cat([images[:5], (255 - noise[:1])])
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -113,7 +126,12 @@ def test_depends_neither_on_batch_size_nor_order_nor_chunks(monkeypatch):
     images[40:60] = images[10:30]
     expected = nearest_images(queries, batches_of(images, 70), count=6, device="cpu", mirror=True)
     assert_exact(expected, queries, images, 6, mirror=True)
-    for size, rows, workspace, seed in [(1, 256, 2**18, 1), (7, 4, 1, 2), (33, 5, 2**12, 3), (70, 3, 2**14, 4)]:
+    for size, rows, workspace, seed in [
+        (1, 256, 2**18, 1),
+        (7, 4, 1, 2),
+        (33, 5, 2**12, 3),
+        (70, 3, 2**14, 4),
+    ]:
         monkeypatch.setattr(nearest, "ROWS", rows)
         monkeypatch.setattr(nearest, "CPU_WORKSPACE", workspace)
         order = torch.randperm(70, generator=torch.Generator().manual_seed(seed))
@@ -127,11 +145,15 @@ def test_of_equally_near_images_the_lowest_index_comes_first():
     order = torch.tensor([5, 3, 4, 1, 2, 0])
     plain = nearest_images(image, batches_of(images, 2, order), count=3, device="cpu")
     assert plain.indices.tolist() == [[0, 2, 4]]
-    mirrored = nearest_images(image, batches_of(images, 2, order), count=5, device="cpu", mirror=True)
+    mirrored = nearest_images(
+        image, batches_of(images, 2, order), count=5, device="cpu", mirror=True
+    )
     assert mirrored.indices.tolist() == [[0, 1, 2, 4, 5]]
     assert mirrored.mirrored.tolist() == [[False, True, False, False, False]]
     symmetric = torch.cat([image, image.flip(-1)], dim=-1)[..., 4:12]
-    found = nearest_images(symmetric, [(symmetric, torch.tensor([3]))], count=1, device="cpu", mirror=True)
+    found = nearest_images(
+        symmetric, [(symmetric, torch.tensor([3]))], count=1, device="cpu", mirror=True
+    )
     assert not found.mirrored.any(), "an image is preferred to its mirror image"
 
 
@@ -154,7 +176,12 @@ def test_prepare_is_applied_to_the_training_images_alone():
     images, queries = random_images(30, 12), random_images(3, 12, seed=1)
     for mirror in (False, True):
         result = nearest_images(
-            queries, batches_of(images, 8), count=4, device="cpu", mirror=mirror, prepare=lambda x: x // 32 * 32
+            queries,
+            batches_of(images, 8),
+            count=4,
+            device="cpu",
+            mirror=mirror,
+            prepare=lambda x: x // 32 * 32,
         )
         assert_exact(result, queries, images // 32 * 32, 4, mirror)
 
@@ -168,7 +195,9 @@ def test_padding_and_empty_batches_do_not_count_and_progress_tells_what_does():
         (images[4:], torch.arange(4, 10)),
     ]
     progress = []
-    result = nearest_images(images[[2, 3]], batches, count=9, device="cpu", progress=progress.append)
+    result = nearest_images(
+        images[[2, 3]], batches, count=9, device="cpu", progress=progress.append
+    )
     assert result.searched == 9 and sum(progress) == 9 and 0 not in progress
     assert sorted(result.indices[0].tolist()) == [0, 1, 3, 4, 5, 6, 7, 8, 9]
     assert result.indices[1, 0] == 3
@@ -198,8 +227,18 @@ ONE_BATCH = [(IMAGES, INDICES)]
 @pytest.mark.parametrize(
     ("queries", "batches", "options", "message"),
     [
-        (IMAGES.float(), ONE_BATCH, {}, r"queries must be uint8 \[N, 3, H, W\], got torch.float32 \[5, 3, 4, 4\]"),
-        (IMAGES[0], ONE_BATCH, {}, r"queries must be uint8 \[N, 3, H, W\], got torch.uint8 \[3, 4, 4\]"),
+        (
+            IMAGES.float(),
+            ONE_BATCH,
+            {},
+            r"queries must be uint8 \[N, 3, H, W\], got torch.float32 \[5, 3, 4, 4\]",
+        ),
+        (
+            IMAGES[0],
+            ONE_BATCH,
+            {},
+            r"queries must be uint8 \[N, 3, H, W\], got torch.uint8 \[3, 4, 4\]",
+        ),
         (IMAGES[:, :1], ONE_BATCH, {}, r"queries must be .*, got torch.uint8 \[5, 1, 4, 4\]"),
         (IMAGES[:0], ONE_BATCH, {}, "queries must not be empty"),
         (IMAGES[..., :0], ONE_BATCH, {}, "queries must not be empty"),
@@ -208,7 +247,12 @@ ONE_BATCH = [(IMAGES, INDICES)]
         (IMAGES, [], {}, "the 2 nearest of 0 training images"),
         (IMAGES, [(IMAGES, torch.full((5,), -1))], {}, "the 2 nearest of 0 training images"),
         (IMAGES, [(IMAGES.int(), INDICES)], {}, "training images must be uint8"),
-        (IMAGES, [(random_images(5, 8), INDICES)], {}, r"images must be uint8 \[N, 3, 4, 4\], .*\[5, 3, 8, 8\]"),
+        (
+            IMAGES,
+            [(random_images(5, 8), INDICES)],
+            {},
+            r"images must be uint8 \[N, 3, 4, 4\], .*\[5, 3, 8, 8\]",
+        ),
         (IMAGES, [(IMAGES, INDICES[:4])], {}, "indices must be 5 integers"),
         (IMAGES, [(IMAGES, INDICES.float())], {}, "indices must be 5 integers"),
         (IMAGES, [(IMAGES, torch.tensor([0, 1, 2, 3, 3]))], {}, "came twice"),

@@ -1,4 +1,5 @@
-"""SDNLayer and ResSDNLayer: the authors' numbers, what the equations imply, arguments, life as a module."""
+"""SDNLayer and ResSDNLayer: the authors' numbers, what the equations imply, arguments, life as a
+module."""
 
 import copy
 import doctest
@@ -33,7 +34,9 @@ def golden():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_authors_numbers(golden, case, backend):
     layer = getattr(sdn, case["cls"])(**case["kwargs"], backend=backend)
-    layer.load_state_dict({name: golden[f"{case['name']}/param/{name}"] for name in layer.state_dict()})
+    layer.load_state_dict(
+        {name: golden[f"{case['name']}/param/{name}"] for name in layer.state_dict()}
+    )
     x = golden[f"{case['name']}/input"].clone().requires_grad_()
     output = layer(x)
     (output * golden[f"{case['name']}/output_weight"]).sum().backward()
@@ -47,7 +50,8 @@ def test_authors_numbers(golden, case, backend):
 
 
 def cone(direction: int, height: int, width: int) -> torch.Tensor:
-    """Whether an output position [height * width] of one sweep may depend on an input position [height * width]."""
+    """Whether an output position [height * width] of one sweep may depend on an input position
+    [height * width]."""
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     down = (row.flatten()[:, None] - row.flatten()).mul(-1 if direction == 3 else 1)
     right = (column.flatten()[:, None] - column.flatten()).mul(-1 if direction == 1 else 1)
@@ -77,7 +81,8 @@ def test_one_sweep_depends_on_its_cone_only(direction, border, backend):
 
 @pytest.mark.parametrize("dirs", [[0, 2], [0, 1], [3, 1], [0, 1, 2, 3], [3, 1, 0, 2]], ids=str)
 def test_several_sweeps_depend_on_the_product_of_their_cones(dirs):
-    """Four directions, in any order, reach everything; two do not: with [0, 2] the top left sees itself only."""
+    """Four directions, in any order, reach everything; two do not: with [0, 2] the top left sees
+    itself only."""
     torch.manual_seed(0)
     height, width = 5, 4
     layer = SDNLayer(2, 2, 3, dirs).double()
@@ -93,8 +98,9 @@ def test_several_sweeps_depend_on_the_product_of_their_cones(dirs):
 
 @pytest.mark.parametrize("direction", sdn.DIRECTIONS)
 def test_translation_equivariance(direction):
-    """With zero biases in all three stages an object on a zero background may be moved; it must stay away from the
-    edges along a line, where neighbours are missing. With several directions the effect of the edges comes back."""
+    """With zero biases in all three stages an object on a zero background may be moved; it must
+    stay away from the edges along a line, where neighbours are missing. With several directions the
+    effect of the edges comes back."""
     torch.manual_seed(0)
     layer = SDNLayer(2, 3, 4, [direction]).double()
     with torch.no_grad():
@@ -129,7 +135,9 @@ def test_output_keeps_the_memory_format():
     x = torch.randn(2, 3, 5, 6)
     for layer in (SDNLayer(3, 4, 4, [0, 2]), ResSDNLayer(3, 4, 4, [0, 2])):
         assert layer(x).is_contiguous()
-        assert layer(x.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+        assert layer(x.contiguous(memory_format=torch.channels_last)).is_contiguous(
+            memory_format=torch.channels_last
+        )
         torch.testing.assert_close(layer(x), layer(x.contiguous(memory_format=torch.channels_last)))
 
 
@@ -149,7 +157,10 @@ NAMES = [
 def test_parameter_names(backend):
     assert list(SDNLayer(2, 3, 4, [2], backend=backend).state_dict()) == NAMES
     residual = ResSDNLayer(2, 3, 4, [2], backend=backend)
-    assert list(residual.state_dict()) == [f"sdn.{name}" for name in NAMES] + ["cnn.weight", "cnn.bias"]
+    assert list(residual.state_dict()) == [f"sdn.{name}" for name in NAMES] + [
+        "cnn.weight",
+        "cnn.bias",
+    ]
 
 
 def test_parameter_counts_of_the_paper():
@@ -188,8 +199,14 @@ WRONG_ARGUMENTS = [
     (dict(border="none"), "border must be one of 'zeros', 'keep', got 'none'"),
     (dict(backend="cuda"), "backend must be one of 'auto', 'reference', 'torch'.*, got 'cuda'"),
     (dict(upsample=True), "upsample=True needs stride >= 2 .*kernel_size=4, stride=2, padding=1"),
-    (dict(upsample=True, stride=3, kernel_size=2), "needs kernel_size >= stride.*got kernel_size=2, stride=3"),
-    (dict(upsample=True, stride=2, kernel_size=2, padding=1), r"needs kernel_size > 2 \* padding, got kernel_size=2"),
+    (
+        dict(upsample=True, stride=3, kernel_size=2),
+        "needs kernel_size >= stride.*got kernel_size=2, stride=3",
+    ),
+    (
+        dict(upsample=True, stride=2, kernel_size=2, padding=1),
+        r"needs kernel_size > 2 \* padding, got kernel_size=2",
+    ),
 ]
 
 
@@ -233,7 +250,9 @@ def test_copies_compute_the_same(copied):
 
 
 def test_repr_tells_the_sweeps():
-    assert "rows, bottom to top, border='keep', backend='torch'" in repr(Sweep(2, 3, border="keep", backend="torch"))
+    assert "rows, bottom to top, border='keep', backend='torch'" in repr(
+        Sweep(2, 3, border="keep", backend="torch")
+    )
 
 
 def test_docstring_examples():
@@ -266,6 +285,9 @@ def test_the_file_alone_trains(tmp_path):
     """Copied to an empty folder, with nothing of the repository on the path (-I)."""
     shutil.copy(sdn.__file__, tmp_path / "nn.py")
     run = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-I", "-c", ALONE, str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr

@@ -18,7 +18,9 @@ def run(layer, x, weight, **autocast):
         output = layer(x)
     (output * weight).sum().backward()
     gradients = {
-        f"grad {name}": torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        f"grad {name}": torch.zeros_like(parameter)
+        if parameter.grad is None
+        else parameter.grad.clone()
         for name, parameter in layer.named_parameters()
     }
     return {"output": output.detach(), "grad input": x.grad} | gradients
@@ -29,7 +31,9 @@ def assert_near(computed, expected, tolerance):
     for name, value in expected.items():
         assert computed[name].isfinite().all(), name
         difference = (computed[name].double() - value.double()).norm()
-        assert difference <= tolerance * value.double().norm() + 1e-30, f"{name}: {difference / value.norm():.1e}"
+        assert difference <= tolerance * value.double().norm() + 1e-30, (
+            f"{name}: {difference / value.norm():.1e}"
+        )
 
 
 def twin(layer_class, *arguments, **keywords):
@@ -56,13 +60,17 @@ def test_gradcheck(shape, dirs, border, backend):
     assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 3e-6)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 3e-6)], ids=str
+)
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("dirs", [[0], [1], [2], [3], [1, 1], [0, 2, 3, 1, 0]], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_torch_equals_reference(shape, dirs, border, dtype, tolerance):
     torch.manual_seed(0)
-    reference, fast = (layer.to(dtype) for layer in twin(SDNLayer, shape[1], 3, 5, dirs, border=border))
+    reference, fast = (
+        layer.to(dtype) for layer in twin(SDNLayer, shape[1], 3, 5, dirs, border=border)
+    )
     x, weight = torch.randn(shape, dtype=dtype), torch.randn(shape[0], 3, *shape[2:], dtype=dtype)
     expected = run(reference.double(), x.double(), weight.double())
     assert_near(run(fast, x, weight), expected, tolerance)
@@ -72,7 +80,8 @@ def test_torch_equals_reference(shape, dirs, border, dtype, tolerance):
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("dirs", [[0], [1], [2], [3]], ids=str)
 def test_blocks_of_any_length(monkeypatch, dirs, border, block_rows):
-    """Lines are 2 * 4 or 2 * 5 rows long here: blocks of one line, of some, of all, and an incomplete last one."""
+    """Lines are 2 * 4 or 2 * 5 rows long here: blocks of one line, of some, of all, and an
+    incomplete last one."""
     monkeypatch.setattr("lib.nn.BLOCK_ROWS_CPU", block_rows)
     torch.manual_seed(0)
     reference, fast = (layer.double() for layer in twin(SDNLayer, 3, 3, 4, dirs, border=border))
@@ -99,7 +108,11 @@ def test_any_memory_layout(layout, layer_class):
     weight = torch.randn(4, 3, 5, 7)
     expected = run(reference.double(), x.contiguous().double(), weight.double())
     assert_near(run(fast, x, weight), expected, 3e-6)
-    assert_near(run(fast, x, torch.ones(1).expand(4, 3, 5, 7)), run(fast, x.contiguous(), torch.ones(4, 3, 5, 7)), 3e-6)
+    assert_near(
+        run(fast, x, torch.ones(1).expand(4, 3, 5, 7)),
+        run(fast, x.contiguous(), torch.ones(4, 3, 5, 7)),
+        3e-6,
+    )
 
 
 @pytest.mark.parametrize("direction", range(4))
@@ -109,7 +122,11 @@ def test_sweep_alone_in_any_memory_layout(layout, direction):
     name, x = list(layouts())[layout]
     reference, fast = twin(Sweep, 6, direction)
     weight = torch.randn(4, 6, 5, 7)
-    assert_near(run(fast, x, weight), run(reference.double(), x.contiguous().double(), weight.double()), 3e-6)
+    assert_near(
+        run(fast, x, weight),
+        run(reference.double(), x.contiguous().double(), weight.double()),
+        3e-6,
+    )
 
 
 @pytest.mark.parametrize("autocast", [{}, dict(dtype=torch.bfloat16)], ids=["float32", "autocast"])
@@ -125,7 +142,9 @@ def test_neighbours_gathered_for_one_product(direction, autocast, monkeypatch):
     computed = run(fast, x, weight, **autocast)
     # In bfloat16 sums of rounded products differ by a unit or two of rounding.
     assert_near(computed, usual, 2**-7 if autocast else 1e-6)
-    assert_near(computed, run(reference.double(), x.double(), weight.double()), 2**-6 if autocast else 3e-6)
+    assert_near(
+        computed, run(reference.double(), x.double(), weight.double()), 2**-6 if autocast else 3e-6
+    )
 
 
 @pytest.mark.parametrize("low_features", [False, True], ids=["float32 features", "low features"])
@@ -134,10 +153,11 @@ def test_neighbours_gathered_for_one_product(direction, autocast, monkeypatch):
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("direction", range(4))
 def test_autocast(direction, border, dtype, backend, low_features):
-    """Rounding the input and the parameters to the format, once, moves the float64 result by some distance: that much
-    is unavoidable. Autocast rounds the operands of every line again, and the products too: four times that much, and
-    a unit of rounding more, is allowed. A state or an accumulator in the low precision would exceed it (below).
-    Features that come in the low precision, from a convolution, leave in it."""
+    """Rounding the input and the parameters to the format, once, moves the float64 result by some
+    distance: that much is unavoidable. Autocast rounds the operands of every line again, and the
+    products too: four times that much, and a unit of rounding more, is allowed. A state or an
+    accumulator in the low precision would exceed it (below). Features that come in the low
+    precision, from a convolution, leave in it."""
     torch.manual_seed(0)
     sweep = Sweep(16, direction, border=border, backend=backend)
     exact = Sweep(16, direction, border=border, backend="reference").double()
@@ -154,16 +174,21 @@ def test_autocast(direction, border, dtype, backend, low_features):
     assert list(computed) == list(expected)
     for name, value in expected.items():
         of_features = name in ("output", "grad input")
-        assert computed[name].dtype == (dtype if low_features and of_features else torch.float32), name
+        assert computed[name].dtype == (dtype if low_features and of_features else torch.float32), (
+            name
+        )
         assert computed[name].isfinite().all(), name
         unavoidable = (moved[name] - value).norm() / value.norm()
         error = (computed[name].double() - value).norm() / value.norm()
-        assert error <= 4 * unavoidable + torch.finfo(dtype).eps, f"{name}: {error:.1e}, {unavoidable:.1e}"
+        assert error <= 4 * unavoidable + torch.finfo(dtype).eps, (
+            f"{name}: {error:.1e}, {unavoidable:.1e}"
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_state_is_not_rounded_under_autocast(backend):
-    """With z near 1 a line passes unchanged: to float32 precision, since nothing but products is in low precision."""
+    """With z near 1 a line passes unchanged: to float32 precision, since nothing but products is in
+    low precision."""
     sweep = Sweep(8, 2, backend=backend)
     with torch.no_grad():
         sweep.cell.gru.bias_ih[8:16] = 40.0
@@ -181,7 +206,8 @@ def test_whole_layers_under_autocast(layer_class, backend):
     expected = run(layer, x, weight)
     computed = run(layer, x, weight, dtype=torch.bfloat16)
     assert computed["output"].dtype == torch.bfloat16
-    # Six operations in a row, each with two rounded operands and a rounded result of relative error 2^-9 at most.
+    # Six operations in a row, each with two rounded operands and a rounded result of relative error
+    # 2^-9 at most.
     assert_near(computed, expected, 6 * 3 * 2**-9)
 
 
@@ -191,7 +217,8 @@ def test_low_precision_parameters_without_autocast():
     x, weight = torch.randn(2, 2, 8, 5, 6).unbind()
     computed = run(fast, x.bfloat16(), weight.bfloat16())
     assert all(value.dtype == torch.bfloat16 for value in computed.values())
-    # State and gates are rounded too: 6 lines, each with three rounded results of relative error 2^-9 at most.
+    # State and gates are rounded too: 6 lines, each with three rounded results of relative error
+    # 2^-9 at most.
     assert_near(computed, run(reference.double(), x.double(), weight.double()), 6 * 3 * 2**-9)
 
 
@@ -213,7 +240,12 @@ def test_no_uninitialised_memory_is_read(monkeypatch):
 
         return allocate
 
-    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]:
+    for owner, name in [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ]:
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
     computed = [run(each, x, weight) for each in (layer, keeping)]
     assert len(poisoned) >= 2 * 4 * 3
@@ -249,7 +281,8 @@ def test_backward_twice_with_retained_graph(backend):
 @pytest.mark.parametrize("modify", ["add_", "relu_", "zero_", "mul_"])
 @pytest.mark.parametrize("direction", [0, 3])
 def test_output_modified_in_place(direction, modify, backend):
-    """Either autograd refuses, or the gradients are those of the out-of-place operation; never wrong ones."""
+    """Either autograd refuses, or the gradients are those of the out-of-place operation; never
+    wrong ones."""
     torch.manual_seed(0)
     sweep = Sweep(3, direction, backend=backend).double()
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
@@ -339,7 +372,8 @@ def test_every_parameter_receives_a_gradient(border, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_single_line(backend):
-    """A single line has no previous one: with "zeros" it equals a GRU cell on zeros, with "keep" it stays."""
+    """A single line has no previous one: with "zeros" it equals a GRU cell on zeros, with "keep" it
+    stays."""
     torch.manual_seed(0)
     lines = torch.randn(1, 5, 2, 3)
     cell = torch.nn.GRUCell(9, 3)

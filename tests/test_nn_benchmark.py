@@ -7,15 +7,31 @@ import pytest
 from benchmarks import sdn_layer
 from lib import nn as sdn
 
-TINY = ["--channels", "4", "--batch", "2", "--directions", "1", "2", "--repeats", "2", "--slow_repeats", "1"]
+TINY = [
+    "--channels",
+    "4",
+    "--batch",
+    "2",
+    "--directions",
+    "1",
+    "2",
+    "--repeats",
+    "2",
+    "--slow_repeats",
+    "1",
+]
 
 
 def test_table_and_file(tmp_path, capsys):
     output = tmp_path / "result.json"
     sdn_layer.main([*TINY, "--scales", "4", "5", "--no_memory", "--output", str(output)])
     result = json.loads(output.read_text())
-    names = ["conv3", "conv5"] + [f"sdn{n}/{b}" for n in (1, 2) for b in ("reference", "torch", "yardstick")]
-    assert [(row["scale"], row["layer"]) for row in result["rows"]] == [(s, n) for s in (4, 5) for n in names]
+    names = ["conv3", "conv5"] + [
+        f"sdn{n}/{b}" for n in (1, 2) for b in ("reference", "torch", "yardstick")
+    ]
+    assert [(row["scale"], row["layer"]) for row in result["rows"]] == [
+        (s, n) for s in (4, 5) for n in names
+    ]
     for row in result["rows"]:
         assert 0 < row["forward_ms"] < row["step_ms"]
         assert row["rounds"] == (1 if row["layer"].endswith(("reference", "yardstick")) else 2)
@@ -27,7 +43,18 @@ def test_table_and_file(tmp_path, capsys):
 
 def test_memory_of_a_fresh_process(tmp_path):
     output = tmp_path / "result.json"
-    arguments = ["--channels", "32", "--batch", "8", "--scales", "32", "--directions", "1", "--repeats", "1"]
+    arguments = [
+        "--channels",
+        "32",
+        "--batch",
+        "8",
+        "--scales",
+        "32",
+        "--directions",
+        "1",
+        "--repeats",
+        "1",
+    ]
     sdn_layer.main([*arguments, "--backends", "torch", "--output", str(output)])
     peaks = {row["layer"]: row["peak_mib"] for row in json.loads(output.read_text())["rows"]}
     if peaks["conv3"] is None:
@@ -52,7 +79,9 @@ def test_refuses_a_wrong_layer(monkeypatch, tmp_path, wrong):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["--batch", "2", "3", "--scales", "4"], ["--repeats", "0"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [["--batch", "2", "3", "--scales", "4"], ["--repeats", "0"]], ids=str
+)
 def test_wrong_flags(arguments):
     with pytest.raises(SystemExit) as refusal:
         sdn_layer.main(arguments)

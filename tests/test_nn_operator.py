@@ -1,4 +1,5 @@
-"""The sweep as an operator of torch: compiled, exported, registered by several copies of the file, backends chosen."""
+"""The sweep as an operator of torch: compiled, exported, registered by several copies of the file,
+backends chosen."""
 
 from __future__ import annotations
 
@@ -36,20 +37,30 @@ def case(layer_class, backend="torch", dirs=(0, 1, 2, 3)):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize(
     "dtype, product_dtype",
-    [(torch.float64, torch.float64), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
 )
 @pytest.mark.parametrize("reverse, keep_first", [(False, False), (True, True)])
 def test_registration_is_complete(reverse, keep_first, dtype, product_dtype, requires_grad):
-    """Torch's own check: nothing modified or aliased, shapes and strides as announced, gradients through AOT autograd.
+    """Torch's own check: nothing modified or aliased, shapes and strides as announced, gradients
+    through AOT autograd.
 
     Strides are those of a channels_last map, columns as lines, rows as lines."""
     torch.manual_seed(0)
     C = 4
     cell = torch.nn.GRUCell(3 * C, C).to(torch.promote_types(dtype, torch.float32))
-    features = torch.tanh(torch.randn(2, C, 3, 5, dtype=dtype)).contiguous(memory_format=torch.channels_last)
+    features = torch.tanh(torch.randn(2, C, 3, 5, dtype=dtype)).contiguous(
+        memory_format=torch.channels_last
+    )
     for to_lines in [(3, 2, 0, 1), (2, 3, 0, 1)]:
         lines = features.permute(to_lines)
-        tensors = [each.detach() for each in (lines, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
+        tensors = [
+            each.detach()
+            for each in (lines, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+        ]
         leaves = [each.requires_grad_(requires_grad) for each in tensors]
         options = (reverse, keep_first, product_dtype)
         torch.library.opcheck(sdn._SWEEP, (*leaves, *options, requires_grad, "torch"))
@@ -63,13 +74,16 @@ def test_registration_is_complete(reverse, keep_first, dtype, product_dtype, req
 @pytest.mark.parametrize("layer_class", LAYERS)
 @pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 def test_compiled_without_a_graph_break(layer_class, backend, autocast):
-    layer, x, weight = case(layer_class, backend, dirs=(1,) if backend == "reference" else (0, 1, 2, 3))
+    layer, x, weight = case(
+        layer_class, backend, dirs=(1,) if backend == "reference" else (0, 1, 2, 3)
+    )
     expected = run(layer, x, weight, **autocast)
     names = list(layer.state_dict())
     layer.compile(fullgraph=True, backend="aot_eager")
     computed = run(layer, x, weight, **autocast)
     assert list(layer.state_dict()) == names
-    # The reference's lines add their gradients of a weight in autocast's type, in an order that is the compiler's.
+    # The reference's lines add their gradients of a weight in autocast's type, in an order that is
+    # the compiler's.
     assert_near(computed, expected, 2**-8 if autocast and backend == "reference" else 1e-6)
 
 
@@ -121,8 +135,9 @@ def test_exported_stored_and_loaded(layer_class, strict):
 
 
 def test_several_copies_live_in_one_process(tmp_path):
-    """The package under two names, copies beside and without the kernels, one of another version, and a reload: each
-    computes what it did alone, also compiled, and with the operator of its own file."""
+    """The package under two names, copies beside and without the kernels, one of another version,
+    and a reload: each computes what it did alone, also compiled, and with the operator of its own
+    file."""
     (tmp_path / "sdn").symlink_to(REPOSITORY / "lib")
     source = (REPOSITORY / "lib/nn.py").read_text()
     for name in ("mine", "theirs/inner"):
@@ -133,9 +148,12 @@ def test_several_copies_live_in_one_process(tmp_path):
     for name in KERNEL_FILES:
         (tmp_path / "full" / name).write_text((REPOSITORY / "lib" / name).read_text())
     changed = source.replace(
-        "bool keep_first, ScalarType product_dtype, bool diff", "bool keep_first, ScalarType p, bool diff"
+        "bool keep_first, ScalarType product_dtype, bool diff",
+        "bool keep_first, ScalarType p, bool diff",
     )
-    changed = changed.replace("torch.lerp(candidate, lines[line], z, out=corrected[line])", "corrected[line] = 7.0")
+    changed = changed.replace(
+        "torch.lerp(candidate, lines[line], z, out=corrected[line])", "corrected[line] = 7.0"
+    )
     assert changed.count(" p, bool") == 1 and changed.count("= 7.0") == 1
     (tmp_path / "theirs/inner/nn.py").write_text(changed)
     (tmp_path / "theirs/__init__.py").touch()
@@ -156,7 +174,7 @@ assert len(operators | {lib.nn._SWEEP, sdn.nn._SWEEP}) == 12
 assert sdn_copy._triton_kernels() is None
 with_kernels = lib.nn._triton_kernels(), sdn.nn._triton_kernels(), sdn_full._triton_kernels()
 names = [module.__name__ for module in with_kernels]
-assert names == ["lib.sweep_triton", "sdn.sweep_triton", "sdn_full_sweep_triton"], names
+assert names == ["lib.sweeps.triton_backend", "sdn.sweep_triton", "sdn_full_sweep_triton"], names
 assert len({module.kernels for module in with_kernels}) == 3
 x = torch.randn(2, 2, 4, 5)
 expected = [gradient.clone() for gradient in torch.autograd.grad(old_layer(x).square().sum(), old_layer.parameters())]
@@ -179,7 +197,11 @@ except RuntimeError as error:
 """
     environment = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "PATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stdout == "ok\n", done.stderr
 
@@ -187,7 +209,10 @@ except RuntimeError as error:
 def test_triton_on_a_cpu_is_refused(monkeypatch):
     sweep, features = Sweep(3, 0, backend="triton"), torch.randn(1, 3, 2, 2)
     monkeypatch.setattr(sdn, "_why_not_triton", lambda device: "there is no CUDA device")
-    with pytest.raises(RuntimeError, match="'triton' cannot run: there is no CUDA device; 'torch' and 'reference' can"):
+    with pytest.raises(
+        RuntimeError,
+        match="'triton' cannot run: there is no CUDA device; 'torch' and 'reference' can",
+    ):
         sweep(features)
     monkeypatch.setattr(sdn, "_why_not_triton", lambda device: None)
     monkeypatch.setattr(sdn, "_triton_kernels", lambda: SimpleNamespace(INTERPRETED=False))
@@ -196,7 +221,9 @@ def test_triton_on_a_cpu_is_refused(monkeypatch):
 
 
 def test_tensors_on_several_devices_are_refused():
-    with pytest.raises(ValueError, match="features are on meta, parameters on cpu.*: all must be on one device"):
+    with pytest.raises(
+        ValueError, match="features are on meta, parameters on cpu.*: all must be on one device"
+    ):
         Sweep(3, 0)(torch.empty(1, 3, 2, 2, device="meta"))
 
 
@@ -213,7 +240,9 @@ def test_auto_takes_triton_where_it_runs(monkeypatch):
         sdn._resolved("triton", cuda, torch.float64)
 
     monkeypatch.setattr(sdn, "_why_not_triton", lambda device: "of the test")
-    with pytest.warns(UserWarning, match="use backend 'torch', not the faster 'triton': of the test"):
+    with pytest.warns(
+        UserWarning, match="use backend 'torch', not the faster 'triton': of the test"
+    ):
         assert sdn._resolved("auto", cuda, torch.bfloat16) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

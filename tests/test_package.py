@@ -7,7 +7,18 @@ import sys
 
 from helpers import REPOSITORY
 
-HEAVY = ("pytorch_lightning", "torchvision", "lmdb", "wandb", "h5py", "sklearn", "matplotlib", "triton", "PIL", "data")
+HEAVY = (
+    "pytorch_lightning",
+    "torchvision",
+    "lmdb",
+    "wandb",
+    "h5py",
+    "sklearn",
+    "matplotlib",
+    "triton",
+    "PIL",
+    "data",
+)
 
 
 def python(code: str, cwd=REPOSITORY) -> subprocess.CompletedProcess:
@@ -15,7 +26,9 @@ def python(code: str, cwd=REPOSITORY) -> subprocess.CompletedProcess:
 
 
 def test_the_models_need_torch_and_numpy_alone():
-    evaluation = ", ".join(f"lib.evaluation.{name}" for name in ("likelihood", "loading", "nearest", "synthesis"))
+    evaluation = ", ".join(
+        f"lib.evaluation.{name}" for name in ("likelihood", "loading", "nearest", "synthesis")
+    )
     modules = f"lib.nn, lib.probability, lib.DensityVAE, lib.DisentanglementVAE.metrics, lib.released, {evaluation}"
     code = f"import sys, {modules}\n"
     done = python(code + f"print([name for name in {HEAVY!r} if name in sys.modules])")

@@ -1,4 +1,5 @@
-"""Likelihoods against the authors' numbers and against the properties that make them distributions."""
+"""Likelihoods against the authors' numbers and against the properties that make them
+distributions."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def test_dml_golden(case, nbits, mix):
 def golden_iaf() -> IAF:
     iaf = IAF(z_size=4)
     prefix = "iaf/param/"
-    iaf.load_state_dict({k.removeprefix(prefix): golden(k) for k in LAYERS.files if k.startswith(prefix)})
+    iaf.load_state_dict(
+        {k.removeprefix(prefix): golden(k) for k in LAYERS.files if k.startswith(prefix)}
+    )
     return iaf
 
 
@@ -50,7 +53,8 @@ def test_iaf_golden():
 
 
 def iaf_jacobian(z_size: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """dz/dz0 as [H W Z, H W Z] with positions in raster order outermost, and the claimed log-determinant."""
+    """dz/dz0 as [H W Z, H W Z] with positions in raster order outermost, and the claimed
+    log-determinant."""
     torch.manual_seed(0)
     iaf = IAF(z_size).double()
     for parameter in iaf.parameters():
@@ -74,7 +78,9 @@ def test_iaf_is_autoregressive_in_raster_order():
         if there > here:
             assert (block == 0).all(), f"position {here} depends on the later position {there}"
         elif there == here:
-            assert (block[~torch.eye(2, dtype=bool)] == 0).all(), "channels of one position depend on each other"
+            assert (block[~torch.eye(2, dtype=bool)] == 0).all(), (
+                "channels of one position depend on each other"
+            )
     assert blocks[5, :, 0, :].abs().min() > 0, "the earlier neighbours must matter"
     torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobian).logabsdet)
 
@@ -152,7 +158,8 @@ def test_dml_data_are_the_quantized_levels(nbits):
 @pytest.mark.parametrize("name", ["DML", "DL"])
 @pytest.mark.parametrize("nbits", [1, 3, 8])
 def test_samples_follow_the_distribution(name, nbits):
-    """Draws lie at the levels, and their average log-probability is minus the entropy, computed by enumeration."""
+    """Draws lie at the levels, and their average log-probability is minus the entropy, computed by
+    enumeration."""
     torch.manual_seed(5)
     observation = make_observation(name, nbits, mix_components=2)
     if name == "DL":
@@ -176,7 +183,9 @@ def test_sampling_is_seeded_and_inside_the_range():
     for name in ("DML", "DL"):
         observation = make_observation(name, 8, 3)
         params = 3 * torch.randn(2, observation.param_channels, 4, 5)
-        first, second = (observation.sample(params, torch.Generator().manual_seed(7)) for _ in range(2))
+        first, second = (
+            observation.sample(params, torch.Generator().manual_seed(7)) for _ in range(2)
+        )
         assert (first == second).all()
         for image in (first, observation.most_probable(params)):
             assert image.shape == (2, 3, 4, 5)
@@ -274,22 +283,32 @@ def test_dml_in_chunks_rounds_gradients_once(monkeypatch, dtype):
         log_prob = dml.log_prob(params, x)
     (gradient,) = torch.autograd.grad((log_prob * scale).sum(), params)
     assert log_prob.dtype == torch.float32 and gradient.dtype == dtype
-    assert relative_error(gradient, expected) < 1e-4  # most are equal; vectorized functions differ in the last bit
+    assert (
+        relative_error(gradient, expected) < 1e-4
+    )  # most are equal; vectorized functions differ in the last bit
 
 
 def test_dml_needs_no_memory_but_a_chunks(monkeypatch):
     monkeypatch.setattr(probability, "WHOLE", 0)
     monkeypatch.setattr(probability, "CHUNK_CPU", 1000)
     dml = DML(8, 5)
-    params, x = torch.randn(2, dml.param_channels, 32, 32, requires_grad=True), torch.zeros(2, 3, 32, 32)
+    params, x = (
+        torch.randn(2, dml.param_channels, 32, 32, requires_grad=True),
+        torch.zeros(2, 3, 32, 32),
+    )
     sizes = []
 
     class NewTensors(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             result = function(*arguments, **(keywords or {}))
-            leaves = [[t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in (arguments, result)]
+            leaves = [
+                [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+                for tree in (arguments, result)
+            ]
             known, given = ([t.untyped_storage().data_ptr() for t in tensors] for tensors in leaves)
-            sizes.extend(t.numel() for t, place in zip(leaves[1], given, strict=True) if place not in known)
+            sizes.extend(
+                t.numel() for t, place in zip(leaves[1], given, strict=True) if place not in known
+            )
             return result
 
     with NewTensors():

@@ -1,4 +1,5 @@
-"""Checkpoints of the authors' release: the golden numbers in both generations of names, damage, and conversion."""
+"""Checkpoints of the authors' release: the golden numbers in both generations of names, damage, and
+conversion."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ from lib.evaluation.loading import load_model
 from lib.released import IMAGE_SIZES, convert, translate
 from lib.utils import nats_to_bits_per_dim
 
-OLDER = {"project_in_stage": "pre_cnn", "sdn_correction_stage": "sdn_update_network", "project_out_stage": "post_cnn"}
+OLDER = {
+    "project_in_stage": "pre_cnn",
+    "sdn_correction_stage": "sdn_update_network",
+    "project_out_stage": "post_cnn",
+}
 
 
 def golden(name: str) -> dict:
@@ -30,7 +35,9 @@ def older_generation(checkpoint: dict) -> dict:
     def older(name: str) -> str:
         return re.sub("|".join(OLDER), lambda part: OLDER[part[0]], name)
 
-    return checkpoint | {"state_dict": {older(name): tensor for name, tensor in checkpoint["state_dict"].items()}}
+    return checkpoint | {
+        "state_dict": {older(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    }
 
 
 def saved(checkpoint: dict, folder) -> str:
@@ -72,7 +79,9 @@ def golden_names(path) -> list[str]:
 def test_every_stored_tensor_is_used_or_listed(name):
     checkpoint = golden(name)
     released = translate(checkpoint, "golden")
-    assert len(released.average) + len(released.current) + len(released.ignored) == len(checkpoint["state_dict"])
+    assert len(released.average) + len(released.current) + len(released.ignored) == len(
+        checkpoint["state_dict"]
+    )
     assert all(stored.endswith(".mask") for stored in released.ignored)
     (remark,) = released.remarks()
     assert remark.startswith("ignored: ") and all(stored in remark for stored in released.ignored)
@@ -84,7 +93,15 @@ def test_the_configuration_is_rebuilt():
     assert loaded.released and loaded.step == 1234 and not loaded.model.training
     ours = {"border": "keep", "block": "sdn", "highway": "auto"}
     assert {name: getattr(config, name) for name in ours} == ours
-    for name in (*config.architecture(), "dataset", "lrate", "free_bits", "ema_coef", "random_seed", "amp"):
+    for name in (
+        *config.architecture(),
+        "dataset",
+        "lrate",
+        "free_bits",
+        "ema_coef",
+        "random_seed",
+        "amp",
+    ):
         if name not in ours:
             assert getattr(config, name) == stored[name], name
     assert config.root == "data", "folders are the authors'"
@@ -93,9 +110,16 @@ def test_the_configuration_is_rebuilt():
 def test_settings_may_be_numpy_scalars(tmp_path):
     checkpoint = golden("tiny_8bit")
     settings = checkpoint["hyper_parameters"]
-    settings |= dict(z_size=np.int64(2), lrate=np.float64(0.002), free_bits=np.float32(0.25), ds_list=[np.int32(0)])
+    settings |= dict(
+        z_size=np.int64(2),
+        lrate=np.float64(0.002),
+        free_bits=np.float32(0.25),
+        ds_list=[np.int32(0)],
+    )
     settings["downsample_first"] = np.bool_(False)
-    config = load_model(saved(checkpoint | {"global_step": np.int64(7)}, tmp_path), IMAGE_SIZES).config
+    config = load_model(
+        saved(checkpoint | {"global_step": np.int64(7)}, tmp_path), IMAGE_SIZES
+    ).config
     assert (config.z_size, config.lrate, config.free_bits, config.ds_list) == (2, 0.002, 0.25, [0])
     assert config.downsample_first is False
     assert type(config.z_size) is int and type(config.free_bits) is float
@@ -119,12 +143,17 @@ def test_settings_may_be_the_dictionary_of_lightning_0_9(archive, tmp_path, monk
     torch.save(checkpoint, path, _use_new_zipfile_serialization=archive)
     assert b"AttributeDict" in path.read_bytes()
     assert type(read_checkpoint(path)["hyper_parameters"]) is dict
-    assert load_model(path, IMAGE_SIZES).config == load_model(GOLDEN / "tiny_8bit.ckpt", IMAGE_SIZES).config
+    assert (
+        load_model(path, IMAGE_SIZES).config
+        == load_model(GOLDEN / "tiny_8bit.ckpt", IMAGE_SIZES).config
+    )
 
 
 def test_settings_of_training_that_cannot_be_do_not_stop_an_evaluation(tmp_path):
     checkpoint = golden("tiny_8bit")
-    checkpoint["hyper_parameters"] |= dict(ema_coef=1.0, figsize=(3, 4), accumulate_grad_batches={0: 2}, lrate=0.25)
+    checkpoint["hyper_parameters"] |= dict(
+        ema_coef=1.0, figsize=(3, 4), accumulate_grad_batches={0: 2}, lrate=0.25
+    )
     path = saved(checkpoint, tmp_path)
     loaded = load_model(path, IMAGE_SIZES)
     assert loaded.config.lrate == 0.25
@@ -157,7 +186,10 @@ def test_the_sizes_of_the_authors_data_sets_are_those_of_the_registry():
 
 def test_counters_of_the_average_are_ignored_and_half_precision_is_widened(tmp_path):
     checkpoint = golden("tiny_8bit")
-    checkpoint["state_dict"] |= {"ema.num_updates": torch.tensor(3), "ema.shadow_params.h": torch.ones(8).half()}
+    checkpoint["state_dict"] |= {
+        "ema.num_updates": torch.tensor(3),
+        "ema.shadow_params.h": torch.ones(8).half(),
+    }
     released = translate(checkpoint, "golden")
     assert released.ignored["ema.num_updates"] == "a counter of the average"
     assert released.average["h"].dtype == torch.float32
@@ -193,11 +225,23 @@ MASK = "ladder_layers.1.post_model.arnn.conv_a.mask"
             changed(f"ema.shadow_params.{GRU.replace('.', '^')}", torch.zeros(180, 60)),
             rf"in the averaged weights {GRU} is \[180, 60\], its hyper-parameters make it \[180, 180\]",
         ),
-        (changed("ema.shadow_params.new^weight", torch.zeros(2)), "the averaged weights hold new.weight"),
-        (changed(MASK, torch.ones(100, 2, 3, 3)), f"{MASK} is not the raster-order mask of this model"),
-        (changed("ladder_layers.9.arnn.mask", torch.ones(2)), "ladder_layers.9.arnn.mask is not the raster-order mask"),
+        (
+            changed("ema.shadow_params.new^weight", torch.zeros(2)),
+            "the averaged weights hold new.weight",
+        ),
+        (
+            changed(MASK, torch.ones(100, 2, 3, 3)),
+            f"{MASK} is not the raster-order mask of this model",
+        ),
+        (
+            changed("ladder_layers.9.arnn.mask", torch.ones(2)),
+            "ladder_layers.9.arnn.mask is not the raster-order mask",
+        ),
         (changed("h", 3), "h is a int, not a dense tensor"),
-        (without_average, r"has no averaged weights \(ema.shadow_params.\*\), which evaluation needs"),
+        (
+            without_average,
+            r"has no averaged weights \(ema.shadow_params.\*\), which evaluation needs",
+        ),
         (lambda c: c["hyper_parameters"].pop("nbits"), "its hyper-parameters lack nbits"),
         (lambda c: c["hyper_parameters"].pop("dataset"), "its hyper-parameters lack dataset"),
         (setting("dataset", "LSUN"), "is of the data set LSUN; known are CIFAR10"),
@@ -209,11 +253,20 @@ MASK = "ladder_layers.1.post_model.arnn.conv_a.mask"
         (lambda c: c.update(global_step="many"), "its global_step cannot be 'many'"),
         (lambda c: c.update(epoch=-1), "its epoch cannot be -1"),
         (without("h"), "the weights lack h"),
-        (changed("h", torch.zeros(3)), r"in the weights h is \[3\], its hyper-parameters make it \[8\]"),
+        (
+            changed("h", torch.zeros(3)),
+            r"in the weights h is \[3\], its hyper-parameters make it \[8\]",
+        ),
         (lambda c: c["state_dict"].update({7: torch.zeros(1)}), "its tensors have no names"),
         (changed("h", torch.zeros(8).to_sparse()), "h is a Tensor, not a dense tensor"),
-        (changed(GRU.replace("sdn_correction_stage", "sdn_update_network"), torch.zeros(1)), f"{GRU} is stored twice"),
-        (setting("sdn_num_dirs", 7), "its hyper-parameters cannot be: --sdn_num_dirs must be at most 4; got 7"),
+        (
+            changed(GRU.replace("sdn_correction_stage", "sdn_update_network"), torch.zeros(1)),
+            f"{GRU} is stored twice",
+        ),
+        (
+            setting("sdn_num_dirs", 7),
+            "its hyper-parameters cannot be: --sdn_num_dirs must be at most 4; got 7",
+        ),
         (setting("depth", 3), "the averaged weights lack ladder_layers.2"),
     ],
 )
@@ -228,7 +281,8 @@ def test_what_does_not_fit_is_named(change, message, tmp_path):
 
 @pytest.mark.parametrize("archive", [True, False], ids=["zip", "before torch 1.6"])
 def test_any_damage_is_one_clear_error(archive, tmp_path):
-    """Files cut off anywhere, or with bytes of the dictionary replaced, are read or refused with one line."""
+    """Files cut off anywhere, or with bytes of the dictionary replaced, are read or refused with
+    one line."""
     path = tmp_path / "damaged.ckpt"
     torch.save(golden("tiny_5bit"), path, _use_new_zipfile_serialization=archive)
     load_model(path, IMAGE_SIZES)
@@ -251,9 +305,12 @@ def test_any_damage_is_one_clear_error(archive, tmp_path):
 
 
 def test_conversion_keeps_everything_and_training_goes_on(images, tmp_path):
-    """A released checkpoint with the optimizer's moments, of the test's data set, is converted and trained on."""
+    """A released checkpoint with the optimizer's moments, of the test's data set, is converted and
+    trained on."""
     checkpoint = golden("tiny_8bit")
-    names = [n for n in checkpoint["state_dict"] if not n.startswith("ema.") and not n.endswith(".mask")]
+    names = [
+        n for n in checkpoint["state_dict"] if not n.startswith("ema.") and not n.endswith(".mask")
+    ]
     generator = torch.Generator().manual_seed(0)
     moments = {}
     for number, name in enumerate(names):
@@ -265,7 +322,10 @@ def test_conversion_keeps_everything_and_training_goes_on(images, tmp_path):
     checkpoint["hyper_parameters"] |= dict(dataset="ImageNet32", lrate_decay=0.5, amp=False)
     target = tmp_path / "checkpoints/authors/last.ckpt"
     report = convert(saved(checkpoint, tmp_path), target)
-    assert f"{target}: ImageNet32, epoch 3, step 1234" in report and "optimizer moments: kept" in report
+    assert (
+        f"{target}: ImageNet32, epoch 3, step 1234" in report
+        and "optimizer moments: kept" in report
+    )
 
     released = translate(checkpoint, "golden")
     converted = read_checkpoint(target)
@@ -281,17 +341,44 @@ def test_conversion_keeps_everything_and_training_goes_on(images, tmp_path):
     (line,) = [line for line in report if line.startswith("train on with: ")]
     command = shlex.split(line.removeprefix("train on with: "))
     assert command[:2] == ["python", "train.py"]
-    extra = ["--root", images, "--output_dir", tmp_path, "--gpus", 0, "--num_workers", 0, "--logger", "none"]
-    done = run("train.py", *command[2:], *extra, "--figsize", 2, "--max_epochs", 4, "--batch", 4, "--batch_val", 4)
+    extra = [
+        "--root",
+        images,
+        "--output_dir",
+        tmp_path,
+        "--gpus",
+        0,
+        "--num_workers",
+        0,
+        "--logger",
+        "none",
+    ]
+    done = run(
+        "train.py",
+        *command[2:],
+        *extra,
+        "--figsize",
+        2,
+        "--max_epochs",
+        4,
+        "--batch",
+        4,
+        "--batch_val",
+        4,
+    )
     assert done.returncode == 0, done.stderr
     after = read_checkpoint(target)
-    assert (after["epoch"], after["global_step"]) == (4, 1234 + 8), "one epoch of 32 images, the fourth"
+    assert (after["epoch"], after["global_step"]) == (4, 1234 + 8), (
+        "one epoch of 32 images, the fourth"
+    )
     assert after["state_dict"]["average.n_averaged"] == 1234 + 8
     rows = list(csv.DictReader((target.parent / "steps.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(1235, 1243))
     assert float(rows[0]["lr"]) == pytest.approx(0.002 * 0.5**3), "three epochs of decay"
     assert after["optimizer_states"][0]["state"][0]["step"] == 1234 + 8
-    assert after["optimizer_states"][0]["state"][0]["exp_inf"].max() > 0.9, "moments decay slowly from the stored ones"
+    assert after["optimizer_states"][0]["state"][0]["exp_inf"].max() > 0.9, (
+        "moments decay slowly from the stored ones"
+    )
     difference = relative_error(after["state_dict"]["average.module.h"], released.average["h"])
     assert 0 < difference < 0.1, "the average moved on, a little"
 
@@ -312,7 +399,9 @@ def test_conversion_refuses_in_one_line(finished, tmp_path):
     taken.write_text("mine")
     refused(GOLDEN / "tiny_8bit.ckpt", taken, "taken.ckpt exists already: give another name")
     assert taken.read_text() == "mine"
-    refused(finished / "checkpoints/tiny/last.ckpt", tmp_path / "x", "is not in the authors' format")
+    refused(
+        finished / "checkpoints/tiny/last.ckpt", tmp_path / "x", "is not in the authors' format"
+    )
     refused(tmp_path / "absent.ckpt", tmp_path / "x", "no checkpoint at")
     refused(GOLDEN / "tiny_8bit.ckpt", taken / "x.ckpt", "cannot be written")
     assert {path.name for path in tmp_path.iterdir()} == {"taken.ckpt"}
@@ -322,5 +411,13 @@ def test_training_on_a_released_file_says_how_to_convert_it(images, tmp_path):
     folder = tmp_path / "checkpoints/authors"
     folder.mkdir(parents=True)
     (folder / "last.ckpt").write_bytes((GOLDEN / "tiny_8bit.ckpt").read_bytes())
-    arguments = ["--root", images, "--exp_name", "authors", "--output_dir", tmp_path, "--use_checkpoint"]
+    arguments = [
+        "--root",
+        images,
+        "--exp_name",
+        "authors",
+        "--output_dir",
+        tmp_path,
+        "--use_checkpoint",
+    ]
     assert_one_line_error(run("train.py", *TINY, *arguments), "convert it: python -m lib.released")

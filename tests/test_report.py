@@ -1,4 +1,5 @@
-"""The report page: complete, escaped, self-contained, replaced as a whole; and how a browser shows it."""
+"""The report page: complete, escaped, self-contained, replaced as a whole; and how a browser shows
+it."""
 
 from __future__ import annotations
 
@@ -17,11 +18,24 @@ from PIL import Image
 
 from lib.evaluation.report import TASKS, ReportError, write_report
 
-COLOURS = {"sampling": (200, 30, 120), "interpolation": (30, 160, 60), "neighborhood": (40, 80, 220)}
-WHERE = dict(checkpoint="best.ckpt", weights="3f9a12bc77de", step=12345, dataset="Photos32", seed=7, batch=32)
+COLOURS = {
+    "sampling": (200, 30, 120),
+    "interpolation": (30, 160, 60),
+    "neighborhood": (40, 80, 220),
+}
+WHERE = dict(
+    checkpoint="best.ckpt", weights="3f9a12bc77de", step=12345, dataset="Photos32", seed=7, batch=32
+)
 WHERE |= {"device": "cpu", "torch": "2.15.0", "python": "3.11.7", "date": "2026-11-22"}
 WHERE |= {"command": "evaluate.py --model tiny --elbo"}
-CONFIG = {"depth": 3, "ds_list": [0, 2], "lrate": 0.0021, "lrate_decay": 1e-05, "amp": True, "precision": None}
+CONFIG = {
+    "depth": 3,
+    "ds_list": [0, 2],
+    "lrate": 0.0021,
+    "lrate_decay": 1e-05,
+    "amp": True,
+    "precision": None,
+}
 
 
 def picture(folder, name, colour, size=(64, 48)) -> dict[str, str]:
@@ -31,7 +45,9 @@ def picture(folder, name, colour, size=(64, 48)) -> dict[str, str]:
 
 def all_results(folder) -> dict[str, dict]:
     """An entry of each task that is known, and of one that is not."""
-    pictures = {task: [picture(folder, f"{task}.png", COLOURS.get(task, (90, 90, 90)))] for task in TASKS}
+    pictures = {
+        task: [picture(folder, f"{task}.png", COLOURS.get(task, (90, 90, 90)))] for task in TASKS
+    }
     pictures["sampling"].append(picture(folder, "wide.png", COLOURS["sampling"], (2000, 300)))
     mses = [[412.34, 500.0], [20.06, 1234.56]]
     entries = {
@@ -54,9 +70,17 @@ def all_results(folder) -> dict[str, dict]:
             "seconds": 18.43,
         },
         "sampling": {"temperatures": [0.65, 1.0], "count": 66, "output": "most_probable"},
-        "interpolation": {"images": [17, 40], "layers": [2, 1], "temperatures": [0.95], "frames": 9},
+        "interpolation": {
+            "images": [17, 40],
+            "layers": [2, 1],
+            "temperatures": [0.95],
+            "frames": 9,
+        },
         "disentanglement": {
-            "scores": {"beta_vae": {"score": 0.98765, "train_accuracy": 0.99}, "dci": {"score": 0.5}},
+            "scores": {
+                "beta_vae": {"score": 0.98765, "train_accuracy": 0.99},
+                "dci": {"score": 0.5},
+            },
             "levels": [5, 5, 4],
             "seconds_per_metric": {"encoding": 6.52, "beta_vae": 0.7},
         },
@@ -66,7 +90,10 @@ def all_results(folder) -> dict[str, dict]:
         "overfitting": {
             "searched": 8192,
             "neighbours": [
-                [{"index": 1000 + 10 * q + k, "mse": mse, "mirrored": k == 1} for k, mse in enumerate(row)]
+                [
+                    {"index": 1000 + 10 * q + k, "mse": mse, "mirrored": k == 1}
+                    for k, mse in enumerate(row)
+                ]
                 for q, row in enumerate(mses)
             ],
         },
@@ -78,12 +105,21 @@ def all_results(folder) -> dict[str, dict]:
     }
     known = {task: entry | WHERE | {"pictures": pictures[task]} for task, entry in entries.items()}
     known["elbo"] = {key: value for key, value in known["elbo"].items() if key != "pictures"}
-    later = {"gain": 1.234567891, "kinds": ["a", "b"], "nested": {"p": [1, 2]}, "done": True, "reason": None}
-    return known | {"later_task": later | WHERE | {"date": "2027-01-02", "command": "evaluate.py --later_task"}}
+    later = {
+        "gain": 1.234567891,
+        "kinds": ["a", "b"],
+        "nested": {"p": [1, 2]},
+        "done": True,
+        "reason": None,
+    }
+    return known | {
+        "later_task": later | WHERE | {"date": "2027-01-02", "command": "evaluate.py --later_task"}
+    }
 
 
 class Page(HTMLParser):
-    """The page's elements, their texts, and the rows of its tables; fails where elements do not nest."""
+    """The page's elements, their texts, and the rows of its tables; fails where elements do not
+    nest."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -120,7 +156,9 @@ class Page(HTMLParser):
 
 def report(folder, **changes) -> Page:
     results = changes.pop("results") if "results" in changes else all_results(folder)
-    path = write_report(folder / "report.html", **{"title": "tiny", "results": results, "config": CONFIG} | changes)
+    path = write_report(
+        folder / "report.html", **{"title": "tiny", "results": results, "config": CONFIG} | changes
+    )
     assert path == folder / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 
@@ -169,13 +207,32 @@ def test_every_number_is_in_a_table(tmp_path):
 
 def test_configuration_versions_and_commands(tmp_path):
     page = report(tmp_path, ignored=["sampling: of other weights", "overfitting: <old>"])
-    settings = {"depth": "3", "ds_list": "0, 2", "lrate": "0.0021", "lrate_decay": "1e-05", "amp": "yes"}
+    settings = {
+        "depth": "3",
+        "ds_list": "0, 2",
+        "lrate": "0.0021",
+        "lrate_decay": "1e-05",
+        "amp": "yes",
+    }
     settings["precision"] = "–"
     assert [row for row in map(list, settings.items()) if row not in page.rows] == []
-    versions = {"data set": "Photos32", "checkpoint": "best.ckpt", "optimizer steps": "12,345", "PyTorch": "2.15.0"}
-    versions |= {"weights' fingerprint": "3f9a12bc77de", "seed": "7", "batch size": "32", "Python": "3.11.7"}
+    versions = {
+        "data set": "Photos32",
+        "checkpoint": "best.ckpt",
+        "optimizer steps": "12,345",
+        "PyTorch": "2.15.0",
+    }
+    versions |= {
+        "weights' fingerprint": "3f9a12bc77de",
+        "seed": "7",
+        "batch size": "32",
+        "Python": "3.11.7",
+    }
     assert [row for row in map(list, versions.items()) if row not in page.rows] == []
-    assert ["Negative ELBO", "2026-11-22"] in page.rows and ["Later task", "2027-01-02"] in page.rows
+    assert ["Negative ELBO", "2026-11-22"] in page.rows and [
+        "Later task",
+        "2027-01-02",
+    ] in page.rows
     assert page.texts["code"] == ["evaluate.py --model tiny --elbo", "evaluate.py --later_task"]
     assert {"sampling: of other weights", "overfitting: <old>"} < set(page.texts["li"])
 
@@ -198,21 +255,41 @@ def test_pictures_are_in_the_page(tmp_path):
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
     page = report(tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert not any(part in text for part in ("http:", "https:", "url(", "@import", "<script", "file:"))
+    assert not any(
+        part in text for part in ("http:", "https:", "url(", "@import", "<script", "file:")
+    )
     assert [link["href"] for link in page.all("link")] == ["data:,"]
-    (policy,) = [m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert "default-src 'none'" in policy
     anchors = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     targets = [link["href"] for link in page.all("a")]
     assert len(set(anchors)) == len(anchors)
-    assert {"#elbo", "#later-task", "#configuration"} < set(targets) <= {f"#{anchor}" for anchor in anchors}
+    assert (
+        {"#elbo", "#later-task", "#configuration"}
+        < set(targets)
+        <= {f"#{anchor}" for anchor in anchors}
+    )
 
 
 def test_all_texts_are_escaped(tmp_path):
     mean = "<script>alert('&amp;\"')</script>"
     stored = picture(tmp_path, "p.png", (1, 2, 3)) | {"caption": mean}
-    results = {"sampling": {"count": 1, "output": mean, "command": mean, "device": mean, "pictures": [stored]}}
-    results |= {mean: {mean: mean, "list": [mean, {mean: mean}]}, "versions": {"x": 1}, "VERSIONS": {"x": 2}}
+    results = {
+        "sampling": {
+            "count": 1,
+            "output": mean,
+            "command": mean,
+            "device": mean,
+            "pictures": [stored],
+        }
+    }
+    results |= {
+        mean: {mean: mean, "list": [mean, {mean: mean}]},
+        "versions": {"x": 1},
+        "VERSIONS": {"x": 2},
+    }
     page = report(tmp_path, title=mean, results=results, config={mean: mean}, ignored=[mean])
     assert page.all("script") == []
     for tag in ("title", "h1", "li", "figcaption", "code", "td", "th"):
@@ -242,7 +319,9 @@ def test_a_missing_or_damaged_picture(tmp_path):
         with pytest.raises(ReportError, match=r"interpolation\.png is no PNG, or is cut off"):
             report(tmp_path, results=results)
     (tmp_path / "interpolation.png").unlink()
-    with pytest.raises(ReportError, match=r"interpolation\.png is missing; .*--interpolation makes it again") as raised:
+    with pytest.raises(
+        ReportError, match=r"interpolation\.png is missing; .*--interpolation makes it again"
+    ) as raised:
         report(tmp_path, results=results)
     assert "\n" not in str(raised.value)
     assert (tmp_path / "report.html").read_bytes() == old
@@ -269,7 +348,9 @@ def test_an_interrupted_write_leaves_the_old_page(tmp_path, monkeypatch):
 def test_an_installed_copy_has_its_template(tmp_path):
     (tmp_path / "sdn").symlink_to(REPOSITORY / "lib")
     code = "import sdn.evaluation.report as r; r.write_report('x/r.html', title='', results={}, config={})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x/r.html").is_file()
 
@@ -291,18 +372,36 @@ OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clie
 
 @pytest.mark.slow
 def test_a_browser_shows_the_page(tmp_path, browser):
-    command = "evaluate.py --model tiny --likelihood " + "--importance_samples 1024 " * 20 + "x" * 300
+    command = (
+        "evaluate.py --model tiny --likelihood " + "--importance_samples 1024 " * 20 + "x" * 300
+    )
     results = all_results(tmp_path)
     results["likelihood"]["command"] = command
     results["overfitting"]["neighbours"] = [row * 9 for row in results["overfitting"]["neighbours"]]
-    report(tmp_path, title="An experiment with_a_long_name_" + "x" * 100, results=results, ignored=["one " * 60])
-    for name, width, height, scheme in (("desktop", 1280, 800, "light"), ("phone", 400, 800, "dark")):
+    report(
+        tmp_path,
+        title="An experiment with_a_long_name_" + "x" * 100,
+        results=results,
+        ignored=["one " * 60],
+    )
+    for name, width, height, scheme in (
+        ("desktop", 1280, 800, "light"),
+        ("phone", 400, 800, "dark"),
+    ):
         browser.show(tmp_path / "report.html", width, height, scheme)
-        requests = {event["request"]["url"].split(":")[0] for event in browser.said("Network.requestWillBeSent")}
+        requests = {
+            event["request"]["url"].split(":")[0]
+            for event in browser.said("Network.requestWillBeSent")
+        }
         assert "file" in requests <= {"file", "data"}
         assert browser.said("Log.entryAdded") == browser.said("Network.loadingFailed") == []
-        assert browser.evaluate("document.documentElement.clientWidth") == width and browser.evaluate(OVERFLOW) <= 0
-        assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
+        assert (
+            browser.evaluate("document.documentElement.clientWidth") == width
+            and browser.evaluate(OVERFLOW) <= 0
+        )
+        assert browser.evaluate(
+            "[...document.images].every(image => image.complete && image.naturalWidth)"
+        )
         text = " ".join(browser.evaluate("document.body.innerText").split())
         assert "4.8175 ± 0.0810" in text and command in text
         assert "ds_list" not in text, "the configuration is folded"
@@ -321,5 +420,7 @@ def test_a_browser_shows_the_page(tmp_path, browser):
     control.write_text(wide + "<img src='http://example.invalid/x.png'>")
     browser.show(control, 400, 800, "light")
     assert browser.evaluate(OVERFLOW) > 0
-    assert "http://example.invalid/x.png" in [e["request"]["url"] for e in browser.said("Network.requestWillBeSent")]
+    assert "http://example.invalid/x.png" in [
+        e["request"]["url"] for e in browser.said("Network.requestWillBeSent")
+    ]
     assert browser.said("Network.loadingFailed")

@@ -1,4 +1,5 @@
-"""A run that is killed at any moment and started again ends bit for bit where one that was never killed ends."""
+"""A run that is killed at any moment and started again ends bit for bit where one that was never
+killed ends."""
 
 from __future__ import annotations
 
@@ -15,15 +16,18 @@ from helpers import REPOSITORY, TINY, TINY_BETA, csv_rows, run
 
 from benchmarks.runs_compared import differences, same
 from lib.checkpoint import read_checkpoint
-from lib.checkpointing import step_checkpoints
+from lib.training.checkpoints import step_checkpoints
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as `run`: another number of threads rounds otherwise
+ONE_THREAD = os.environ | {
+    "OMP_NUM_THREADS": "1"
+}  # as `run`: another number of threads rounds otherwise
 
 
 def run_and_die(hook: str, step: int, *arguments: object) -> None:
-    """Runs train.py and kills it with SIGKILL when a hook (or function) `MODULE.CLASS.NAME` is called after `step`."""
+    """Runs train.py and kills it with SIGKILL when a hook (or function) `MODULE.CLASS.NAME` is
+    called after `step`."""
     code = f"""
-import os, signal, sys, train, lib.callbacks, lib.checkpointing, lib.checkpoint, lib.files
+import os, signal, sys, train, lib.training.callbacks, lib.training.checkpoints, lib.checkpoint, lib.files
 owner, name = {hook.rsplit(".", 1)!r}
 owner = eval(owner)
 before = getattr(owner, name)
@@ -42,22 +46,24 @@ setattr(owner, name, killed)
 train.main(sys.argv[1:])
 """
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=ONE_THREAD
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 MOMENTS = [
-    ("lib.callbacks.MetricsLog.on_train_batch_end", 1),
-    ("lib.callbacks.MetricsLog.on_before_optimizer_step", 5),
-    ("lib.checkpointing.Checkpoints.on_train_batch_end", 8),
-    ("lib.callbacks.MetricsLog.on_validation_end", 8),
-    ("lib.checkpointing.Checkpoints.on_train_epoch_end", 8),
-    ("lib.checkpointing.second_name", 8),  # of the best
+    ("lib.training.callbacks.MetricsLog.on_train_batch_end", 1),
+    ("lib.training.callbacks.MetricsLog.on_before_optimizer_step", 5),
+    ("lib.training.checkpoints.Checkpoints.on_train_batch_end", 8),
+    ("lib.training.callbacks.MetricsLog.on_validation_end", 8),
+    ("lib.training.checkpoints.Checkpoints.on_train_epoch_end", 8),
+    ("lib.training.checkpoints.second_name", 8),  # of the best
     ("lib.files.sync", 9),
-    ("lib.checkpointing.second_name", 12),
+    ("lib.training.checkpoints.second_name", 12),
     ("lib.files.sync", 16),  # of a picture
-    ("lib.checkpointing.Checkpoints.on_train_epoch_end", 19),
-    ("lib.checkpointing.second_name", 19),
+    ("lib.training.checkpoints.Checkpoints.on_train_epoch_end", 19),
+    ("lib.training.checkpoints.second_name", 19),
 ]
 
 
@@ -76,16 +82,45 @@ def test_killed_at_any_moment(tmp_path, images):
 
 KINDS = {
     "workers": [*TINY, "--num_workers", 2, "--iters", 21],
-    "accumulation": [*TINY, "--accumulate_grad_batches", 3, "--iters", 8, "--batch", 2, "--grad_clip", 0.1],
-    "annealing": [*TINY_BETA, "--beta_final", 8, "--beta_rate", 0.1, "--iters", 11, "--check_val_every_n_epoch", 2],
+    "accumulation": [
+        *TINY,
+        "--accumulate_grad_batches",
+        3,
+        "--iters",
+        8,
+        "--batch",
+        2,
+        "--grad_clip",
+        0.1,
+    ],
+    "annealing": [
+        *TINY_BETA,
+        "--beta_final",
+        8,
+        "--beta_rate",
+        0.1,
+        "--iters",
+        11,
+        "--check_val_every_n_epoch",
+        2,
+    ],
     "noise by image": [*TINY, "--noise", "image", "--max_epochs", 2, "--ema_coef", 0.9],
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_moments(kind, tmp_path, images):
-    """A real process is killed by the clock, several times, somewhere after its first new checkpoint."""
-    common = [*KINDS[kind], "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--use_checkpoint"]
+    """A real process is killed by the clock, several times, somewhere after its first new
+    checkpoint."""
+    common = [
+        *KINDS[kind],
+        "--root",
+        images,
+        "--make_checkpoint",
+        "--output_dir",
+        tmp_path,
+        "--use_checkpoint",
+    ]
     common += ["--checkpoint_every_n_steps", 2]
     done = run("train.py", *common, "--exp_name", "whole")
     assert done.returncode == 0, done.stderr
@@ -95,14 +130,22 @@ def test_killed_at_random_moments(kind, tmp_path, images):
     for _ in range(3):
         before = step_checkpoints(tmp_path / "checkpoints/killed")[:1]
         process = subprocess.Popen(
-            list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ONE_THREAD
+            list(map(str, command)),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=ONE_THREAD,
         )
         deadline = time.monotonic() + 240
-        while process.poll() is None and step_checkpoints(tmp_path / "checkpoints/killed")[:1] == before:
+        while (
+            process.poll() is None
+            and step_checkpoints(tmp_path / "checkpoints/killed")[:1] == before
+        ):
             assert time.monotonic() < deadline, "there is no checkpoint after four minutes"
             time.sleep(0.01)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0, 0.3) if kills else 0)  # the first at once: it must not be over
+            process.wait(
+                chance.uniform(0, 0.3) if kills else 0
+            )  # the first at once: it must not be over
         kills += process.poll() is None
         process.kill()
         process.wait()
@@ -114,18 +157,34 @@ def test_killed_at_random_moments(kind, tmp_path, images):
 
 def test_a_run_that_ended_inside_an_epoch_goes_on_there(tmp_path, images):
     """More --iters later are the same run; only the validation of the earlier end is one more."""
-    common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--use_checkpoint"]
+    common = [
+        *TINY,
+        "--root",
+        images,
+        "--make_checkpoint",
+        "--output_dir",
+        tmp_path,
+        "--use_checkpoint",
+    ]
     pictures, remains = tmp_path / "figs/parts", ".123.partial"  # of a process that was killed
     for name, iters in (("whole", 14), ("parts", 5), ("parts", 14), ("parts", 14)):
         done = run("train.py", *common, "--exp_name", name, "--iters", iters)
         assert done.returncode == 0, done.stderr
         if iters == 5:
-            for path in (tmp_path / "checkpoints/parts/last.ckpt", pictures / "samples_0000008.png"):
+            for path in (
+                tmp_path / "checkpoints/parts/last.ckpt",
+                pictures / "samples_0000008.png",
+            ):
                 path.with_name(path.name + remains).touch()
             (pictures / f"results.json{remains}").touch()
-    assert [path.name for path in tmp_path.rglob("*.partial")] == [f"results.json{remains}"], "that is evaluate.py's"
+    assert [path.name for path in tmp_path.rglob("*.partial")] == [f"results.json{remains}"], (
+        "that is evaluate.py's"
+    )
     whole, parts = (tmp_path / "checkpoints" / name for name in ("whole", "parts"))
-    a, b = ([(row["step"], row["epoch"], row["neg_elbo"]) for row in csv_rows(x / "steps.csv")] for x in (whole, parts))
+    a, b = (
+        [(row["step"], row["epoch"], row["neg_elbo"]) for row in csv_rows(x / "steps.csv")]
+        for x in (whole, parts)
+    )
     assert a == b
     assert [row["step"] for row in csv_rows(parts / "epochs.csv")] == ["5", "8", "14"]
     a, b = (read_checkpoint(folder / "last.ckpt") for folder in (whole, parts))

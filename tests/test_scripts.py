@@ -14,24 +14,61 @@ from experiments import disentanglement
 from lib.config import TrainConfig
 from lib.DensityVAE.blocks import BLOCKS
 
-COMMON = dict(batch=32, lrate_decay=0.999, obs_model="DML", nbits=8, z_size=4, h_size=200, free_bits=0.01, gpus=8)
-COMMON |= dict(ema_coef=0.999, random_seed=1234, sampling_temperature=0.85, amp=True, make_checkpoint=True)
+COMMON = dict(
+    batch=32,
+    lrate_decay=0.999,
+    obs_model="DML",
+    nbits=8,
+    z_size=4,
+    h_size=200,
+    free_bits=0.01,
+    gpus=8,
+)
+COMMON |= dict(
+    ema_coef=0.999, random_seed=1234, sampling_temperature=0.85, amp=True, make_checkpoint=True
+)
 RECIPES = {
     "train_cifar.sh": COMMON
-    | dict(dataset="CIFAR10", depth=15, ds_list=[5, 10], lrate=0.002, sdn_max_scale=32, sdn_num_dirs=2)
+    | dict(
+        dataset="CIFAR10", depth=15, ds_list=[5, 10], lrate=0.002, sdn_max_scale=32, sdn_num_dirs=2
+    )
     | dict(sdn_nfeat_0=360, sdn_nfeat_diff=128, mix_components=5),
     "train_imagenet.sh": COMMON
-    | dict(dataset="ImageNet32", depth=16, ds_list=[3, 7, 11], lrate=0.002, lrate_decay=1, sdn_max_scale=32)
-    | dict(sdn_num_dirs=3, sdn_nfeat_0=424, sdn_nfeat_diff=0, mix_components=10, ema_coef=0.9995, random_seed=13)
+    | dict(
+        dataset="ImageNet32",
+        depth=16,
+        ds_list=[3, 7, 11],
+        lrate=0.002,
+        lrate_decay=1,
+        sdn_max_scale=32,
+    )
+    | dict(
+        sdn_num_dirs=3,
+        sdn_nfeat_0=424,
+        sdn_nfeat_diff=0,
+        mix_components=10,
+        ema_coef=0.9995,
+        random_seed=13,
+    )
     | dict(sampling_temperature=1.0),
     "train_celeb.sh": COMMON
-    | dict(dataset="CelebAHQ256", batch=4, depth=17, ds_list=[4, 7, 9, 11, 13, 15], lrate=0.001, sdn_max_scale=64)
-    | dict(sdn_num_dirs=2, sdn_nfeat_0=400, sdn_nfeat_diff=80, mix_components=30, nbits=5, z_size=8),
+    | dict(
+        dataset="CelebAHQ256",
+        batch=4,
+        depth=17,
+        ds_list=[4, 7, 9, 11, 13, 15],
+        lrate=0.001,
+        sdn_max_scale=64,
+    )
+    | dict(
+        sdn_num_dirs=2, sdn_nfeat_0=400, sdn_nfeat_diff=80, mix_components=30, nbits=5, z_size=8
+    ),
 }
 
 
 def flags_of(script: str, *arguments: str, tmp_path, cwd=REPOSITORY) -> TrainConfig:
-    """The configuration that a script asks of train.py, caught by an interpreter that only notes its arguments."""
+    """The configuration that a script asks of train.py, caught by an interpreter that only notes
+    its arguments."""
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     fake.chmod(0o755)
@@ -59,7 +96,17 @@ def test_recipes(script, tmp_path):
 
 @pytest.mark.parametrize("script", RECIPES)
 def test_further_flags_win(script, tmp_path):
-    arguments = ["sdn", "--gpus", "0", "--depth", "3", "--ds_list", "1", "--precision", "bf16-mixed"]
+    arguments = [
+        "sdn",
+        "--gpus",
+        "0",
+        "--depth",
+        "3",
+        "--ds_list",
+        "1",
+        "--precision",
+        "bf16-mixed",
+    ]
     config = flags_of(script, *arguments, tmp_path=tmp_path)
     assert (config.gpus, config.depth, config.ds_list) == (0, 3, [1])
     assert (config.amp, config.precision) == (False, "bf16-mixed")
@@ -77,30 +124,50 @@ def test_further_flags_win(script, tmp_path):
         ("conv3x4", 0.0005, "conv3x4", "auto"),
     ],
 )
-def test_ablation_differs_from_cifar10_in_the_block_and_the_learning_rate(block, lrate, kind, highway, tmp_path):
+def test_ablation_differs_from_cifar10_in_the_block_and_the_learning_rate(
+    block, lrate, kind, highway, tmp_path
+):
     config = flags_of("train_ablation.sh", block, "--gpus", "0", tmp_path=tmp_path, cwd="/")
     assert (config.block, config.highway, config.gpus) == (kind, highway, 0)
     assert (config.lrate, config.lrate_decay, config.lrate_patience) == (lrate, 1, 10)
     assert config.use_checkpoint and config.exp_name == f"ablation_{block}_seed1234"
-    others = {"block", "highway", "gpus", "lrate", "lrate_decay", "lrate_patience", "use_checkpoint", "exp_name"}
+    others = {
+        "block",
+        "highway",
+        "gpus",
+        "lrate",
+        "lrate_decay",
+        "lrate_patience",
+        "use_checkpoint",
+        "exp_name",
+    }
     cifar = flags_of("train_cifar.sh", tmp_path=tmp_path).to_dict()
     assert {name for name, value in config.to_dict().items() if value != cifar[name]} <= others
 
 
 def test_ablation_of_everything_and_of_what_there_is_not(tmp_path):
-    command, environment = ["bash", str(REPOSITORY / "train_ablation.sh")], os.environ | {"SDN_PYTHON": "echo"}
+    command, environment = (
+        ["bash", str(REPOSITORY / "train_ablation.sh")],
+        os.environ | {"SDN_PYTHON": "echo"},
+    )
     everything = subprocess.run(command, env=environment, capture_output=True, text=True)
     names = re.findall(r"--exp_name ablation_(\S+)_seed1234", everything.stdout)
     highway = [f"{kind}-highway" for kind in BLOCKS[2:]]
     assert sorted(names) == sorted([*BLOCKS, *highway]), everything.stderr
     wrong = subprocess.run([*command, "conv7"], env=environment, capture_output=True, text=True)
     assert (
-        wrong.returncode == 2 and "there is no block conv7; blocks are sdn conv3" in wrong.stderr and not wrong.stdout
+        wrong.returncode == 2
+        and "there is no block conv7; blocks are sdn conv3" in wrong.stderr
+        and not wrong.stdout
     )
     for seed in (["--random_seed", "7"], ["--random_seed=7"]):
-        other = subprocess.run([*command, "conv5", *seed], env=environment, capture_output=True, text=True)
+        other = subprocess.run(
+            [*command, "conv5", *seed], env=environment, capture_output=True, text=True
+        )
         assert "--exp_name ablation_conv5_seed7 " in other.stdout, "another seed is another run"
-    named = subprocess.run([*command, "conv5", "--exp_name", "x"], env=environment, capture_output=True, text=True)
+    named = subprocess.run(
+        [*command, "conv5", "--exp_name", "x"], env=environment, capture_output=True, text=True
+    )
     assert named.returncode == 2 and "--exp_name is chosen" in named.stderr and not named.stdout
 
 
@@ -122,5 +189,7 @@ def test_3dshapes_is_the_paper_s_experiment(tmp_path):
 
 
 def test_the_quickstart_promises_what_the_readme_promises():
-    promised = re.search(r"^promised=([\d.]+)$", (REPOSITORY / "quickstart.sh").read_text(), re.M)[1]
+    promised = re.search(r"^promised=([\d.]+)$", (REPOSITORY / "quickstart.sh").read_text(), re.M)[
+        1
+    ]
     assert f"**{promised} bits/dim**" in (REPOSITORY / "README.md").read_text()

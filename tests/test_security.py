@@ -1,4 +1,5 @@
-"""Nothing in this repository loads a pickle unsafely, runs text, starts a shell, unpacks an archive or downloads over
+"""Nothing in this repository loads a pickle unsafely, runs text, starts a shell, unpacks an archive
+or downloads over
 http: every Python file is searched, by its syntax, and so are the shell scripts."""
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from helpers import REPOSITORY
 
 # The one class that reads pickles, which looks nothing up: tests/data/test_cifar10.py shows it.
 RESTRICTED = {("data/cifar10.py", "pickle.Unpickler")}
-# Tests that show that malicious files would run, that load what they saved themselves, or start our own scripts.
+# Tests that show that malicious files would run, that load what they saved themselves, or start our
+# own scripts.
 SHOWN = {
     "tests/forked.py": {"runpy.run_path"},
     "tests/data/test_cifar10.py": {"eval", "__import__", "os.system", "pickle.loads"},
@@ -42,8 +44,12 @@ def python_files() -> list[Path]:
         capture_output=True,
         text=True,
     )
-    names = listed.stdout.splitlines() or [str(p.relative_to(REPOSITORY)) for p in REPOSITORY.rglob("*.py")]
-    files = [REPOSITORY / name for name in names if name.endswith(".py") and not name.startswith(".venv")]
+    names = listed.stdout.splitlines() or [
+        str(p.relative_to(REPOSITORY)) for p in REPOSITORY.rglob("*.py")
+    ]
+    files = [
+        REPOSITORY / name for name in names if name.endswith(".py") and not name.startswith(".venv")
+    ]
     return sorted(path for path in files if path.is_file())
 
 
@@ -63,7 +69,8 @@ def imported_names(tree: ast.AST) -> dict[str, str]:
 
 
 def full_name(node: ast.expr, names: dict[str, str]) -> str:
-    """`pickle.load` of `from pickle import load as l; l`; an empty text for what is no plain name."""
+    """`pickle.load` of `from pickle import load as l; l`; an empty text for what is no plain
+    name."""
     if isinstance(node, ast.Name):
         return names.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
@@ -87,7 +94,8 @@ def unsafe(source: str, path: str) -> Iterator[str]:
         id(call.func)
         for call in ast.walk(tree)
         if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Call)
-        if full_name(call.func, names) == "pickle.loads" and full_name(call.args[0].func, names) == "pickle.dumps"
+        if full_name(call.func, names) == "pickle.loads"
+        and full_name(call.args[0].func, names) == "pickle.dumps"
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -96,7 +104,9 @@ def unsafe(source: str, path: str) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: {name}"
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             for url in re.findall(r"(?:http|ftp)://[^\s'\"]*", node.value):
-                if not re.match(r"http://(localhost|127\.0\.0\.1)\b", url) and url.strip("/:") not in ("http", "ftp"):
+                if not re.match(r"http://(localhost|127\.0\.0\.1)\b", url) and url.strip(
+                    "/:"
+                ) not in ("http", "ftp"):
                     yield f"{path}:{node.lineno}: {url}"
         if not isinstance(node, ast.Call):
             continue
@@ -104,10 +114,16 @@ def unsafe(source: str, path: str) -> Iterator[str]:
         method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
         if name == "torch.load" and not is_true(keyword(node, "weights_only")):
             yield f"{path}:{node.lineno}: torch.load without weights_only=True"
-        if method == "fit" and keyword(node, "ckpt_path") is not None and not is_true(keyword(node, "weights_only")):
+        if (
+            method == "fit"
+            and keyword(node, "ckpt_path") is not None
+            and not is_true(keyword(node, "weights_only"))
+        ):
             yield f"{path}:{node.lineno}: a checkpoint is resumed without weights_only=True"
         allow = keyword(node, "allow_pickle")
-        if name == "numpy.load" and not (allow is None or isinstance(allow, ast.Constant) and allow.value is False):
+        if name == "numpy.load" and not (
+            allow is None or isinstance(allow, ast.Constant) and allow.value is False
+        ):
             yield f"{path}:{node.lineno}: numpy.load with allow_pickle"
         if keyword(node, "shell") is not None:
             yield f"{path}:{node.lineno}: {name} with shell"
@@ -120,7 +136,11 @@ def unsafe(source: str, path: str) -> Iterator[str]:
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_no_file_does_anything_unsafe(path):
     name = path.relative_to(REPOSITORY).as_posix()
-    found = [line for line in unsafe(path.read_text(), name) if line.split(": ")[1] not in SHOWN.get(name, ())]
+    found = [
+        line
+        for line in unsafe(path.read_text(), name)
+        if line.split(": ")[1] not in SHOWN.get(name, ())
+    ]
     if name.startswith("tests/"):  # which name addresses that are to be refused
         found = [line for line in found if not re.search(r": (http|ftp)://", line)]
     assert not found
@@ -128,7 +148,13 @@ def test_no_file_does_anything_unsafe(path):
 
 def test_the_search_sees_the_programs_and_the_tests():
     names = {path.relative_to(REPOSITORY).as_posix() for path in python_files()}
-    assert {"train.py", "evaluate.py", "lib/checkpoint.py", "data/cifar10.py", "tests/test_security.py"} <= names
+    assert {
+        "train.py",
+        "evaluate.py",
+        "lib/checkpoint.py",
+        "data/cifar10.py",
+        "tests/test_security.py",
+    } <= names
     assert not [name for name in names if "site-packages" in name]
 
 
@@ -184,14 +210,20 @@ def test_the_search_finds_what_is_unsafe_and_nothing_else():
 
 def shell_scripts() -> list[Path]:
     folders = [REPOSITORY, *(REPOSITORY / name for name in ("data", ".ci"))]
-    found = [path for folder in folders for path in folder.glob("*.sh")] + list((REPOSITORY / "data").glob("*/*.sh"))
+    found = [path for folder in folders for path in folder.glob("*.sh")] + list(
+        (REPOSITORY / "data").glob("*/*.sh")
+    )
     return sorted(found)
 
 
 def test_scripts_neither_unpack_nor_download_by_themselves():
     scripts = shell_scripts()
-    assert {"quickstart.sh", "get_imagenet_data.sh", "get_3dshapes_data.sh"} <= {path.name for path in scripts}
+    assert {"quickstart.sh", "get_imagenet_data.sh", "get_3dshapes_data.sh"} <= {
+        path.name for path in scripts
+    }
     for path in scripts:
         text = path.read_text()
         assert "http://" not in text, path
-        assert not re.search(r"\b(curl|wget|tar -?x|unzip|eval|--trusted-host|--no-check-certificate)\b", text), path
+        assert not re.search(
+            r"\b(curl|wget|tar -?x|unzip|eval|--trusted-host|--no-check-certificate)\b", text
+        ), path

@@ -40,7 +40,11 @@ def test_equal_runs_have_no_differences(twins):
 @pytest.mark.parametrize("what", ["last bit of a weight", "sign of a zero", "dtype"])
 def test_one_weight_that_differs_is_found(twins, what):
     def change(checkpoint):
-        name, weight = next((n, w) for n, w in checkpoint["state_dict"].items() if n.startswith("model.") and w.dim())
+        name, weight = next(
+            (n, w)
+            for n, w in checkpoint["state_dict"].items()
+            if n.startswith("model.") and w.dim()
+        )
         first = weight.flatten()[:1]
         if what == "sign of a zero":
             first.zero_()
@@ -62,7 +66,10 @@ def test_a_difference_in_the_optimizer_or_in_what_is_there_is_found(twins):
         del checkpoint["position"]
 
     change_checkpoint(twins, change)
-    assert differences(twins, "one", "other") == ["last.ckpt: optimizer_states", "last.ckpt: position"]
+    assert differences(twins, "one", "other") == [
+        "last.ckpt: optimizer_states",
+        "last.ckpt: position",
+    ]
     (twins / "checkpoints/other/best.ckpt").unlink()
     assert "best.ckpt is missing" in differences(twins, "one", "other")
 
@@ -89,7 +96,11 @@ def test_differences_in_logs_and_pictures_are_found_but_times_may_differ(twins):
     other.unlink()
     rows[1:] = []
     write_rows()
-    expected = ["steps.csv: from row 2 of 6 and 1", f"picture {picture.name}", f"picture {other.name}"]
+    expected = [
+        "steps.csv: from row 2 of 6 and 1",
+        f"picture {picture.name}",
+        f"picture {other.name}",
+    ]
     assert differences(twins, "one", "other") == expected
 
 
@@ -98,18 +109,28 @@ def test_growth_finds_a_leak_and_not_what_comes_at_the_start():
     warm = [500 + min(step, 500) / 10 for step in steps]
     assert growth(steps, warm)["growth_mib"] == 0 == growth(steps, warm)["slope_mib_per_1000_steps"]
     leak = growth(steps, [mib + step / 100 for step, mib in zip(steps, warm, strict=True)])
-    assert leak["growth_mib"] == pytest.approx(20, abs=0.2) and leak["slope_mib_per_1000_steps"] == pytest.approx(10)
+    assert leak["growth_mib"] == pytest.approx(20, abs=0.2) and leak[
+        "slope_mib_per_1000_steps"
+    ] == pytest.approx(10)
 
 
 @pytest.mark.slow
 def test_a_short_soak_ends_well(tmp_path):
     output = tmp_path / "soak.json"
-    done = run("-m benchmarks.soak", "--quick", "--output", output, timeout=1800, TMPDIR=str(tmp_path))
+    done = run(
+        "-m benchmarks.soak", "--quick", "--output", output, timeout=1800, TMPDIR=str(tmp_path)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(output.read_text())
     disturbed = result["disturbed"]
     for end in ("SIGKILL", "SIGKILL of a worker", "SIGTERM", "SIGINT"):
         assert disturbed[end] == 1, result
     assert disturbed["checkpoint cut off"] + disturbed["byte of a checkpoint changed"] >= 1
-    assert disturbed["starts"] == 5 and sum(result["injected"].values()) > 0 and result["pictures"] == 4
-    assert not list(tmp_path.glob("soak_*")), "what it wrote is removed; of killed processes some small files stay"
+    assert (
+        disturbed["starts"] == 5
+        and sum(result["injected"].values()) > 0
+        and result["pictures"] == 4
+    )
+    assert not list(tmp_path.glob("soak_*")), (
+        "what it wrote is removed; of killed processes some small files stay"
+    )

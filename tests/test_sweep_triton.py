@@ -1,8 +1,9 @@
 """The Triton kernels against the reference: on a GPU if there is one, else in Triton's interpreter.
 
-The interpreter must be asked for before Triton is imported, which other tests' libraries do. So without a GPU the tests
-are skipped in the common process, and `test_in_the_interpreter` runs this file in one of its own. To run them directly:
-`TRITON_INTERPRET=1 python -m pytest tests/test_sweep_triton.py`.
+The interpreter must be asked for before Triton is imported, which other tests' libraries do. So
+without a GPU the tests are skipped in the common process, and `test_in_the_interpreter` runs this
+file in one of its own. To run them directly: `TRITON_INTERPRET=1 python -m pytest
+tests/test_sweep_triton.py`.
 """
 
 import functools
@@ -17,9 +18,9 @@ import torch
 from test_nn_backends import assert_near
 
 from lib import nn as sdn
-from lib import sweep_triton
 from lib.nn import SDNLayer, correct_lines, correct_lines_reference
-from lib.sweep_triton import _plan, _plan_by_line, available
+from lib.sweeps import triton_backend as sweep_triton
+from lib.sweeps.triton_backend import _plan, _plan_by_line, available
 
 correct_lines_triton = functools.partial(correct_lines, backend="triton")
 UNAVAILABLE = available()
@@ -30,7 +31,9 @@ SHAPES = [(3, 5, 3, 5), (1, 4, 2, 3), (4, 3, 1, 16), (3, 1, 3, 20), (2, 3, 2, 1)
 # Float32 sums of up to 60 products through up to 4 lines; errors seen are below 4e-7.
 TOLERANCE = 3e-6
 
-kernels = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"{UNAVAILABLE}; see test_in_the_interpreter")
+kernels = pytest.mark.skipif(
+    UNAVAILABLE is not None, reason=f"{UNAVAILABLE}; see test_in_the_interpreter"
+)
 
 
 def random_case(shape, seed=0):
@@ -38,7 +41,13 @@ def random_case(shape, seed=0):
     torch.manual_seed(seed)
     C = shape[-1]
     cell = torch.nn.GRUCell(3 * C, C)
-    tensors = (torch.tanh(torch.randn(shape)), cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+    tensors = (
+        torch.tanh(torch.randn(shape)),
+        cell.weight_ih,
+        cell.weight_hh,
+        cell.bias_ih,
+        cell.bias_hh,
+    )
     return [tensor.detach().to(DEVICE) for tensor in tensors], torch.randn(shape).to(DEVICE)
 
 
@@ -50,15 +59,23 @@ def run(correct, tensors, weight, reverse=False, keep_first=False, autocast=None
     (output * weight).sum().backward()
     names = ("lines", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    return {"output": output.detach()} | {f"grad {name}": g for name, g in zip(names, gradients, strict=True)}
+    return {"output": output.detach()} | {
+        f"grad {name}": g for name, g in zip(names, gradients, strict=True)
+    }
 
 
 def exact(tensors, weight, *arguments):
-    return run(correct_lines_reference, [tensor.double() for tensor in tensors], weight.double(), *arguments)
+    return run(
+        correct_lines_reference,
+        [tensor.double() for tensor in tensors],
+        weight.double(),
+        *arguments,
+    )
 
 
 def poison(monkeypatch):
-    """From here on uninitialised memory is NaN; returns the list of sizes that it will be given for."""
+    """From here on uninitialised memory is NaN; returns the list of sizes that it will be given
+    for."""
     sizes = []
 
     def poisoned(original):
@@ -79,7 +96,9 @@ def poison(monkeypatch):
 @pytest.mark.skipif(UNAVAILABLE is None, reason="the kernels run in this process")
 def test_in_the_interpreter():
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -114,34 +133,52 @@ def test_blocks_of_some_lines(monkeypatch, block_rows, reverse, keep_first):
 
 
 @kernels
-@pytest.mark.parametrize("shape, images", [((2, 20, 2, 17), 1), ((2, 5, 3, 17), 2), ((2, 9, 2, 17), 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape, images", [((2, 20, 2, 17), 1), ((2, 5, 3, 17), 2), ((2, 9, 2, 17), 2)], ids=str
+)
 def test_tiles(monkeypatch, shape, images):
-    """Several tiles of rows and of channels, the last ones incomplete; a batch that programs do not divide."""
-    tile = dict(images=images, PARTS=1, ROWS=16, CHANNELS=16, REDUCTION=16, num_warps=4, num_stages=2)
+    """Several tiles of rows and of channels, the last ones incomplete; a batch that programs do not
+    divide."""
+    tile = dict(
+        images=images, PARTS=1, ROWS=16, CHANNELS=16, REDUCTION=16, num_warps=4, num_stages=2
+    )
     monkeypatch.setattr(sweep_triton, "_plan", lambda *arguments: tile)
     tensors, weight = random_case(shape)
-    assert_near(run(correct_lines_triton, tensors, weight, True), exact(tensors, weight, True), TOLERANCE)
+    assert_near(
+        run(correct_lines_triton, tensors, weight, True), exact(tensors, weight, True), TOLERANCE
+    )
 
 
 @kernels
 @pytest.mark.parametrize("reverse, keep_first", [(False, False), (True, True)])
 def test_a_launch_for_each_line(monkeypatch, reverse, keep_first):
-    """Lines of which two programs compute some of the channels each, in one block of lines and in two."""
+    """Lines of which two programs compute some of the channels each, in one block of lines and in
+    two."""
     tensors, weight = random_case((3, 2, 2, 17))
     monkeypatch.setattr(sweep_triton, "BY_LINE", True)
     plan = sweep_triton._plan_by_line
-    monkeypatch.setattr(sweep_triton, "_plan_by_line", lambda *a: plan(*a) | dict(CHANNELS=16, REDUCTION=16, PARTS=2))
+    monkeypatch.setattr(
+        sweep_triton,
+        "_plan_by_line",
+        lambda *a: plan(*a) | dict(CHANNELS=16, REDUCTION=16, PARTS=2),
+    )
     computed = run(correct_lines_triton, tensors, weight, reverse, keep_first)
     assert_near(computed, exact(tensors, weight, reverse, keep_first), TOLERANCE)
     monkeypatch.setattr(sweep_triton, "BLOCK_ROWS", 8)
-    assert_near(run(correct_lines_triton, tensors, weight, reverse, keep_first), computed, TOLERANCE)
+    assert_near(
+        run(correct_lines_triton, tensors, weight, reverse, keep_first), computed, TOLERANCE
+    )
 
 
 @pytest.mark.skipif(sweep_triton.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plan(dtype):
     for positions, batch, C, multiprocessors, backward in itertools.product(
-        (1, 3, 4, 16, 63, 64, 65, 256), (1, 2, 32, 128), (1, 5, 16, 50, 200, 360, 424), (8, 82, 132), (False, True)
+        (1, 3, 4, 16, 63, 64, 65, 256),
+        (1, 2, 32, 128),
+        (1, 5, 16, 50, 200, 360, 424),
+        (8, 82, 132),
+        (False, True),
     ):
         plan = _plan(positions, batch, C, dtype, multiprocessors, backward)
         by_line = _plan_by_line(positions, batch, C, dtype, multiprocessors)
@@ -149,7 +186,10 @@ def test_plan(dtype):
         for tile in (plan, by_line):
             assert 1 <= tile["images"] <= batch
             assert tile["images"] == 1 or tile["images"] * positions <= tile["ROWS"]
-            assert all(tile[name] >= 16 and tile[name].bit_count() == 1 for name in ("ROWS", "CHANNELS", "REDUCTION"))
+            assert all(
+                tile[name] >= 16 and tile[name].bit_count() == 1
+                for name in ("ROWS", "CHANNELS", "REDUCTION")
+            )
             stage = tile["ROWS"] + (1 if backward else 3) * tile["CHANNELS"]
             assert stage * tile["REDUCTION"] * dtype.itemsize * tile["num_stages"] <= 96 * 1024
 
@@ -160,7 +200,9 @@ def layouts():
     return {
         "channels_last": x.contiguous(memory_format=torch.channels_last),
         "channels first": x,
-        "every second": torch.randn(2, 6, 6, 8).contiguous(memory_format=torch.channels_last)[:, :, ::2, ::2],
+        "every second": torch.randn(2, 6, 6, 8).contiguous(memory_format=torch.channels_last)[
+            :, :, ::2, ::2
+        ],
         "expanded": torch.randn(1, 1, 3, 4).expand(2, 6, 3, 4),
     }
 
@@ -169,12 +211,15 @@ def layouts():
 @pytest.mark.parametrize("to_lines", [(3, 2, 0, 1), (2, 3, 0, 1)], ids=["columns", "rows"])
 @pytest.mark.parametrize("layout", layouts())
 def test_any_memory_layout(layout, to_lines):
-    """Views as Sweep makes them; those of channels_last features are used as they lie, and so is the result."""
+    """Views as Sweep makes them; those of channels_last features are used as they lie, and so is
+    the result."""
     lines = layouts()[layout].to(DEVICE).permute(to_lines)
     (_, *parameters), weight = random_case(lines.shape)
     tensors = [lines, *parameters]
     if layout == "expanded":
-        weight = weight[:1, :1].expand(lines.shape)  # the incoming gradient is laid out in another way, too
+        weight = weight[:1, :1].expand(
+            lines.shape
+        )  # the incoming gradient is laid out in another way, too
     computed = run(correct_lines_triton, tensors, weight)
     assert_near(computed, exact(tensors, weight), TOLERANCE)
     if layout == "channels_last":
@@ -186,8 +231,9 @@ def test_any_memory_layout(layout, to_lines):
 @pytest.mark.parametrize("saturated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype, saturated, low_features):
-    """As in test_nn_backends: rounding input and parameters once moves the exact result by some distance; four times
-    that and a unit of rounding more is allowed. With z near 1 it is 1 - z that matters: a rounded z fails."""
+    """As in test_nn_backends: rounding input and parameters once moves the exact result by some
+    distance; four times that and a unit of rounding more is allowed. With z near 1 it is 1 - z that
+    matters: a rounded z fails."""
     tensors, weight = random_case((4, 3, 2, 16))
     if saturated:
         tensors[3][16:32] += 6.0
@@ -196,11 +242,15 @@ def test_autocast(dtype, saturated, low_features):
     lines = tensors[0].to(dtype) if low_features else tensors[0]  # the type of the result
     computed = run(correct_lines_triton, [lines, *tensors[1:]], weight, autocast=dtype)
     for name, value in expected.items():
-        assert computed[name].dtype == (lines.dtype if name in ("output", "grad lines") else torch.float32), name
+        assert computed[name].dtype == (
+            lines.dtype if name in ("output", "grad lines") else torch.float32
+        ), name
         assert computed[name].isfinite().all(), name
         unavoidable = (moved[name] - value).norm() / value.norm()
         error = (computed[name].double() - value).norm() / value.norm()
-        assert error <= 4 * unavoidable + torch.finfo(dtype).eps, f"{name}: {error:.1e}, {unavoidable:.1e}"
+        assert error <= 4 * unavoidable + torch.finfo(dtype).eps, (
+            f"{name}: {error:.1e}, {unavoidable:.1e}"
+        )
 
 
 @kernels
@@ -215,9 +265,12 @@ def test_state_is_not_rounded_under_autocast():
 @kernels
 def test_low_precision_without_autocast():
     tensors, weight = random_case((4, 3, 2, 8))
-    computed = run(correct_lines_triton, [tensor.bfloat16() for tensor in tensors], weight.bfloat16())
+    computed = run(
+        correct_lines_triton, [tensor.bfloat16() for tensor in tensors], weight.bfloat16()
+    )
     assert all(value.dtype == torch.bfloat16 for value in computed.values())
-    # State and gates are rounded too: 4 lines, each with three rounded results of relative error 2^-9 at most.
+    # State and gates are rounded too: 4 lines, each with three rounded results of relative error
+    # 2^-9 at most.
     assert_near(computed, exact(tensors, weight), 4 * 3 * 2**-9)
 
 
@@ -236,7 +289,8 @@ def test_no_uninitialised_memory_is_read(monkeypatch, block_rows, reverse, keep_
 
 @kernels
 def test_memory(monkeypatch):
-    """Between the passes input and output are kept, and during them there is room for a block, not for the sweep."""
+    """Between the passes input and output are kept, and during them there is room for a block, not
+    for the sweep."""
     (lines, *parameters), weight = random_case((8, 3, 2, 4))
     monkeypatch.setattr(sweep_triton, "BLOCK_ROWS", 6)
     sizes = poison(monkeypatch)
@@ -245,9 +299,13 @@ def test_memory(monkeypatch):
     saved = sum(tensor.numel() for tensor in corrected.grad_fn.saved_tensors)
     assert saved == 2 * lines.numel() + 9 * 4 * 4 + 3 * 4 * 4 + 2 * 3 * 4
     corrected.backward(weight)
-    # A line is 8 padded rows: itself and its neighbours, five numbers per feature. Input and output have 192 numbers.
+    # A line is 8 padded rows: itself and its neighbours, five numbers per feature. Input and output
+    # have 192 numbers.
     gates = (3 * 8 + 1) * 5 * 4
-    assert sizes.count(lines.numel()) == 2 and max(size for size in sizes if size != lines.numel()) == gates
+    assert (
+        sizes.count(lines.numel()) == 2
+        and max(size for size in sizes if size != lines.numel()) == gates
+    )
     with torch.no_grad():
         again = correct_lines_triton(leaf, *parameters, reverse=False, keep_first=False)
     assert again.grad_fn is None and torch.equal(again, corrected)
@@ -274,7 +332,8 @@ def test_autograd_contract():
 
 @kernels
 def test_parameters_of_any_layout():
-    """Transposed weights, as tied ones may be; their gradients are contiguous, as torch.compile expects them."""
+    """Transposed weights, as tied ones may be; their gradients are contiguous, as torch.compile
+    expects them."""
     tensors, weight = random_case((2, 3, 1, 5))
     turned = [tensor.t().contiguous().t() if tensor.dim() == 2 else tensor for tensor in tensors]
     assert not turned[1].is_contiguous()
@@ -307,7 +366,10 @@ def test_only_some_gradients():
     tensors, weight = random_case((2, 3, 1, 4))
     expected = exact(tensors, weight)
     for position, name in [(0, "grad lines"), (3, "grad bias_ih")]:
-        leaves = [tensor.detach().requires_grad_(index == position) for index, tensor in enumerate(tensors)]
+        leaves = [
+            tensor.detach().requires_grad_(index == position)
+            for index, tensor in enumerate(tensors)
+        ]
         correct_lines_triton(*leaves, reverse=False, keep_first=False).backward(weight)
         assert_near({name: leaves[position].grad}, {name: expected[name]}, TOLERANCE)
 
@@ -343,14 +405,17 @@ def test_in_a_layer_also_compiled(autocast):
     x, weight = torch.randn(2, 2, 3, 4, device=DEVICE), torch.randn(2, 3, 3, 4, device=DEVICE)
 
     def result(layer, x, weight):
-        with torch.autocast(DEVICE, autocast, enabled=autocast is not None and x.dtype == torch.float32):
+        with torch.autocast(
+            DEVICE, autocast, enabled=autocast is not None and x.dtype == torch.float32
+        ):
             y = layer(x)
         gradients = torch.autograd.grad((y * weight).sum(), layer.parameters())
         names = (name for name, _ in reference.named_parameters())
         return {"output": y.detach()} | dict(zip(names, gradients, strict=True))
 
     expected = result(reference, x.double(), weight.double())
-    # With rounded operands of relative error 2^-9: two projections and two sweeps of up to four lines.
+    # With rounded operands of relative error 2^-9: two projections and two sweeps of up to four
+    # lines.
     tolerance = TOLERANCE if autocast is None else 8 * 2**-8
     assert_near(result(layer, x, weight), expected, tolerance)
     layer.compile(fullgraph=True, backend="aot_eager")
@@ -368,7 +433,9 @@ def test_registration_is_complete(dtype):
 def test_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     specification = importlib.util.spec_from_file_location(
-        "sweep_triton_alone", sweep_triton.__file__, submodule_search_locations=[os.path.dirname(sweep_triton.__file__)]
+        "sweep_triton_alone",
+        sweep_triton.__file__,
+        submodule_search_locations=[os.path.dirname(sweep_triton.__file__)],
     )
     module = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(sys.modules, module.__name__, module)

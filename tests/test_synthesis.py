@@ -1,4 +1,5 @@
-"""Samples, interpolations, neighbourhoods and their pictures: what must be equal is, and what must differ does."""
+"""Samples, interpolations, neighbourhoods and their pictures: what must be equal is, and what must
+differ does."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from PIL import Image
 
 from lib.DensityVAE import DensityVAE
 from lib.evaluation import pictures
-from lib.evaluation.figures import load_image, save_grid, save_image, save_rates, save_table
-from lib.evaluation.synthesis import encode, interpolate, neighborhood, reconstruct, sample_images
+from lib.pictures import load_image, save_grid, save_image, save_rates, save_table
+from lib.synthesis import encode, interpolate, neighborhood, reconstruct, sample_images
 
 DEPTH = SMALL_SDN["depth"]
 
@@ -47,7 +48,9 @@ def test_samples_are_reproducible_and_do_not_depend_on_the_batch_size(model, out
     assert samples.dtype == torch.uint8 and samples.shape == (6, 3, 8, 12)
     assert torch.equal(samples, sample_images(model, 6, batch=6, **draw))
     assert close(samples, sample_images(model, 6, batch=4, **draw))
-    assert close(samples[:2], sample_images(model, 2, batch=1, **draw)), "fewer samples are the first ones"
+    assert close(samples[:2], sample_images(model, 2, batch=1, **draw)), (
+        "fewer samples are the first ones"
+    )
     assert not close(samples, sample_images(model, 6, batch=6, **draw | dict(seed=4)))
     assert not close(samples, sample_images(model, 6, batch=6, **draw | dict(temperature=0.2)))
 
@@ -60,7 +63,9 @@ def test_reconstructions_are_decoded_encodings_and_depend_on_the_index(model, im
         decoded = observation.to_uint8(observation.most_probable(model.decode(latents)))
     assert close(decoded, reconstruct(model, images, seed=2, batch=2, indices=[5, 9]))
     assert not close(decoded, reconstruct(model, images, seed=2, batch=2))
-    assert close(reconstruct(model, images, seed=2, batch=1), reconstruct(model, images, seed=2, batch=2))
+    assert close(
+        reconstruct(model, images, seed=2, batch=1), reconstruct(model, images, seed=2, batch=2)
+    )
 
 
 def test_an_interpolation_of_all_layers_leads_from_one_reconstruction_to_the_other(model, images):
@@ -82,11 +87,15 @@ def test_an_interpolation_of_some_layers_changes_with_these_alone(model, images)
     ends = [[z[i : i + 1] for z in latents] for i in (0, 1)]
     some = dict(layers=1, frames=3, batch=3)
     still = interpolate(model, ends[0], ends[0], temperature=1.0, seed=2, **some)
-    assert close(still[:1], still[1:2]) and close(still[:1], still[2:]), "the layers below have the same noise"
+    assert close(still[:1], still[1:2]) and close(still[:1], still[2:]), (
+        "the layers below have the same noise"
+    )
     moving = interpolate(model, *ends, temperature=1.0, seed=2, **some)
     assert close(moving[0], still[0]) and not close(moving[0], moving[2])
     changed = [ends[1][0], *ends[0][1:]]
-    assert close(moving, interpolate(model, ends[0], changed, temperature=1.0, seed=2, **some)), "lower ones unused"
+    assert close(moving, interpolate(model, ends[0], changed, temperature=1.0, seed=2, **some)), (
+        "lower ones unused"
+    )
     assert not close(moving, interpolate(model, *ends, temperature=1.0, seed=3, **some))
     at_zero = [interpolate(model, *ends, temperature=0.0, seed=seed, **some) for seed in (2, 3)]
     assert torch.equal(*at_zero)
@@ -128,27 +137,39 @@ def pixels(path, *colour: int) -> torch.Tensor:
     """Where a picture has a colour: [H, W]."""
     picture = Image.open(path)
     values = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-    return (values.view(picture.height, picture.width, 3) == torch.tensor(colour, dtype=torch.uint8)).all(2)
+    return (
+        values.view(picture.height, picture.width, 3) == torch.tensor(colour, dtype=torch.uint8)
+    ).all(2)
 
 
 def test_a_table_shows_every_cell_enlarged_in_its_place(tmp_path):
     red, green, blue = (200, 0, 0), (0, 200, 0), (0, 0, 200)
     rows = [[flat(*red), flat(*green, count=4)], [flat(*blue), flat(*green, count=4)]]
-    path = save_table(rows, tmp_path / "new/table.png", row_labels=["a", "b"], column_labels=["c", "d"], columns=2)
+    path = save_table(
+        rows, tmp_path / "new/table.png", row_labels=["a", "b"], column_labels=["c", "d"], columns=2
+    )
     areas = [pixels(path, *colour) for colour in (red, green, blue)]
-    assert [area.sum().item() for area in areas] == [64 * 64, 8 * 64 * 64, 64 * 64], "16 pixels become 64"
+    assert [area.sum().item() for area in areas] == [64 * 64, 8 * 64 * 64, 64 * 64], (
+        "16 pixels become 64"
+    )
     centres = [torch.nonzero(area).double().mean(0) for area in areas]
-    assert centres[0][0] < centres[2][0] and abs(centres[0][1] - centres[2][1]) < 1, "red above blue"
+    assert centres[0][0] < centres[2][0] and abs(centres[0][1] - centres[2][1]) < 1, (
+        "red above blue"
+    )
     assert centres[0][1] < centres[1][1], "left of green"
     labels = ~pixels(path, 255, 255, 255) & ~torch.stack(areas).any(0)
     plain = save_table(rows, tmp_path / "plain.png", columns=2)
     unlabelled = ~pixels(plain, 255, 255, 255)
     assert labels.sum() > 20 and unlabelled.sum() == sum(area.sum() for area in areas)
-    assert not labels[:, torch.nonzero(areas[0])[:, 1].min() :][: torch.nonzero(areas[2])[:, 0].max()].any()
+    assert not labels[:, torch.nonzero(areas[0])[:, 1].min() :][
+        : torch.nonzero(areas[2])[:, 0].max()
+    ].any()
 
 
 def test_pictures_come_back_as_they_were_written(tmp_path):
-    image = torch.randint(0, 256, (3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        0, 256, (3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(load_image(save_image(image, tmp_path / "image.png"), (3, 4, 6)), image)
     with pytest.raises(ValueError, match="image.png has 6x4 pixels; the model's images have 8x8"):
         load_image(tmp_path / "image.png", (3, 8, 8))
@@ -159,38 +180,54 @@ def test_pictures_come_back_as_they_were_written(tmp_path):
 
 
 def test_the_plot_of_rates_has_a_bar_for_each_layer(tmp_path):
-    path = save_rates([0.5, 0.25, 0.1, 0.0], tmp_path / "rates.png", [(4, 4), (4, 4), (8, 8), (8, 8)])
+    path = save_rates(
+        [0.5, 0.25, 0.1, 0.0], tmp_path / "rates.png", [(4, 4), (4, 4), (8, 8), (8, 8)]
+    )
     blue, orange = pixels(path, 31, 119, 180), pixels(path, 255, 127, 14)
     first, second = (blue[:, columns].sum() for columns in halves(blue))
     assert first > second > 0 and orange.sum() > 0
-    again = save_rates([0.5, 0.25, 0.1, 0.0], tmp_path / "again.png", [(4, 4), (4, 4), (8, 8), (8, 8)])
+    again = save_rates(
+        [0.5, 0.25, 0.1, 0.0], tmp_path / "again.png", [(4, 4), (4, 4), (8, 8), (8, 8)]
+    )
     assert path.read_bytes() == again.read_bytes()
     assert save_rates([0.0], tmp_path / "nothing.png", [(1, 1)]).is_file()
     assert save_rates([0.5, 0.25], tmp_path / "dimensions.png").is_file()
 
 
 def halves(area: torch.Tensor) -> tuple[slice, slice]:
-    """The columns of the two blue bars, which touch at neither side; the legend lies above the bars' feet."""
+    """The columns of the two blue bars, which touch at neither side; the legend lies above the
+    bars' feet."""
     foot = area[int(torch.nonzero(area)[:, 0].max()) - 2]
     columns = torch.nonzero(foot).flatten()
     gap = int((columns[1:] - columns[:-1]).argmax())
-    return slice(int(columns[0]), int(columns[gap]) + 1), slice(int(columns[gap + 1]), int(columns[-1]) + 1)
+    return slice(int(columns[0]), int(columns[gap]) + 1), slice(
+        int(columns[gap + 1]), int(columns[-1]) + 1
+    )
 
 
 def test_nearest_training_images_of_copies_are_found(model, tmp_path):
     """Samples that are training images, one of them flipped, are caught; in 5 bits as well."""
     generator = torch.Generator().manual_seed(5)
-    training = torch.randint(0, 256, (20, *model.image_shape), dtype=torch.uint8, generator=generator)
+    training = torch.randint(
+        0, 256, (20, *model.image_shape), dtype=torch.uint8, generator=generator
+    )
     queries = {"first": training[[3, 4]], "second": training[[11]].flip(-1)}
     batches = [(training[:13], torch.arange(13)), (training[13:], torch.arange(13, 20))]
     seen = []
     common = dict(neighbours=2, mirror=True, progress=seen.append)
     result = pictures.overfitting(model, queries, batches, tmp_path, **common)
     nearest = [of_query[0] for of_query in result["neighbours"]]
-    assert [(n["index"], n["mse"], n["mirrored"]) for n in nearest] == [(3, 0, False), (4, 0, False), (11, 0, True)]
+    assert [(n["index"], n["mse"], n["mirrored"]) for n in nearest] == [
+        (3, 0, False),
+        (4, 0, False),
+        (11, 0, True),
+    ]
     assert all(of_query[1]["mse"] > 0 for of_query in result["neighbours"])
     assert result["searched"] == 20 and sum(seen) == 20 and result["nearest_mse"] == 0
-    assert [picture["file"] for picture in result["pictures"]] == ["nearest_first.png", "nearest_second.png"]
+    assert [picture["file"] for picture in result["pictures"]] == [
+        "nearest_first.png",
+        "nearest_second.png",
+    ]
     assert all((tmp_path / picture["file"]).is_file() for picture in result["pictures"])
 
     five_bits = DensityVAE((8, 12), **SMALL_SDN | dict(nbits=5))

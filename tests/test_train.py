@@ -1,4 +1,5 @@
-"""train.py as a user runs it: training, averages, resuming, several processes, and how it says what is wrong."""
+"""train.py as a user runs it: training, averages, resuming, several processes, and how it says what
+is wrong."""
 
 from __future__ import annotations
 
@@ -12,22 +13,30 @@ import torch
 from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
 
 import train
-from lib import dashboard
 from lib.checkpoint import read_checkpoint
 from lib.config import ConfigError, TrainConfig
+from lib.training import loggers as dashboard
 
 
 def test_a_run_leaves_metrics_pictures_and_a_safe_checkpoint(finished):
-    steps, epochs = (csv_rows(finished / f"checkpoints/tiny/{name}.csv") for name in ("steps", "epochs"))
+    steps, epochs = (
+        csv_rows(finished / f"checkpoints/tiny/{name}.csv") for name in ("steps", "epochs")
+    )
     assert [int(row["step"]) for row in steps] == [1, 2, 3, 4, 5, 6]
     for row in steps:
         parts = float(row["distortion"]) + float(row["kl_0"]) + float(row["kl_1"])
         assert float(row["neg_elbo"]) == pytest.approx(parts, rel=1e-4)
-        assert float(row["rate"]) == pytest.approx(float(row["kl_0"]) + float(row["kl_1"]), rel=1e-4)
+        assert float(row["rate"]) == pytest.approx(
+            float(row["kl_0"]) + float(row["kl_1"]), rel=1e-4
+        )
         assert float(row["grad_norm"]) > 0 and float(row["images_per_second"]) > 0
         assert float(row["lr"]) == 0.002
-    assert [int(row["step"]) for row in epochs] == [6], "a run that ends inside an epoch validates once more"
-    assert math.isfinite(float(epochs[0]["val_neg_elbo"])) and float(epochs[0]["peak_memory_mib"]) > 0
+    assert [int(row["step"]) for row in epochs] == [6], (
+        "a run that ends inside an epoch validates once more"
+    )
+    assert (
+        math.isfinite(float(epochs[0]["val_neg_elbo"])) and float(epochs[0]["peak_memory_mib"]) > 0
+    )
     for name in ("samples", "reconstructions"):
         assert (finished / f"figs/tiny/{name}_0000006.png").stat().st_size > 0
     for name in ("best", "last"):
@@ -39,7 +48,8 @@ def test_a_run_leaves_metrics_pictures_and_a_safe_checkpoint(finished):
 
 
 def test_the_average_follows_the_weights(tmp_path, images):
-    """With decay 0 the average is the weights themselves; with 0.5 it is not, and it is what evaluation uses."""
+    """With decay 0 the average is the weights themselves; with 0.5 it is not, and it is what
+    evaluation uses."""
     for decay in ("0", "0.5"):
         done = run(
             "train.py", *TINY, "--root", images, "--exp_name", decay, "--iters", 3, "--make_checkpoint",
@@ -49,26 +59,51 @@ def test_the_average_follows_the_weights(tmp_path, images):
         state = read_checkpoint(tmp_path / f"checkpoints/{decay}/last.ckpt")["state_dict"]
         assert state["average.n_averaged"] == 3
         names = [key.removeprefix("model.") for key in state if key.startswith("model.")]
-        same = [torch.equal(state[f"model.{name}"], state[f"average.module.{name}"]) for name in names]
+        same = [
+            torch.equal(state[f"model.{name}"], state[f"average.module.{name}"]) for name in names
+        ]
         frozen = [name for name in names if name.startswith("ladder_layers.1.up_b")]
         assert all(same) if decay == "0" else sum(same) == len(frozen)
 
 
 def test_the_learning_rate_is_halved_without_progress(tmp_path, images):
-    """With a rate that moves nothing, after each two validations but the first; a stop in between changes nothing."""
-    common = [*TINY, "--root", images, "--make_checkpoint", "--use_checkpoint", "--output_dir", tmp_path]
+    """With a rate that moves nothing, after each two validations but the first; a stop in between
+    changes nothing."""
+    common = [
+        *TINY,
+        "--root",
+        images,
+        "--make_checkpoint",
+        "--use_checkpoint",
+        "--output_dir",
+        tmp_path,
+    ]
     common += ["--lrate", 1e-30, "--lrate_decay", 1, "--lrate_patience", 2, "--epoch_images", 8]
     for name, epochs in (("whole", 6), ("stopped", 2), ("stopped", 6)):
         done = run("train.py", *common, "--exp_name", name, "--max_epochs", epochs)
         assert done.returncode == 0, done.stderr
     assert "2 validations without a better -ELBO; the learning rate is 2.5e-31" in done.stderr
-    whole, stopped = (csv_rows(tmp_path / f"checkpoints/{name}/epochs.csv") for name in ("whole", "stopped"))
+    whole, stopped = (
+        csv_rows(tmp_path / f"checkpoints/{name}/epochs.csv") for name in ("whole", "stopped")
+    )
     assert [float(row["lr"]) for row in whole] == [1e-30, 1e-30, 1e-30, 5e-31, 5e-31, 2.5e-31]
-    assert [(row["step"], row["lr"]) for row in whole] == [(row["step"], row["lr"]) for row in stopped]
+    assert [(row["step"], row["lr"]) for row in whole] == [
+        (row["step"], row["lr"]) for row in stopped
+    ]
 
 
 def test_a_run_that_is_over_keeps_its_description(tmp_path, images):
-    common = [*TINY, "--root", images, "--make_checkpoint", "--use_checkpoint", "--output_dir", tmp_path, "--iters", 1]
+    common = [
+        *TINY,
+        "--root",
+        images,
+        "--make_checkpoint",
+        "--use_checkpoint",
+        "--output_dir",
+        tmp_path,
+        "--iters",
+        1,
+    ]
     texts = []
     for figsize in (2, 1):
         assert run("train.py", *common, "--figsize", figsize).returncode == 0
@@ -83,8 +118,18 @@ def test_a_halving_learning_rate_is_refused_while_beta_rises():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_equals_never_stopping(tmp_path, images, workers):
-    """3 epochs at once, and 1 epoch followed by 2 more: the same steps, learning rates, weights and average."""
-    common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--lrate_decay", 0.5]
+    """3 epochs at once, and 1 epoch followed by 2 more: the same steps, learning rates, weights and
+    average."""
+    common = [
+        *TINY,
+        "--root",
+        images,
+        "--make_checkpoint",
+        "--output_dir",
+        tmp_path,
+        "--lrate_decay",
+        0.5,
+    ]
     common += ["--num_workers", workers]
     assert run("train.py", *common, "--exp_name", "whole", "--max_epochs", 3).returncode == 0
     assert run("train.py", *common, "--exp_name", "parts", "--max_epochs", 1).returncode == 0
@@ -94,7 +139,10 @@ def test_resuming_equals_never_stopping(tmp_path, images, workers):
     whole, parts = (tmp_path / "checkpoints" / name for name in ("whole", "parts"))
     for file in ("steps.csv", "epochs.csv"):
         columns = ("step", "epoch", "lr", "neg_elbo" if file == "steps.csv" else "val_neg_elbo")
-        a, b = ([[row[c] for c in columns] for row in csv_rows(folder / file)] for folder in (whole, parts))
+        a, b = (
+            [[row[c] for c in columns] for row in csv_rows(folder / file)]
+            for folder in (whole, parts)
+        )
         assert a == b, file
     a, b = (read_checkpoint(folder / "last.ckpt")["state_dict"] for folder in (whole, parts))
     for name in a:
@@ -102,7 +150,16 @@ def test_resuming_equals_never_stopping(tmp_path, images, workers):
 
 
 def test_a_resumed_run_takes_the_learning_rate_of_its_flags(tmp_path, images):
-    common = [*TINY, "--root", images, "--make_checkpoint", "--output_dir", tmp_path, "--lrate_decay", 0.5]
+    common = [
+        *TINY,
+        "--root",
+        images,
+        "--make_checkpoint",
+        "--output_dir",
+        tmp_path,
+        "--lrate_decay",
+        0.5,
+    ]
     assert run("train.py", *common, "--max_epochs", 1).returncode == 0
     done = run("train.py", *common, "--max_epochs", 3, "--use_checkpoint", "--lrate", 0.001)
     assert done.returncode == 0, done.stderr
@@ -123,9 +180,9 @@ def test_two_processes_train_together(tmp_path, images):
     alone = run("evaluate.py", *last, "--elbo", "--output_dir", tmp_path)
     assert alone.returncode == 0, alone.stderr
     mean = float(re.search(r"-ELBO: ([\d.]+)", alone.stdout)[1])
-    assert float(csv_rows(folder / "epochs.csv")[-1]["val_neg_elbo"]) == pytest.approx(mean, abs=1e-4), (
-        "validation over two ranks counts every image once"
-    )
+    assert float(csv_rows(folder / "epochs.csv")[-1]["val_neg_elbo"]) == pytest.approx(
+        mean, abs=1e-4
+    ), "validation over two ranks counts every image once"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +196,16 @@ def test_two_processes_train_together(tmp_path, images):
         ["--post_model", "IAF", "--accumulate_grad_batches", "2"],
         ["--analytic_kl", "--backend", "reference", "--border", "keep"],
         ["--ds_list", "--profiler_mode"],
-        ["--num_workers", "2", "--check_val_every_n_epoch", "5", "--max_epochs", "1", "--batch", "16"],
+        [
+            "--num_workers",
+            "2",
+            "--check_val_every_n_epoch",
+            "5",
+            "--max_epochs",
+            "1",
+            "--batch",
+            "16",
+        ],
     ],
     ids=lambda flags: " ".join(flags),
 )
@@ -148,7 +214,9 @@ def test_options_run(flags, tmp_path, images):
     assert done.returncode == 0, done.stderr
     assert "no weights of this run are kept" in done.stderr
     assert not list(tmp_path.rglob("*.ckpt"))
-    assert math.isfinite(float(csv_rows(tmp_path / "checkpoints/sdn/epochs.csv")[-1]["val_neg_elbo"]))
+    assert math.isfinite(
+        float(csv_rows(tmp_path / "checkpoints/sdn/epochs.csv")[-1]["val_neg_elbo"])
+    )
     if "--amp" in flags:
         assert "training runs in bf16-mixed" in done.stderr
     if "--profiler_mode" in flags:
@@ -157,7 +225,17 @@ def test_options_run(flags, tmp_path, images):
 
 
 def test_a_profile_of_steps(tmp_path, images):
-    done = run("train.py", *TINY, "--root", images, "--iters", 7, "--output_dir", tmp_path, "--profiler_mode")
+    done = run(
+        "train.py",
+        *TINY,
+        "--root",
+        images,
+        "--iters",
+        7,
+        "--output_dir",
+        tmp_path,
+        "--profiler_mode",
+    )
     assert done.returncode == 0, done.stderr
     table = done.stderr[done.stderr.index("3 batches on cpu:") :].splitlines()
     names = [line.split()[0] for line in table[2:14]]
@@ -185,17 +263,28 @@ WRONG_FLAGS = [
     (["--amp", "--precision", "32-true"], "--amp and --precision exclude each other"),
     (["--analytic_kl", "--post_model", "IAF"], "--analytic_kl needs --post_model IsoGaussian"),
     (["--exp_name", "a/b"], "--exp_name must be a plain folder name; got a/b"),
-    (["--dataset", "MNIST"], "--dataset must be one of CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes, "),
+    (
+        ["--dataset", "MNIST"],
+        "--dataset must be one of CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes, ",
+    ),
     (["--gpus", "99"], "--gpus 99: this machine has"),
     (["--num_processes", "2", "--gpus", "1"], "--num_processes is for the CPU"),
     (["--task", "classification"], "argument --task: invalid choice: 'classification'"),
-    (["--task", "disentanglement"], "--depth, --ds_list, --downsample_first, --h_size: without effect on --task"),
+    (
+        ["--task", "disentanglement"],
+        "--depth, --ds_list, --downsample_first, --h_size: without effect on --task",
+    ),
     (["--lrate", "inf"], "--lrate must be a finite number; got inf"),
-    (["--depth", "9", "--ds_list", "1", "2", "3", "4", "5", "--z_size", "0"], "--z_size must be at least 1"),
+    (
+        ["--depth", "9", "--ds_list", "1", "2", "3", "4", "5", "--z_size", "0"],
+        "--z_size must be at least 1",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), WRONG_FLAGS, ids=[" ".join(flags) for flags, _ in WRONG_FLAGS])
+@pytest.mark.parametrize(
+    ("flags", "message"), WRONG_FLAGS, ids=[" ".join(flags) for flags, _ in WRONG_FLAGS]
+)
 def test_wrong_flags_are_one_line(flags, message, tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, "--output_dir", str(tmp_path), *flags])
@@ -206,22 +295,47 @@ def test_wrong_flags_are_one_line(flags, message, tmp_path, capfd):
 
 
 def test_missing_data_say_which_command_gets_them(tmp_path):
-    for name, command in (("ImageNet32", "get_imagenet_data.sh"), ("CelebAHQ256", "get_celeb_data.sh")):
-        done = run("train.py", *TINY, "--dataset", name, "--root", tmp_path, "--output_dir", tmp_path)
+    for name, command in (
+        ("ImageNet32", "get_imagenet_data.sh"),
+        ("CelebAHQ256", "get_celeb_data.sh"),
+    ):
+        done = run(
+            "train.py", *TINY, "--dataset", name, "--root", tmp_path, "--output_dir", tmp_path
+        )
         assert_one_line_error(done, "train.py: error: ", command)
 
 
 def test_an_experiment_is_neither_overwritten_nor_mixed_up(finished, images):
     before = (finished / "checkpoints/tiny/last.ckpt").read_bytes()
-    again = [*TINY, "--root", images, "--exp_name", "tiny", "--make_checkpoint", "--output_dir", finished]
-    assert_one_line_error(run("train.py", *again), "holds a run already", "--use_checkpoint", "--exp_name")
+    again = [
+        *TINY,
+        "--root",
+        images,
+        "--exp_name",
+        "tiny",
+        "--make_checkpoint",
+        "--output_dir",
+        finished,
+    ]
+    assert_one_line_error(
+        run("train.py", *again), "holds a run already", "--use_checkpoint", "--exp_name"
+    )
     other = run("train.py", *again, "--use_checkpoint", "--h_size", 16)
     assert_one_line_error(other, "is of another model: --h_size 16 (there 8)", "--exp_name")
     assert (finished / "checkpoints/tiny/last.ckpt").read_bytes() == before
 
 
 def test_another_data_set_is_not_a_continuation(finished, images):
-    other = [*TINY, "--exp_name", "tiny", "--output_dir", finished, "--use_checkpoint", "--dataset", "Photos32"]
+    other = [
+        *TINY,
+        "--exp_name",
+        "tiny",
+        "--output_dir",
+        finished,
+        "--use_checkpoint",
+        "--dataset",
+        "Photos32",
+    ]
     assert_one_line_error(run("train.py", *other), "--dataset Photos32 (there ImageNet32)")
 
 
@@ -242,13 +356,28 @@ def test_damaged_data_are_one_line_from_workers_too(tmp_path, workers):
         with environment, environment.begin(write=True) as transaction:
             for index in range(8):
                 transaction.put(str(index).encode(), bytes(3072 if index != 2 else 7))
-    done = run("train.py", *TINY, "--root", tmp_path, "--output_dir", tmp_path, "--num_workers", workers)
+    done = run(
+        "train.py", *TINY, "--root", tmp_path, "--output_dir", tmp_path, "--num_workers", workers
+    )
     assert_one_line_error(done, "train.py: error: ", "image 2 has 7 bytes", "get_imagenet_data.sh")
 
 
 def test_too_few_images_are_one_line(tmp_path, images):
-    done = run("train.py", *TINY, "--root", images, "--output_dir", tmp_path, "--batch", 17, "--num_processes", 2)
-    assert_one_line_error(done, "32 training images", "each of 2 processes: use a batch of at most 16")
+    done = run(
+        "train.py",
+        *TINY,
+        "--root",
+        images,
+        "--output_dir",
+        tmp_path,
+        "--batch",
+        17,
+        "--num_processes",
+        2,
+    )
+    assert_one_line_error(
+        done, "32 training images", "each of 2 processes: use a batch of at most 16"
+    )
     assert done.stderr.count("error:") == 1
 
 
@@ -258,7 +387,10 @@ def test_wandb_that_is_missing_is_one_line(tmp_path, images, monkeypatch, capfd)
     with pytest.raises(SystemExit) as stop:
         train.main([*flags, "--root", str(images), "--output_dir", str(tmp_path)])
     assert stop.value.code == 2
-    assert "--logger wandb: the package is missing; pip install wandb" in capfd.readouterr().err.splitlines()[-1]
+    assert (
+        "--logger wandb: the package is missing; pip install wandb"
+        in capfd.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_a_damaged_checkpoint_is_not_resumed(finished, tmp_path, images):
@@ -283,17 +415,39 @@ def test_wandb_never_asks_for_a_login(tmp_path, images):
     pytest.importorskip("wandb")
     tiny = [flag if flag != "none" else "wandb" for flag in TINY]
     environment = {"HOME": str(tmp_path), "WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc")}
-    done = run("train.py", *tiny, "--root", images, "--iters", 1, "--output_dir", tmp_path, **environment, timeout=240)
+    done = run(
+        "train.py",
+        *tiny,
+        "--root",
+        images,
+        "--iters",
+        1,
+        "--output_dir",
+        tmp_path,
+        **environment,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert f"wandb logs offline to {tmp_path}/checkpoints/sdn/wandb (no API key)" in done.stderr
     again = ["--root", images, "--iters", 2, "--output_dir", tmp_path, "--use_checkpoint"]
     assert run("train.py", *tiny, *again, **environment, timeout=240).returncode == 0
     runs = [path.name for path in (tmp_path / "checkpoints/sdn/wandb").glob("offline-run-*")]
-    assert {name.rsplit("-", 1)[1] for name in runs} == {(tmp_path / "checkpoints/sdn/wandb_id").read_text()}
+    assert {name.rsplit("-", 1)[1] for name in runs} == {
+        (tmp_path / "checkpoints/sdn/wandb_id").read_text()
+    }
 
     environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     done = run(
-        "train.py", *tiny, "--root", images, "--iters", 1, "--output_dir", tmp_path / "key", **environment, timeout=240
+        "train.py",
+        *tiny,
+        "--root",
+        images,
+        "--iters",
+        1,
+        "--output_dir",
+        tmp_path / "key",
+        **environment,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert "(127.0.0.1 cannot be reached)" in done.stderr
@@ -331,7 +485,9 @@ def test_help_groups_the_flags_with_their_defaults(capsys):
 
 def test_readme_table_of_flags_matches_the_parser():
     readme = (REPOSITORY / "README.md").read_text()
-    assert train.flag_table() in readme, 'paste what `python -c "import train; print(train.flag_table())"` prints'
+    assert train.flag_table() in readme, (
+        'paste what `python -c "import train; print(train.flag_table())"` prints'
+    )
 
 
 def test_config_survives_a_checkpoint():

@@ -1,4 +1,5 @@
-"""Worker processes: tasks shared out, errors passed on, nobody left behind. Without torch, and so quick to start."""
+"""Worker processes: tasks shared out, errors passed on, nobody left behind. Without torch, and so
+quick to start."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ def test_every_task_is_done_once_and_in_order(devices):
         processes = {process for _, process in workers.reports}
         assert len(processes) == len(devices) and (os.getpid() in processes) == (len(devices) == 1)
         found = list(workers.run(range(2, 30)))
-        assert sorted(value for _, value in found) == sorted([*range(2, 30), *(n * n for n in range(2, 30))])
+        assert sorted(value for _, value in found) == sorted(
+            [*range(2, 30), *(n * n for n in range(2, 30))]
+        )
         for device in devices:
             values = [value for worker, value in found if worker == device]
             assert values[1::2] == [n * n for n in values[::2]]
@@ -98,21 +101,33 @@ def test_whoever_is_free_takes_the_next_task():
             WorkerError,
             "^the worker for a was killed by SIGKILL, perhaps because the machine ran out of memory;",
         ),
-        ("exit", WorkerError, "^the worker for a ended with exit status 7; what was finished is kept: run again$"),
+        (
+            "exit",
+            WorkerError,
+            "^the worker for a ended with exit status 7; what was finished is kept: run again$",
+        ),
     ],
 )
 def test_a_failure_reaches_the_parent_and_ends_the_others(task, kind, message):
     found = []
-    with pytest.raises(kind, match=message) as caught, open_workers(start_failing, ["a", "a"]) as workers:
+    with (
+        pytest.raises(kind, match=message) as caught,
+        open_workers(start_failing, ["a", "a"]) as workers,
+    ):
         found.extend(workers.run(["fine", "fine", task]))
     if task == "data":
-        assert "in compute" in str(caught.value.__cause__), "the worker's traceback is kept as the cause"
+        assert "in compute" in str(caught.value.__cause__), (
+            "the worker's traceback is kept as the cause"
+        )
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
     ("start", "kind", "message"),
-    [(start_dead, WorkerError, "was killed by SIGKILL"), (start_without_data, DataError, "^no data here$")],
+    [
+        (start_dead, WorkerError, "was killed by SIGKILL"),
+        (start_without_data, DataError, "^no data here$"),
+    ],
 )
 def test_a_failure_at_the_start_is_noticed(start, kind, message):
     with pytest.raises(kind, match=message), open_workers(start, ["a", "a"]):
@@ -131,7 +146,8 @@ def in_another_process(call: str) -> subprocess.Popen:
     """A process, and group of its own, that calls a function given with its module."""
     return subprocess.Popen(
         [sys.executable, "-c", f"import {call.partition('.')[0]}; {call}"],
-        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -169,6 +185,8 @@ def test_workers_end_with_their_parent_and_without_a_word(number):
         time.sleep(0.2)
         assert "Z" not in map(state, children)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)  # ends only when the workers have closed their ends as well
+    _, stderr = process.communicate(
+        timeout=30
+    )  # ends only when the workers have closed their ends as well
     assert_ended(children)
     assert stderr.count("Traceback") == (number == signal.SIGINT), stderr

@@ -1,4 +1,5 @@
-"""The hierarchical VAE for density estimation: IAF-VAE+ and, with SDN on the top-down path, SDN-VAE."""
+"""The hierarchical VAE for density estimation: IAF-VAE+ and, with SDN on the top-down path,
+SDN-VAE."""
 
 from .model import DensityVAE, Output
 

@@ -1,6 +1,7 @@
 """The blocks of the ladder: convolutions, and what may take their place on the top-down path.
 
-Paper, Figures 3 and 8 and Table 4. The figure is lost from our copy, so that names and widths are ours (DEVIATIONS.md).
+Paper, Figures 3 and 8 and Table 4. The figure is lost from our copy, so that names and widths are
+ours (DEVIATIONS.md).
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ HALF_SCALE = Kernel(4, 2, 1)
 class Block:
     """What stands where the baseline has a convolution, here called "the plain one".
 
-    kind: "sdn": a spatial dependency layer; "conv3": the plain one; "conv5": one whose kernel is larger by 2 on each
-        axis; "conv3x2", "conv3x4": two or four 3x3 convolutions with ELU between, of which the first is the plain one.
+    kind: "sdn": a spatial dependency layer; "conv3": the plain one; "conv5": one whose kernel is
+        larger by 2 on each axis; "conv3x2", "conv3x4": two or four 3x3 convolutions with ELU
+        between, of which the first is the plain one.
     highway: Whether the block is gated with the plain one, as the ResSDN layer is.
     num_features, dirs, border, backend: Of the spatial dependency layer.
     """
@@ -70,12 +72,22 @@ class Highway(nn.Module):
         return torch.lerp(transform, self.cnn(x).to(transform.dtype), torch.sigmoid(gate))
 
 
-def make_block(in_ch: int, out_ch: int, kernel: Kernel, *, upsample: bool, block: Block = PLAIN) -> nn.Module:
+def make_block(
+    in_ch: int, out_ch: int, kernel: Kernel, *, upsample: bool, block: Block = PLAIN
+) -> nn.Module:
     """A block from [B, in_ch, H, W] to [B, out_ch, H', W']: the one place where it is chosen."""
     shape = (kernel.size, kernel.stride, kernel.padding, upsample)
     if block.kind == "sdn":
         layer = ResSDNLayer if block.highway else SDNLayer
-        return layer(in_ch, out_ch, block.num_features, block.dirs, *shape, border=block.border, backend=block.backend)
+        return layer(
+            in_ch,
+            out_ch,
+            block.num_features,
+            block.dirs,
+            *shape,
+            border=block.border,
+            backend=block.backend,
+        )
     if block.highway:
         ungated = Block(block.kind)
         return Highway(
@@ -83,7 +95,9 @@ def make_block(in_ch: int, out_ch: int, kernel: Kernel, *, upsample: bool, block
             make_convolution(in_ch, out_ch, *shape),
         )
     if block.kind == "conv5":
-        return make_convolution(in_ch, out_ch, kernel.size + 2, kernel.stride, kernel.padding + 1, upsample)
+        return make_convolution(
+            in_ch, out_ch, kernel.size + 2, kernel.stride, kernel.padding + 1, upsample
+        )
     number = {"conv3": 1, "conv3x2": 2, "conv3x4": 4}[block.kind]
     if number == 1:
         return make_convolution(in_ch, out_ch, *shape)

@@ -1,7 +1,7 @@
 """One layer of the ladder: a bottom-up residual block, a top-down one, and the latent between them.
 
-Paper, Figure 4: the ResNet block of IAF-VAE (Kingma et al. 2016) with gated residuals and, on the top-down path,
-ResSDN layers instead of convolutions (or another block, `blocks.py`).
+Paper, Figure 4: the ResNet block of IAF-VAE (Kingma et al. 2016) with gated residuals and, on the
+top-down path, ResSDN layers instead of convolutions (or another block, `blocks.py`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from .blocks import HALF_SCALE, PLAIN, SAME_SCALE, Block, make_block
 
 
 class LadderLayer(nn.Module):
-    """A layer with latent `z` of shape [B, z_size, H, W], at the lower of its two scales if it downsamples.
+    """A layer with latent `z` of shape [B, z_size, H, W], at the lower of its two scales if it
+    downsamples.
 
     Arguments:
         h_size: Number of deterministic channels.
         z_size: Number of latent channels.
-        downsample: Whether the bottom-up pass halves the scale here and the top-down pass doubles it.
+        downsample: Whether the bottom-up pass halves the scale here and the top-down pass doubles
+            it.
         post_model: "IAF" or "IsoGaussian".
         prior_model: "IsoGaussian".
         block_a, block_b: What `down_a` and `down_b` are.
-        analytic_kl: Whether the KL is the closed form instead of the one-sample estimate; Gaussian posteriors only.
+        analytic_kl: Whether the KL is the closed form instead of the one-sample estimate; Gaussian
+            posteriors only.
     """
 
     def __init__(
@@ -50,8 +53,12 @@ class LadderLayer(nn.Module):
 
         self.up_a = make_block(h_size, h_size + q_params, kernel, upsample=False)
         self.up_b = make_block(h_size, 2 * h_size, SAME_SCALE, upsample=False)
-        self.down_a = make_block(h_size, h_size + q_params + p_params, SAME_SCALE, upsample=False, block=block_a)
-        self.down_b = make_block(z_size + h_size, 2 * h_size, kernel, upsample=downsample, block=block_b)
+        self.down_a = make_block(
+            h_size, h_size + q_params + p_params, SAME_SCALE, upsample=False, block=block_a
+        )
+        self.down_b = make_block(
+            z_size + h_size, 2 * h_size, kernel, upsample=downsample, block=block_b
+        )
 
     def bottom_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [B, h, H, W] to (output [B, h, H', W'], posterior parameters [B, q, H', W'])."""
@@ -76,13 +83,14 @@ class LadderLayer(nn.Module):
             x: [B, h, H', W'], from the layer above.
             noise: Standard normal [B, z_size, H', W']; needed unless `z` is given.
             z: The latent itself, if it is not to be drawn.
-            q_params: The bottom-up pass's posterior parameters; without them `z` is drawn from the prior.
+            q_params: The bottom-up pass's posterior parameters; without them `z` is drawn from the
+                prior.
             temperature: Multiplies the prior's standard deviation.
             one_sample_kl: Whether to use the one-sample estimate in spite of `analytic_kl`.
 
         Returns:
-            Output [B, h, H, W], the latent [B, z_size, H', W'], and if it was drawn from the posterior the KL
-            divergence in nats, [B].
+            Output [B, h, H, W], the latent [B, z_size, H', W'], and if it was drawn from the
+            posterior the KL divergence in nats, [B].
         """
         features = self.down_a(F.elu(x))
         channels = [self.h_size, self.post_model.param_channels, self.prior_model.param_channels]

@@ -1,4 +1,5 @@
-"""SDN-VAE and IAF-VAE+ (paper, section 4) as a plain module: assembly, training pass, sampling, decoding."""
+"""SDN-VAE and IAF-VAE+ (paper, section 4) as a plain module: assembly, training pass, sampling,
+decoding."""
 
 from __future__ import annotations
 
@@ -52,18 +53,21 @@ class DensityVAE(nn.Module):
         ds_list: Layers that halve the scale (those reached at scale 1 do not).
         downsample_first: Whether the first convolution halves the scale already.
         post_model, prior_model: "IAF" or "IsoGaussian"; "IsoGaussian".
-        obs_model, nbits, mix_components: Observation model "DML" or "DL", bits per colour, components of DML.
-        sdn_min_scale, sdn_max_scale: A layer whose lower side has a scale in this range uses ResSDN layers, or whatever
-            `block` says.
-        sdn_nfeat_0, sdn_nfeat_diff: Features of the SDN layers: at first, and how many fewer after each downsampling
-            layer with SDN (not below 50).
+        obs_model, nbits, mix_components: Observation model "DML" or "DL", bits per colour,
+            components of DML.
+        sdn_min_scale, sdn_max_scale: A layer whose lower side has a scale in this range uses ResSDN
+            layers, or whatever `block` says.
+        sdn_nfeat_0, sdn_nfeat_diff: Features of the SDN layers: at first, and how many fewer after
+            each downsampling layer with SDN (not below 50).
         sdn_num_dirs: Directions of each SDN layer, 1 to 4, dealt out in turn.
         border, backend: See `lib.nn.SDNLayer`.
         block: "sdn", or for ablations "conv3", "conv5", "conv3x2" or "conv3x4", see `blocks.py`.
-        highway: Whether blocks are gated with a convolution: "on", "off", or "auto": the spatial dependency layer is.
+        highway: Whether blocks are gated with a convolution: "on", "off", or "auto": the spatial
+            dependency layer is.
         analytic_kl: Closed-form KL where the posterior is Gaussian.
-        checkpoint_activations: Whether training keeps only what passes between the layers, and computes a layer's
-            activations anew in the backward pass: less memory for a second forward pass. The results are the same.
+        checkpoint_activations: Whether training keeps only what passes between the layers, and
+            computes a layer's activations anew in the backward pass: less memory for a second
+            forward pass. The results are the same.
 
     Raises:
         ValueError: on arguments that cannot work; the message says what is allowed.
@@ -144,7 +148,9 @@ class DensityVAE(nn.Module):
             if downsample:
                 scale = _halved(scale, f"layer {i}")
                 if in_range:  # small models are not raised to SMALLEST_SDN (DEVIATIONS.md)
-                    num_features = max(num_features - sdn_nfeat_diff, min(num_features, SMALLEST_SDN))
+                    num_features = max(
+                        num_features - sdn_nfeat_diff, min(num_features, SMALLEST_SDN)
+                    )
             shapes.append((z_size, *scale))
 
         kernel = HALF_SCALE if downsample_first else SAME_SCALE
@@ -154,13 +160,19 @@ class DensityVAE(nn.Module):
         self.h = nn.Parameter(torch.zeros(h_size))
         self.last_layer = nn.Sequential(
             nn.ELU(),
-            make_block(h_size, self.observation.param_channels, kernel, upsample=downsample_first, block=last_block),
+            make_block(
+                h_size,
+                self.observation.param_channels,
+                kernel,
+                upsample=downsample_first,
+                block=last_block,
+            ),
         )
         self.latent_shapes = shapes[::-1]  # top-down order, without the batch dimension
         initialize_convolutions(self)
-        # The top-down pass starts from `h`, not from the bottom-up pass's output, so these never get a gradient: kept
-        # because the authors' checkpoints hold them, frozen because data-parallel training would wait for
-        # them (DEVIATIONS.md).
+        # The top-down pass starts from `h`, not from the bottom-up pass's output, so these never
+        # get a gradient: kept because the authors' checkpoints hold them, frozen because
+        # data-parallel training would wait for them (DEVIATIONS.md).
         self.ladder_layers[-1].up_b.requires_grad_(False)
 
     @property
@@ -180,17 +192,22 @@ class DensityVAE(nn.Module):
         """Encodes and decodes a batch.
 
         Arguments:
-            x: Data as the observation model encodes them (`self.observation.encode(uint8_images)`), [B, 3, H, W].
-            noise: Standard normal noise of each layer, top-down order, [B, z_size, H_i, W_i]; drawn if not given.
+            x: Data as the observation model encodes them (`self.observation.encode(uint8_images)`),
+                [B, 3, H, W].
+            noise: Standard normal noise of each layer, top-down order, [B, z_size, H_i, W_i]; drawn
+                if not given.
         """
         posterior, _ = self.bottom_up(x)
         latents, rates, params = self.top_down(x.shape[0], posterior=posterior, noise=noise)
         return Output(-self.observation.log_prob(params, x), rates, latents, params)
 
     def bottom_up(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Posterior parameters of each layer, top-down order, and the output of the pass, [B, h_size, H_0, W_0]."""
+        """Posterior parameters of each layer, top-down order, and the output of the pass, [B,
+        h_size, H_0, W_0]."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
-            raise ValueError(f"images must be [batch, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
+            raise ValueError(
+                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}"
+            )
         hidden = self.first_layer(x)
         posterior = []
         for layer in self.ladder_layers:
@@ -215,15 +232,16 @@ class DensityVAE(nn.Module):
             batch: Batch size B.
             posterior: Parameters from `bottom_up`; without them latents come from the prior.
             latents: Given latents; an entry None is drawn. None stands for all None.
-            noise: Standard normal noise of the layers that are drawn; drawn with `generator` where None.
+            noise: Standard normal noise of the layers that are drawn; drawn with `generator` where
+                None.
             temperature: Multiplies the prior's standard deviations.
             generator: On the model's device; torch's global one if not given.
-            one_sample_kl: Whether rates are `log q(z) - log p(z)` even in a model with `analytic_kl`, as importance
-                weights need them.
+            one_sample_kl: Whether rates are `log q(z) - log p(z)` even in a model with
+                `analytic_kl`, as importance weights need them.
 
         Returns:
-            Latents, rates in nats [B, depth] (zeros where nothing was drawn from the posterior), and the observation
-            model's parameters [B, param_channels, H, W].
+            Latents, rates in nats [B, depth] (zeros where nothing was drawn from the posterior),
+            and the observation model's parameters [B, param_channels, H, W].
         """
         latents = self._one_per_layer("latents", latents, batch)
         noise = self._one_per_layer("noise", noise, batch)
@@ -235,28 +253,43 @@ class DensityVAE(nn.Module):
                 shape = (batch, *self.latent_shapes[step])
                 eps = standard_normal(shape, self.h.device, self.h.dtype, generator)
             q_params = None if posterior is None else posterior[step]
-            given = dict(noise=eps, z=z, q_params=q_params, temperature=temperature, one_sample_kl=one_sample_kl)
+            given = dict(
+                noise=eps,
+                z=z,
+                q_params=q_params,
+                temperature=temperature,
+                one_sample_kl=one_sample_kl,
+            )
             hidden, z, kl = self._run(layer.top_down, hidden, **given)
             drawn.append(z)
             rates.append(z.new_zeros(batch) if kl is None else kl)
         return drawn, torch.stack(rates, dim=1), self._run(self.last_layer, hidden)
 
     def sample(
-        self, batch: int, temperature: float = 1.0, generator: torch.Generator | None = None, **given
+        self,
+        batch: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        **given,
     ) -> tuple[Tensor, list[Tensor]]:
         """Observation parameters [B, param_channels, H, W] and latents drawn from the prior.
 
-        `given` may hold `latents` and `noise`, see `top_down`: fixed layers stay, the others are drawn.
+        `given` may hold `latents` and `noise`, see `top_down`: fixed layers stay, the others are
+            drawn.
         """
-        latents, _, params = self.top_down(batch, temperature=temperature, generator=generator, **given)
+        latents, _, params = self.top_down(
+            batch, temperature=temperature, generator=generator, **given
+        )
         return params, latents
 
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """Observation parameters [B, param_channels, H, W] for latents given at every layer, top-down order."""
+        """Observation parameters [B, param_channels, H, W] for latents given at every layer,
+        top-down order."""
         return self.top_down(latents[0].shape[0], latents=latents)[2]
 
     def _run(self, part: Callable, *arguments: Tensor, **given: Any) -> Any:
-        """`part(*arguments, **given)`, without keeping its activations if `checkpoint_activations`."""
+        """`part(*arguments, **given)`, without keeping its activations if
+        `checkpoint_activations`."""
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return part(*arguments, **given)
         # All noise is drawn outside of the parts: there is no random state to keep.
@@ -266,16 +299,22 @@ class DensityVAE(nn.Module):
         if tensors is None:
             return [None] * len(self.latent_shapes)
         if len(tensors) != len(self.latent_shapes):
-            raise ValueError(f"{name} must have one entry for each of the {len(self.latent_shapes)} layers, top first")
+            raise ValueError(
+                f"{name} must have one entry for each of the {len(self.latent_shapes)} layers, top first"
+            )
         for step, (tensor, shape) in enumerate(zip(tensors, self.latent_shapes, strict=True)):
             if tensor is not None and tuple(tensor.shape) != (batch, *shape):
-                raise ValueError(f"{name}[{step}] must be {[batch, *shape]}, got {list(tensor.shape)}")
+                raise ValueError(
+                    f"{name}[{step}] must be {[batch, *shape]}, got {list(tensor.shape)}"
+                )
         return tensors
 
 
 def _halved(scale: tuple[int, int], where: str) -> tuple[int, int]:
     if scale[0] % 2 or scale[1] % 2:
-        raise ValueError(f"{where} cannot halve a map of {scale[0]}x{scale[1]}: choose fewer entries of ds_list")
+        raise ValueError(
+            f"{where} cannot halve a map of {scale[0]}x{scale[1]}: choose fewer entries of ds_list"
+        )
     return scale[0] // 2, scale[1] // 2
 
 
@@ -285,7 +324,9 @@ def _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl)
             raise ValueError(f"{name} must be at least 1, got {value}")
     wrong = [i for i in ds_list if i not in range(depth)]
     if wrong:
-        raise ValueError(f"ds_list entries must lie in 0 ... {depth - 1} (depth {depth}), got {wrong}")
+        raise ValueError(
+            f"ds_list entries must lie in 0 ... {depth - 1} (depth {depth}), got {wrong}"
+        )
     if post_model not in POSTERIORS:
         raise ValueError(f"post_model must be one of {', '.join(POSTERIORS)}, got {post_model!r}")
     if prior_model not in PRIORS:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config import TrainConfig
-from ..training import VAETraining
+from ..training.base import VAETraining
 from ..utils import nats_to_bits_per_dim
 from .model import DensityVAE
 
@@ -21,7 +21,9 @@ class DensityTraining(VAETraining):
 
     unit = "bits/dim"
 
-    def __init__(self, model: DensityVAE, config: TrainConfig, provenance: dict[str, str] | None = None):
+    def __init__(
+        self, model: DensityVAE, config: TrainConfig, provenance: dict[str, str] | None = None
+    ):
         super().__init__(model, config, provenance)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_coef))
         self.average.requires_grad_(False).eval()

@@ -1,4 +1,5 @@
-"""The VAE of the disentanglement experiments, and scores of how far a representation separates the factors."""
+"""The VAE of the disentanglement experiments, and scores of how far a representation separates the
+factors."""
 
 from .model import DisentanglementVAE
 

@@ -1,16 +1,20 @@
 """How well a representation separates the factors of variation behind the images: five scores.
 
-BetaVAE and FactorVAE are the paper's (Figure 7); MIG, DCI and SAP are others that representations are compared by. All
-follow Locatello et al. 2019, "Challenging Common Assumptions in the Unsupervised Learning of Disentangled
-Representations" (https://arxiv.org/abs/1811.12359), in the default sizes too.
+BetaVAE and FactorVAE are the paper's (Figure 7); MIG, DCI and SAP are others that representations
+are compared by. All follow Locatello et al. 2019, "Challenging Common Assumptions in the
+Unsupervised Learning of Disentangled Representations" (https://arxiv.org/abs/1811.12359), in the
+default sizes too.
 
-Read BetaVAE and FactorVAE together. BetaVAE saturates early: its classifier weighs all dimensions at once, so it can
-tell the factors of a code that mixes them in every dimension. FactorVAE has one dimension to tell each factor by.
+Read BetaVAE and FactorVAE together. BetaVAE saturates early: its classifier weighs all dimensions
+at once, so it can tell the factors of a code that mixes them in every dimension. FactorVAE has one
+dimension to tell each factor by.
 
-Each metric gives a dictionary of numbers with the score, in [0, 1], under "score". What all have in common:
+Each metric gives a dictionary of numbers with the score, in [0, 1], under "score". What all have in
+common:
 
 Arguments:
-    represent: A function from images to their codes, or the codes of all images as `encode_all` gives them.
+    represent: A function from images to their codes, or the codes of all images as `encode_all`
+        gives them.
     data: A data set that knows its factors.
     seed: Of all draws. The same seed gives the same numbers to the bit on one machine.
     batch_size: Images encoded at a time; no score depends on it but for rounding.
@@ -48,8 +52,8 @@ class FactorData(Protocol):
     """A data set with one image for each combination of its factors' levels.
 
     Attributes:
-        factor_sizes: Number of levels of each factor: (10, 10, 10, 8, 4, 15) for 3D-Shapes. The images are in the order
-            in which the last factor varies fastest.
+        factor_sizes: Number of levels of each factor: (10, 10, 10, 8, 4, 15) for 3D-Shapes. The
+            images are in the order in which the last factor varies fastest.
     """
 
     factor_sizes: tuple[int, ...]
@@ -66,9 +70,9 @@ Codes = Tensor | np.ndarray
 def encode_all(represent: Represent, data: FactorData, *, batch_size: int = 512) -> np.ndarray:
     """The codes of all images of a data set in their order, float64 [N, Z].
 
-    Every metric takes them in place of the representation function, with the same result but for the rounding in other
-    batches. On 3D-Shapes' 480,000 images this is cheaper even for a single score: at the default sizes BetaVAE encodes
-    1,920,000 images and FactorVAE 970,000.
+    Every metric takes them in place of the representation function, with the same result but for
+    the rounding in other batches. On 3D-Shapes' 480,000 images this is cheaper even for a single
+    score: at the default sizes BetaVAE encodes 1,920,000 images and FactorVAE 970,000.
     """
     sizes = factor_sizes(data)
     _check_at_least(1, batch_size=batch_size)
@@ -89,12 +93,14 @@ def beta_vae(
     pairs: int = 64,
     batch_size: int = 512,
 ) -> dict[str, float]:
-    """The BetaVAE metric (Higgins et al. 2016): can a linear classifier tell which factor pairs of images share?
+    """The BetaVAE metric (Higgins et al. 2016): can a linear classifier tell which factor pairs of
+    images share?
 
-    A point has a factor drawn at random and `pairs` pairs of images that agree in it and are independent otherwise; its
-    features are the means of `|z1 - z2|` over the pairs. The score is the accuracy on test points of a logistic
-    regression for each factor against the others. Its penalty is felt by codes far smaller than 1, from 0.01 or so.
-    Chance, and the score of a constant code, is one over the number of factors.
+    A point has a factor drawn at random and `pairs` pairs of images that agree in it and are
+    independent otherwise; its features are the means of `|z1 - z2|` over the pairs. The score is
+    the accuracy on test points of a logistic regression for each factor against the others. Its
+    penalty is felt by codes far smaller than 1, from 0.01 or so. Chance, and the score of a
+    constant code, is one over the number of factors.
 
     Arguments:
         train, test: Points.
@@ -121,9 +127,13 @@ def beta_vae(
 
     features, labels = points(train)
     _warn_if_constant(features)
-    # scikit-learn's defaults of 2019. Today's (multinomial) score 0.005 to 0.015 more for entangled codes.
+    # scikit-learn's defaults of 2019. Today's (multinomial) score 0.005 to 0.015 more for entangled
+    # codes.
     classifier = OneVsRestClassifier(LogisticRegression(solver="liblinear")).fit(features, labels)
-    return {"score": classifier.score(*points(test)), "train_accuracy": classifier.score(features, labels)}
+    return {
+        "score": classifier.score(*points(test)),
+        "train_accuracy": classifier.score(features, labels),
+    }
 
 
 def factor_vae(
@@ -140,15 +150,16 @@ def factor_vae(
 ) -> dict[str, float]:
     """The FactorVAE metric (Kim & Mnih 2018): does one dimension stand still when one factor does?
 
-    A vote has a factor drawn at random and `images` images that agree in it; it goes to the dimension with the smallest
-    variance over these images in relation to its variance over the data. Each dimension stands for the factor that
-    most of its training votes came from; the score is the share of test votes for which that is right. Chance is one
-    over the number of factors.
+    A vote has a factor drawn at random and `images` images that agree in it; it goes to the
+    dimension with the smallest variance over these images in relation to its variance over the
+    data. Each dimension stands for the factor that most of its training votes came from; the score
+    is the share of test votes for which that is right. Chance is one over the number of factors.
 
     Arguments:
         train, test: Votes.
         variance_samples: Images that the variances over the data are estimated from.
-        least_deviation: Dimensions with a smaller standard deviation have no part. If none is left the score is 0.
+        least_deviation: Dimensions with a smaller standard deviation have no part. If none is left
+            the score is 0.
 
     Returns:
         `score`, `train_accuracy` and `active_dimensions`, the number of those that take part.
@@ -194,8 +205,9 @@ def mig(
 ) -> dict[str, float]:
     """The mutual information gap (Chen et al. 2018): does one dimension alone tell of each factor?
 
-    The mean over factors of `(I1 - I2) / H`: the mutual informations of the factor with the two dimensions that tell
-    most of it, by the entropy of the factor. A code of one dimension has `I2 = 0`; a constant one scores 0.
+    The mean over factors of `(I1 - I2) / H`: the mutual informations of the factor with the two
+    dimensions that tell most of it, by the entropy of the factor. A code of one dimension has `I2 =
+    0`; a constant one scores 0.
 
     Arguments:
         samples: Images.
@@ -208,13 +220,19 @@ def mig(
     source = _Source(represent, data, seed, batch_size)
     codes, factors = source.samples(samples)
     if (factors == factors[0]).all(0).any():
-        raise ValueError(f"{samples} samples are too few: in all of them some factor is at the same level")
+        raise ValueError(
+            f"{samples} samples are too few: in all of them some factor is at the same level"
+        )
     _warn_if_constant(codes)
     varying = codes[:, codes.std(0) > CONSTANT]
-    binned = [np.digitize(values, np.histogram_bin_edges(values, bins)[1:-1]) for values in varying.T]
+    binned = [
+        np.digitize(values, np.histogram_bin_edges(values, bins)[1:-1]) for values in varying.T
+    ]
     gaps = []
     for levels in factors.T:
-        second, first = sorted([0.0, 0.0, *(mutual_info_score(levels, values) for values in binned)])[-2:]
+        second, first = sorted(
+            [0.0, 0.0, *(mutual_info_score(levels, values) for values in binned)]
+        )[-2:]
         gaps.append((first - second) / mutual_info_score(levels, levels))
     return {"score": float(np.mean(gaps))}
 
@@ -231,10 +249,11 @@ def dci(
 ) -> dict[str, float]:
     """Disentanglement, completeness and informativeness (Eastwood & Williams 2018).
 
-    scikit-learn's gradient boosted trees predict each factor from the code, and say how much each dimension had a part
-    in it. Disentanglement is one minus the entropy, in units of its maximum, of a dimension's importances over the
-    factors, averaged over dimensions in proportion to their importance; completeness is the same with dimensions and
-    factors exchanged; informativeness is the accuracy on test samples. A constant code scores 0 in the first two.
+    scikit-learn's gradient boosted trees predict each factor from the code, and say how much each
+    dimension had a part in it. Disentanglement is one minus the entropy, in units of its maximum,
+    of a dimension's importances over the factors, averaged over dimensions in proportion to their
+    importance; completeness is the same with dimensions and factors exchanged; informativeness is
+    the accuracy on test samples. A constant code scores 0 in the first two.
 
     By far the slowest metric: minutes at the default sizes, almost all of it for the trees.
 
@@ -253,7 +272,9 @@ def dci(
     _warn_if_constant(codes)
     importances, accuracies, train_accuracies = [], [], []
     for levels, test_levels in zip(factors.T, test_factors.T, strict=True):
-        model = GradientBoostingClassifier(n_estimators=trees, random_state=int(source.rng.integers(2**31)))
+        model = GradientBoostingClassifier(
+            n_estimators=trees, random_state=int(source.rng.integers(2**31))
+        )
         model.fit(codes, levels)
         importances.append(model.feature_importances_)
         accuracies.append(model.score(test_codes, test_levels))
@@ -277,11 +298,13 @@ def sap(
     penalty: float = 0.01,
     batch_size: int = 512,
 ) -> dict[str, float]:
-    """The separated attribute predictability (Kumar et al. 2018): does one dimension alone predict each factor?
+    """The separated attribute predictability (Kumar et al. 2018): does one dimension alone predict
+    each factor?
 
-    The mean over factors of the difference between the test accuracies of the two dimensions that predict the factor
-    best, each by a linear support vector machine of its own; the accuracy of a constant dimension is 0. Scores are low:
-    cuts of a line, one against all, do not tell many levels apart, not even those of a perfect code.
+    The mean over factors of the difference between the test accuracies of the two dimensions that
+    predict the factor best, each by a linear support vector machine of its own; the accuracy of a
+    constant dimension is 0. Scores are low: cuts of a line, one against all, do not tell many
+    levels apart, not even those of a perfect code.
 
     Arguments:
         train, test: Images.
@@ -312,7 +335,13 @@ METRICS: dict[str, Callable[..., dict[str, float]]] = {
     "dci": dci,
     "sap": sap,
 }
-TITLES = {"beta_vae": "BetaVAE", "factor_vae": "FactorVAE", "mig": "MIG", "dci": "DCI", "sap": "SAP"}
+TITLES = {
+    "beta_vae": "BetaVAE",
+    "factor_vae": "FactorVAE",
+    "mig": "MIG",
+    "dci": "DCI",
+    "sap": "SAP",
+}
 
 
 class _Source:
@@ -333,7 +362,10 @@ class _Source:
         if self._table is not None:
             return self._table[np.ravel_multi_index(tuple(np.moveaxis(factors, -1, 0)), self.sizes)]
         rows = factors.reshape(-1, len(self.sizes))
-        parts = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
+        parts = [
+            rows[start : start + self._batch_size]
+            for start in range(0, len(rows), self._batch_size)
+        ]
         codes = np.concatenate([_encode(self._represent, self._data, part) for part in parts])
         return codes.reshape(*factors.shape[:-1], -1)
 
@@ -352,7 +384,9 @@ def factor_sizes(data: FactorData) -> tuple[int, ...]:
         )
     sizes = tuple(data.factor_sizes)
     if len(sizes) < 2 or min(sizes) < 2:
-        raise MetricError(f"a metric needs two factors or more, of two levels or more each; got factor_sizes {sizes}")
+        raise MetricError(
+            f"a metric needs two factors or more, of two levels or more each; got factor_sizes {sizes}"
+        )
     return sizes
 
 
@@ -367,7 +401,9 @@ def _as_codes(codes: Codes, count: int) -> np.ndarray:
         raise MetricError(f"codes must be a tensor or an array, got {type(codes).__name__}")
     codes = torch.as_tensor(codes).detach().cpu().double().numpy()
     if codes.ndim != 2 or len(codes) != count or not codes.shape[1]:
-        raise MetricError(f"the codes of {count} images must be [{count}, Z], got {list(codes.shape)}")
+        raise MetricError(
+            f"the codes of {count} images must be [{count}, Z], got {list(codes.shape)}"
+        )
     if not np.isfinite(codes).all():
         raise MetricError("the representation has values that are NaN or infinite")
     return codes
@@ -378,12 +414,15 @@ def _groups(count: int) -> Iterator[int]:
 
 
 def _concentration(importances: np.ndarray) -> float:
-    """Mean over rows, weighted by their sums, of one minus the entropy in units of its maximum; 0 if all are zero."""
+    """Mean over rows, weighted by their sums, of one minus the entropy in units of its maximum; 0
+    if all are zero."""
     sums = importances.sum(1)
     if not sums.any():
         return 0.0
     shares = importances[sums > 0] / sums[sums > 0, None]
-    entropies = -np.sum(shares * np.log(shares, out=np.zeros_like(shares), where=shares > 0), axis=1)
+    entropies = -np.sum(
+        shares * np.log(shares, out=np.zeros_like(shares), where=shares > 0), axis=1
+    )
     columns = max(importances.shape[1], 2)  # the entropy over a single column is 0
     return float(np.average(1 - entropies / math.log(columns), weights=sums[sums > 0]))
 
@@ -396,4 +435,6 @@ def _check_at_least(least: int, **sizes: int) -> None:
 
 def _warn_if_constant(codes: np.ndarray) -> None:
     if codes.std(0).max() <= CONSTANT:
-        warnings.warn("the representation is constant: it tells nothing of any factor", stacklevel=3)
+        warnings.warn(
+            "the representation is constant: it tells nothing of any factor", stacklevel=3
+        )

@@ -1,4 +1,5 @@
-"""The β-VAE of the disentanglement experiments, with a convolutional or an SDN decoder, as a plain module."""
+"""The β-VAE of the disentanglement experiments, with a convolutional or an SDN decoder, as a plain
+module."""
 
 from __future__ import annotations
 
@@ -17,15 +18,17 @@ HALF_SCALE = (4, 2, 1)  # kernel size, stride, padding
 
 
 class DisentanglementVAE(nn.Module):
-    """VAE with one vector of latents for 64x64 images (paper, section 6; architecture of Locatello et al. 2019).
+    """VAE with one vector of latents for 64x64 images (paper, section 6; architecture of Locatello
+    et al. 2019).
 
-    Gaussian posterior, standard normal prior. The SDN decoder has a spatial dependency layer, not residual, in place of
-    the transposed convolution that leads to scale 32.
+    Gaussian posterior, standard normal prior. The SDN decoder has a spatial dependency layer, not
+    residual, in place of the transposed convolution that leads to scale 32.
 
     Arguments:
         image_size: (64, 64) or 64.
         z_size: Number of latent dimensions Z.
-        obs_model, nbits, mix_components: Observation model "DL" or "DML", bits per colour, components of DML.
+        obs_model, nbits, mix_components: Observation model "DL" or "DML", bits per colour,
+            components of DML.
         sdn_nfeat: Features of the SDN layer; 0: the convolutional decoder.
         sdn_dirs: Directions of its sweeps.
         border, backend: See `lib.nn.SDNLayer`.
@@ -52,7 +55,9 @@ class DisentanglementVAE(nn.Module):
         super().__init__()
         sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if sizes != (IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(f"the model is for images of {IMAGE_SIZE}x{IMAGE_SIZE}, got {sizes[0]}x{sizes[1]}")
+            raise ValueError(
+                f"the model is for images of {IMAGE_SIZE}x{IMAGE_SIZE}, got {sizes[0]}x{sizes[1]}"
+            )
         if z_size < 1:
             raise ValueError(f"z_size must be at least 1, got {z_size}")
         self.image_shape = (3, IMAGE_SIZE, IMAGE_SIZE)
@@ -70,7 +75,14 @@ class DisentanglementVAE(nn.Module):
         to_scale_32 = up(32, 32)
         if sdn_nfeat:
             to_scale_32 = SDNLayer(
-                32, 32, sdn_nfeat, list(sdn_dirs), *HALF_SCALE, upsample=True, border=border, backend=backend
+                32,
+                32,
+                sdn_nfeat,
+                list(sdn_dirs),
+                *HALF_SCALE,
+                upsample=True,
+                border=border,
+                backend=backend,
             )
         self.encoder = nn.Sequential(
             *(down(3, 32), nn.ReLU()),  # scale 32
@@ -109,7 +121,8 @@ class DisentanglementVAE(nn.Module):
         """Encodes and decodes a batch; the rates are those of the latent dimensions, [B, Z].
 
         Arguments:
-            x: Data as the observation model encodes them (`self.observation.encode(uint8_images)`), [B, 3, 64, 64].
+            x: Data as the observation model encodes them (`self.observation.encode(uint8_images)`),
+                [B, 3, 64, 64].
             noise: [standard normal noise [B, Z]]; drawn if not given.
         """
         posterior, _ = self.bottom_up(x)
@@ -117,13 +130,17 @@ class DisentanglementVAE(nn.Module):
         return Output(-self.observation.log_prob(params, x), rates, latents, params)
 
     def represent(self, x: Tensor) -> Tensor:
-        """The posterior means of data as in `forward`, [B, Z]: the representation that metrics judge."""
+        """The posterior means of data as in `forward`, [B, Z]: the representation that metrics
+        judge."""
         return self.encoder(x).chunk(2, dim=1)[0]
 
     def bottom_up(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """[posterior parameters [B, 2 Z], mean and log-variance], and the same once more as the pass's output."""
+        """[posterior parameters [B, 2 Z], mean and log-variance], and the same once more as the
+        pass's output."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
-            raise ValueError(f"images must be [batch, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
+            raise ValueError(
+                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}"
+            )
         q_params = self.encoder(x)
         return [q_params], q_params
 
@@ -138,11 +155,12 @@ class DisentanglementVAE(nn.Module):
         generator: torch.Generator | None = None,
         one_sample_kl: bool = False,
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Draws the latents, or takes them as given, and decodes; like `DensityVAE.top_down` with a single layer.
+        """Draws the latents, or takes them as given, and decodes; like `DensityVAE.top_down` with a
+        single layer.
 
         Returns:
-            [latents [B, Z]], rates in nats [B, Z] (zeros if nothing was drawn from the posterior), and the observation
-            model's parameters [B, param_channels, 64, 64].
+            [latents [B, Z]], rates in nats [B, Z] (zeros if nothing was drawn from the posterior),
+            and the observation model's parameters [B, param_channels, 64, 64].
         """
         z = None if latents is None else latents[0]
         shape = (batch, *self.latent_shapes[0])
@@ -155,14 +173,23 @@ class DisentanglementVAE(nn.Module):
                 z = temperature * eps
             else:
                 z, _ = self.posterior.sample(posterior[0], eps)
-                rates = self._rates(posterior[0], z, one_sample=one_sample_kl or not self.analytic_kl)
+                rates = self._rates(
+                    posterior[0], z, one_sample=one_sample_kl or not self.analytic_kl
+                )
         return [z], rates, self.decoder(z.to(self.dtype))
 
     def sample(
-        self, batch: int, temperature: float = 1.0, generator: torch.Generator | None = None, **given
+        self,
+        batch: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        **given,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Observation parameters and latents drawn from the prior; `given` as for `DensityVAE.sample`."""
-        latents, _, params = self.top_down(batch, temperature=temperature, generator=generator, **given)
+        """Observation parameters and latents drawn from the prior; `given` as for
+        `DensityVAE.sample`."""
+        latents, _, params = self.top_down(
+            batch, temperature=temperature, generator=generator, **given
+        )
         return params, latents
 
     def decode(self, latents: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..training import VAETraining
+from ..training.base import VAETraining
 
 
 class DisentanglementTraining(VAETraining):

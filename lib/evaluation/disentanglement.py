@@ -1,4 +1,5 @@
-"""The disentanglement scores of a trained model's representation (paper, section 6 and Figure 7)."""
+"""The disentanglement scores of a trained model's representation (paper, section 6 and Figure
+7)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from ..DisentanglementVAE.metrics import METRICS, FactorData, MetricError, encod
 
 
 class FewerLevels:
-    """A data set of factors with only some levels of each, evenly spread from the first to the last.
+    """A data set of factors with only some levels of each, evenly spread from the first to the
+    last.
 
     Arguments:
         data: All levels.
@@ -28,16 +30,25 @@ class FewerLevels:
 
     def __init__(self, data: FactorData, levels: Sequence[int]):
         sizes = factor_sizes(data)
-        if len(levels) != len(sizes) or not all(2 <= n <= size for n, size in zip(levels, sizes, strict=True)):
+        if len(levels) != len(sizes) or not all(
+            2 <= n <= size for n, size in zip(levels, sizes, strict=True)
+        ):
             shown = [" ".join(map(str, numbers)) for numbers in (sizes, levels)]
-            raise MetricError(f"--levels must be {len(sizes)} numbers from 2 to {shown[0]}; got {shown[1]}")
+            raise MetricError(
+                f"--levels must be {len(sizes)} numbers from 2 to {shown[0]}; got {shown[1]}"
+            )
         self.factor_sizes = tuple(levels)
         self._data = data
-        self._kept = [np.linspace(0, size - 1, n).round().astype(int) for n, size in zip(levels, sizes, strict=True)]
+        self._kept = [
+            np.linspace(0, size - 1, n).round().astype(int)
+            for n, size in zip(levels, sizes, strict=True)
+        ]
 
     def images(self, factors: np.ndarray) -> Tensor:
         """Images uint8 [N, 3, H, W] of the kept levels `factors`, int64 [N, F]."""
-        return self._data.images(np.stack([kept[factors[:, i]] for i, kept in enumerate(self._kept)], axis=1))
+        return self._data.images(
+            np.stack([kept[factors[:, i]] for i, kept in enumerate(self._kept)], axis=1)
+        )
 
 
 def disentanglement_scores(
@@ -57,8 +68,8 @@ def disentanglement_scores(
         progress: Called with the number of images after each batch that is encoded.
 
     Returns:
-        `scores`: what each metric gives, by its name; `levels` of each factor, number of `images`, `remarks` on
-        scores that say little, and `seconds_per_metric` and of the encoding.
+        `scores`: what each metric gives, by its name; `levels` of each factor, number of `images`,
+        `remarks` on scores that say little, and `seconds_per_metric` and of the encoding.
     """
 
     @torch.no_grad()
@@ -75,7 +86,9 @@ def disentanglement_scores(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             scores[name] = METRICS[name](codes, data, seed=seed)
-        remarks += [f"{name}: {warning.message}" for warning in caught if warning.category is UserWarning]
+        remarks += [
+            f"{name}: {warning.message}" for warning in caught if warning.category is UserWarning
+        ]
         seconds[name] = time.perf_counter() - start
     return {
         "scores": scores,

@@ -8,8 +8,9 @@ Plain CSV that is only ever appended to::
     1,384,-10233.0390625
     1,1024,-10229.5546875
 
-A row is the importance-weighted log-likelihood of an image from its first `samples` samples. With all of them the image
-is finished; with fewer the row marks how far an image that takes long has come, and a later row goes on from there.
+A row is the importance-weighted log-likelihood of an image from its first `samples` samples. With
+all of them the image is finished; with fewer the row marks how far an image that takes long has
+come, and a later row goes on from there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SYNC_SECONDS = 5.0  # between calls that wait for the disk; a killed process alo
 
 
 class LedgerError(Exception):
-    """A ledger that cannot be used; the message is one line that names the file and says what to do."""
+    """A ledger that cannot be used; the message is one line that names the file and says what to
+    do."""
 
 
 class Ledger:
@@ -39,14 +41,16 @@ class Ledger:
 
     Arguments:
         path: The file. Its folder is made if it is missing.
-        identity: What the numbers depend on. Must hold `samples`, the number of samples of a finished image.
+        identity: What the numbers depend on. Must hold `samples`, the number of samples of a
+            finished image.
 
     Attributes:
         rows: {image: (samples, log-likelihood in nats)} of the last row of each image.
 
     Raises:
-        LedgerError: if another process holds the file, or it belongs to another identity, or it holds something other
-            than a ledger with at most one cut-off row at its end. The file is then left as it is.
+        LedgerError: if another process holds the file, or it belongs to another identity, or it
+            holds something other than a ledger with at most one cut-off row at its end. The file is
+            then left as it is.
     """
 
     def __init__(self, path: str | Path, identity: Mapping[str, str | int]):
@@ -96,7 +100,9 @@ class Ledger:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LedgerError(f"{self.path} is in use by another process: wait for it, or end it") from None
+            raise LedgerError(
+                f"{self.path} is in use by another process: wait for it, or end it"
+            ) from None
         except OSError:
             pass  # a file system without locks
 
@@ -105,7 +111,9 @@ class Ledger:
         content = self._file.read()
         head = f"# {json.dumps(self.identity, sort_keys=True)}\n{COLUMNS}\n".encode()
         if not content.startswith(head):
-            empty = head.startswith(content) or content.partition(b"\n")[2] == f"{COLUMNS}\n".encode()
+            empty = (
+                head.startswith(content) or content.partition(b"\n")[2] == f"{COLUMNS}\n".encode()
+            )
             if not empty:
                 raise LedgerError(self._foreign(content))
             self._file.truncate(0)  # killed while it was begun, or before an image was finished
@@ -119,11 +127,17 @@ class Ledger:
 
     def _read_row(self, number: int, line: str) -> None:
         try:
-            image, samples, value = (kind(text) for kind, text in zip((int, int, float), line.split(","), strict=True))
+            image, samples, value = (
+                kind(text) for kind, text in zip((int, int, float), line.split(","), strict=True)
+            )
         except ValueError:
             image, samples, value = -1, 0, math.nan
         before, _ = self.rows.get(image, (0, None))
-        if image < 0 or not before < samples <= self.identity["samples"] or not math.isfinite(value):
+        if (
+            image < 0
+            or not before < samples <= self.identity["samples"]
+            or not math.isfinite(value)
+        ):
             raise LedgerError(
                 f"{self.path}, line {number} is damaged or out of place ({line[:60]!r}): delete that line, or move the "
                 "file away to start anew"

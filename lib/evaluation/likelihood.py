@@ -1,4 +1,5 @@
-"""Negative ELBO and importance-weighted negative log-likelihood of a data set, in bits per dimension."""
+"""Negative ELBO and importance-weighted negative log-likelihood of a data set, in bits per
+dimension."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ class Estimate:
     @property
     def standard_error(self) -> float | None:
         """Of the mean; None for fewer than two images."""
-        return torch.cat(self.values).std().item() / math.sqrt(self.count) if self.count > 1 else None
+        return (
+            torch.cat(self.values).std().item() / math.sqrt(self.count) if self.count > 1 else None
+        )
 
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + (f" +- {self.standard_error:.4f}" if self.count > 1 else "")
@@ -54,7 +57,11 @@ OpenModel = Callable[[str], tuple[VAE, Sequence[Tensor]]]
 
 @torch.no_grad()
 def negative_elbo(
-    model: VAE, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int, progress: Progress | None = None
+    model: VAE,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    seed: int,
+    progress: Progress | None = None,
 ) -> dict[str, float | int | list[float]]:
     """Negative ELBO and its parts over a data set, in bits per dimension.
 
@@ -64,8 +71,9 @@ def negative_elbo(
         progress: Called with (images done, running estimate) after each batch.
 
     Returns:
-        `bits_per_dim`, its `standard_error` over images, `nats` for each image, `distortion`, `rate`, the number of
-        `images`, and `rate_per_layer` (topmost first) or, of a disentanglement VAE, `rate_per_dimension`.
+        `bits_per_dim`, its `standard_error` over images, `nats` for each image, `distortion`,
+        `rate`, the number of `images`, and `rate_per_layer` (topmost first) or, of a
+        disentanglement VAE, `rate_per_dimension`.
 
     Raises:
         LikelihoodError: if the ELBO of an image is not finite.
@@ -75,7 +83,10 @@ def negative_elbo(
         x, indices = _real_images(model, images, indices)
         if not len(indices):
             continue
-        noise = [eps.to(model.device, model.dtype) for eps in keyed_noise(model.latent_shapes, seed, indices)]
+        noise = [
+            eps.to(model.device, model.dtype)
+            for eps in keyed_noise(model.latent_shapes, seed, indices)
+        ]
         output = model(x, noise)
         for index, elbo in zip(indices, output.elbo.tolist(), strict=True):
             if not math.isfinite(elbo):
@@ -92,7 +103,9 @@ def negative_elbo(
         "nats": total.mean / nats_to_bits_per_dim(1.0, model.image_shape),
         "distortion": distortion.mean,
         "rate": parts.sum().item(),
-        "rate_per_dimension" if isinstance(model, DisentanglementVAE) else "rate_per_layer": parts.tolist(),
+        "rate_per_dimension"
+        if isinstance(model, DisentanglementVAE)
+        else "rate_per_layer": parts.tolist(),
         "images": total.count,
     }
 
@@ -109,38 +122,45 @@ def negative_log_likelihood(
     chunk: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float | int | None]:
-    """Importance-weighted estimate of the negative log-likelihood (Burda et al. 2015), in bits per dimension.
+    """Importance-weighted estimate of the negative log-likelihood (Burda et al. 2015), in bits per
+    dimension.
 
-    `-log(1/K sum_k p(x, z_k) / q(z_k | x))` with K samples an image, averaged over images (DEVIATIONS.md). Finished
-    images go to a file, and called again with it the function computes only what is missing.
+    `-log(1/K sum_k p(x, z_k) / q(z_k | x))` with K samples an image, averaged over images
+    (DEVIATIONS.md). Finished images go to a file, and called again with it the function computes
+    only what is missing.
 
-    The noise depends on (seed, index, sample) only. Groups of images are laid out by `chunk` alone, so any number of
-    workers gives the same result to the bit if each has the same number of threads; another chunk or number of threads
-    changes the order of float32 sums, about 1e-7 of the result.
+    The noise depends on (seed, index, sample) only. Groups of images are laid out by `chunk` alone,
+    so any number of workers gives the same result to the bit if each has the same number of
+    threads; another chunk or number of threads changes the order of float32 sums, about 1e-7 of the
+    result.
 
     Arguments:
-        open_model: Called with a device's name; gives the model in evaluation mode on that device, and the images,
-            uint8 [3, H, W] by index. With several devices it must be picklable.
+        open_model: Called with a device's name; gives the model in evaluation mode on that device,
+            and the images, uint8 [3, H, W] by index. With several devices it must be picklable.
         indices: Of the images, each once.
         samples: K.
         seed: Of the noise.
-        ledger: The file of finished images, see `Ledger`. It may hold further images, which do not count.
-        identity: What else the numbers depend on: the weights, the data set, ...; `samples` and `seed` are added.
-        devices: One worker for each entry, such as ("cuda:0", "cuda:1") or ("cpu", "cpu"). A single worker is this
-            process; several are processes of their own, which divide this one's threads among them.
-        chunk: Rows (images times samples) of one top-down pass; picked by the free memory if not given. When memory
-            runs out it is halved.
-        progress: Called with (images finished since the last call, running estimate in bits/dim); first with what the
-            ledger held already, if it did.
+        ledger: The file of finished images, see `Ledger`. It may hold further images, which do not
+            count.
+        identity: What else the numbers depend on: the weights, the data set, ...; `samples` and
+            `seed` are added.
+        devices: One worker for each entry, such as ("cuda:0", "cuda:1") or ("cpu", "cpu"). A single
+            worker is this process; several are processes of their own, which divide this one's
+            threads among them.
+        chunk: Rows (images times samples) of one top-down pass; picked by the free memory if not
+            given. When memory runs out it is halved.
+        progress: Called with (images finished since the last call, running estimate in bits/dim);
+            first with what the ledger held already, if it did.
 
     Returns:
-        `bits_per_dim`; its `standard_error` over images, None for a single one; the number of `images` and of
-        `samples`; how many images were `computed` now; the smallest `chunk` used, None if nothing was computed;
-        `seconds` taken.
+        `bits_per_dim`; its `standard_error` over images, None for a single one; the number of
+        `images` and of `samples`; how many images were `computed` now; the smallest `chunk` used,
+        None if nothing was computed; `seconds` taken.
 
     Raises:
         LedgerError: if the file cannot be used, see `Ledger`.
-        LikelihoodError: if one row does not fit into memory, or the log-likelihood of an image is not finite.
+        LikelihoodError: if one row does not fit into memory, or the log-likelihood of an image is
+            not finite.
         WorkerError: if a worker process dies.
         Exception: what `open_model` raised, in this process or in a worker's.
     """
@@ -148,7 +168,9 @@ def negative_log_likelihood(
     indices = list(indices)
     too_few = samples < 1 or (chunk is not None and chunk < 1)
     if not indices or len(set(indices)) < len(indices) or not devices or too_few:
-        raise ValueError("needs images, each once, at least one device, and samples and chunk of at least 1")
+        raise ValueError(
+            "needs images, each once, at least one device, and samples and chunk of at least 1"
+        )
     with Ledger(ledger, {**identity, "samples": samples, "seed": seed}) as finished:
         job = _Job(indices, samples, finished, progress)
         missing = job.missing
@@ -193,14 +215,17 @@ def _start_worker(
     devices: tuple[str, ...],
     threads: int,
 ) -> tuple[tuple[int, tuple[int, int, int]], ImportanceSampler]:
-    """A worker's report, (rows of a pass, the images' shape), and what it does with a group. See `open_workers`."""
+    """A worker's report, (rows of a pass, the images' shape), and what it does with a group. See
+    `open_workers`."""
     if len(devices) > 1:
         torch.set_num_threads(max(1, threads // len(devices)))
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)
     model, images = open_model(device)
     chunk = chunk or pick_chunk(model, sharing=devices.count(device))
-    return (chunk, model.image_shape), ImportanceSampler(model, images, samples=samples, seed=seed, chunk=chunk)
+    return (chunk, model.image_shape), ImportanceSampler(
+        model, images, samples=samples, seed=seed, chunk=chunk
+    )
 
 
 class _Job:
@@ -241,7 +266,8 @@ class _Job:
             self.progress(len(self.indices) - self.missing, str(self.estimate))
 
     def groups(self, chunk: int) -> Iterator[Group]:
-        """The missing images of each stretch of `indices` that fills a chunk; together those that have come as far."""
+        """The missing images of each stretch of `indices` that fills a chunk; together those that
+        have come as far."""
         length = max(1, chunk // self.samples)
         for start in range(0, len(self.indices), length):
             members: dict[int, list[tuple[int, float]]] = {}

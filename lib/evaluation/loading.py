@@ -9,7 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint import AVERAGE_PREFIX, CheckpointError, is_released, read_checkpoint, stored_config
+from ..checkpoint import (
+    AVERAGE_PREFIX,
+    CheckpointError,
+    is_released,
+    read_checkpoint,
+    stored_config,
+)
 from ..config import TrainConfig
 from ..models import VAE, build_model
 from ..released import load_weights, translate
@@ -24,7 +30,8 @@ class LoadedModel:
     step: Optimizer steps of the run.
     released: Whether the file is in the authors' format.
     remarks: What of such a file is not used, a line for each reason.
-    fingerprint: Of weights and architecture, 12 hexadecimal digits: results with another one are another model's.
+    fingerprint: Of weights and architecture, 12 hexadecimal digits: results with another one are
+        another model's.
     """
 
     model: VAE
@@ -49,16 +56,27 @@ def find_checkpoint(name: str | None, path: str | None, folder: Path) -> tuple[P
     if path:
         found = Path(path)
         return found, found.resolve().parent.name if found.stem in ("best", "last") else found.stem
-    candidates = [folder / f"{name}.ckpt", folder / f"{name}/best.ckpt", folder / f"{name}/last.ckpt"]
+    candidates = [
+        folder / f"{name}.ckpt",
+        folder / f"{name}/best.ckpt",
+        folder / f"{name}/last.ckpt",
+    ]
     for candidate in candidates:
         if candidate.is_file():
             return candidate, name
-    there = sorted({p.stem for p in folder.glob("*.ckpt")} | {p.parent.name for p in folder.glob("*/last.ckpt")})
+    there = sorted(
+        {p.stem for p in folder.glob("*.ckpt")}
+        | {p.parent.name for p in folder.glob("*/last.ckpt")}
+    )
     known = ", ".join(there) or "none"
-    raise CheckpointError(f"--model {name}: none of {', '.join(map(str, candidates))} exists; known: {known}")
+    raise CheckpointError(
+        f"--model {name}: none of {', '.join(map(str, candidates))} exists; known: {known}"
+    )
 
 
-def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], backend: str = "auto") -> LoadedModel:
+def load_model(
+    path: str | Path, image_sizes: Mapping[str, tuple[int, int]], backend: str = "auto"
+) -> LoadedModel:
     """A run's model with its averaged weights, or the last ones where training keeps no average.
 
     Arguments:
@@ -73,7 +91,9 @@ def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], bac
     released = translate(checkpoint, path) if is_released(checkpoint) else None
     config = released.config if released else stored_config(checkpoint, path)
     if config.dataset not in image_sizes:
-        raise CheckpointError(f"{path} is of the data set {config.dataset}; known are {', '.join(image_sizes)}")
+        raise CheckpointError(
+            f"{path} is of the data set {config.dataset}; known are {', '.join(image_sizes)}"
+        )
     try:
         model = build_model(replace(config, backend=backend), image_sizes[config.dataset])
     except ValueError as error:
@@ -81,21 +101,29 @@ def load_model(path: str | Path, image_sizes: Mapping[str, tuple[int, int]], bac
     if released:
         load_weights(model, released, path)
         step = released.step
-        remarks = [f"ignored: {len(released.current)} current weights (evaluation uses their average)"]
+        remarks = [
+            f"ignored: {len(released.current)} current weights (evaluation uses their average)"
+        ]
         remarks += released.remarks()
     else:
         state = checkpoint["state_dict"]
         prefix = AVERAGE_PREFIX if config.task == "density_estimation" else "model."
         try:
-            model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            model.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"{path} does not fit its own configuration: {reason[:300]}") from None
+            raise CheckpointError(
+                f"{path} does not fit its own configuration: {reason[:300]}"
+            ) from None
         step, remarks = checkpoint["global_step"], []
         if type(step) is not int or step < 0:
             raise CheckpointError(f"{path}: its global_step cannot be {ascii(step)[:60]}")
     model.eval()
-    return LoadedModel(model, config, step, released is not None, remarks, _fingerprint(model.state_dict(), config))
+    return LoadedModel(
+        model, config, step, released is not None, remarks, _fingerprint(model.state_dict(), config)
+    )
 
 
 def _fingerprint(weights: Mapping[str, Tensor], config: TrainConfig) -> str:

@@ -8,7 +8,7 @@ from ..cli import OneLineParser
 from ..config import ConfigError
 from ..DisentanglementVAE.metrics import METRICS
 from ..nn import BACKENDS
-from .synthesis import OUTPUTS
+from ..synthesis import OUTPUTS
 
 # In the order in which they run and are reported.
 TASKS = {
@@ -30,22 +30,45 @@ LARGEST_NUMBER = 10**9
 
 def make_parser(description: str) -> OneLineParser:
     parser = OneLineParser("evaluate.py", description=description)
-    which = parser.add_argument_group("What to evaluate").add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="NAME", help="checkpoints/NAME.ckpt, or experiment NAME's best checkpoint")
+    which = parser.add_argument_group("What to evaluate").add_mutually_exclusive_group(
+        required=True
+    )
+    which.add_argument(
+        "--model",
+        metavar="NAME",
+        help="checkpoints/NAME.ckpt, or experiment NAME's best checkpoint",
+    )
     which.add_argument("--checkpoint", metavar="PATH", help="a checkpoint file")
 
     tasks = parser.add_argument_group("Evaluations")
     for name, meaning in TASKS.items():
         tasks.add_argument(f"--{name}", action="store_true", help=meaning)
-    tasks.add_argument("--report", action="store_true", help="an HTML page of these and earlier results")
+    tasks.add_argument(
+        "--report", action="store_true", help="an HTML page of these and earlier results"
+    )
 
     options = parser.add_argument_group("Options of some evaluations")
-    options.add_argument("--limit", type=int, default=None, help="--elbo, --likelihood, --latents: first LIMIT images")
-    options.add_argument("--importance_samples", type=int, default=1024, help="--likelihood: samples of each image")
-    options.add_argument("--chunk", type=int, default=None, help="--likelihood: rows at a time; default: what fits")
-    options.add_argument("--processes", type=int, default=1, help="--likelihood: processes; with GPUs one on each")
     options.add_argument(
-        "--metrics", nargs="+", choices=METRICS, default=DEFAULT_METRICS, help="--disentanglement: which scores"
+        "--limit",
+        type=int,
+        default=None,
+        help="--elbo, --likelihood, --latents: first LIMIT images",
+    )
+    options.add_argument(
+        "--importance_samples", type=int, default=1024, help="--likelihood: samples of each image"
+    )
+    options.add_argument(
+        "--chunk", type=int, default=None, help="--likelihood: rows at a time; default: what fits"
+    )
+    options.add_argument(
+        "--processes", type=int, default=1, help="--likelihood: processes; with GPUs one on each"
+    )
+    options.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=DEFAULT_METRICS,
+        help="--disentanglement: which scores",
     )
     options.add_argument(
         "--levels",
@@ -54,10 +77,14 @@ def make_parser(description: str) -> OneLineParser:
         default=None,
         help="--disentanglement: only so many levels of each factor, evenly spread, to be quick; default: all",
     )
-    options.add_argument("--count", type=int, default=64, help="samples at each temperature; reconstructions")
+    options.add_argument(
+        "--count", type=int, default=64, help="samples at each temperature; reconstructions"
+    )
     temperatures = "of what is drawn; default: 0.6 0.7 0.8 0.9 1 for samples, else 0.6 0.8 1; 1 with a single layer"
     options.add_argument("--temperatures", type=float, nargs="+", default=None, help=temperatures)
-    options.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="--sampling, --overfitting: pixels")
+    options.add_argument(
+        "--output", choices=OUTPUTS, default=OUTPUTS[0], help="--sampling, --overfitting: pixels"
+    )
     options.add_argument(
         "--images",
         type=int,
@@ -72,26 +99,49 @@ def make_parser(description: str) -> OneLineParser:
         default=None,
         help="--interpolation, --neighborhood: how many top layers; default: an eighth, a quarter, half of them",
     )
-    options.add_argument("--frames", type=int, default=8, help="--interpolation, --traversal: images in a row")
-    options.add_argument("--queries", nargs="+", metavar="PATH", help="--overfitting: pictures instead of samples")
-    options.add_argument("--neighbors", type=int, default=3, help="--overfitting: training images for each query")
+    options.add_argument(
+        "--frames", type=int, default=8, help="--interpolation, --traversal: images in a row"
+    )
+    options.add_argument(
+        "--queries", nargs="+", metavar="PATH", help="--overfitting: pictures instead of samples"
+    )
+    options.add_argument(
+        "--neighbors", type=int, default=3, help="--overfitting: training images for each query"
+    )
 
     options = parser.add_argument_group("Options")
-    options.add_argument("--batch", type=int, default=None, help="images at a time; default: what fits, at most 32")
+    options.add_argument(
+        "--batch", type=int, default=None, help="images at a time; default: what fits, at most 32"
+    )
     options.add_argument("--seed", type=int, default=0, help="of all noise")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    options.add_argument("--backend", choices=BACKENDS, default="auto", help="implementation of the sweeps")
-    options.add_argument("--root", default=None, help="folder that holds the data sets; default: as in training")
+    options.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="implementation of the sweeps"
+    )
+    options.add_argument(
+        "--root", default=None, help="folder that holds the data sets; default: as in training"
+    )
     options.add_argument("--num_workers", type=int, default=0, help="loader processes")
     options.add_argument("--output_dir", default=".", help="where checkpoints/ and figs/ are")
     return parser
 
 
 def check(flags: argparse.Namespace) -> None:
-    """Raises ConfigError if flags are out of range or contradict each other; drops what is given twice."""
+    """Raises ConfigError if flags are out of range or contradict each other; drops what is given
+    twice."""
     if not flags.report and not any(getattr(flags, task) for task in TASKS):
-        raise ConfigError(f"nothing to do: ask for {', '.join(f'--{task}' for task in TASKS)} or --report")
-    for name in ("importance_samples", "count", "batch", "processes", "neighbors", "limit", "chunk"):
+        raise ConfigError(
+            f"nothing to do: ask for {', '.join(f'--{task}' for task in TASKS)} or --report"
+        )
+    for name in (
+        "importance_samples",
+        "count",
+        "batch",
+        "processes",
+        "neighbors",
+        "limit",
+        "chunk",
+    ):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1; got {value}")
         if value is not None and value > LARGEST_NUMBER:
@@ -100,14 +150,20 @@ def check(flags: argparse.Namespace) -> None:
         raise ConfigError(f"--frames must be at least 2; got {flags.frames}")
     if flags.num_workers < 0:
         raise ConfigError(f"--num_workers must be 0 or more; got {flags.num_workers}")
-    if flags.temperatures and not all(0 <= temperature < float("inf") for temperature in flags.temperatures):
-        raise ConfigError(f"--temperatures must be 0 or more; got {' '.join(map(str, flags.temperatures))}")
+    if flags.temperatures and not all(
+        0 <= temperature < float("inf") for temperature in flags.temperatures
+    ):
+        raise ConfigError(
+            f"--temperatures must be 0 or more; got {' '.join(map(str, flags.temperatures))}"
+        )
     if min(flags.images) < 0:
         raise ConfigError(f"--images must be 0 or more; got {min(flags.images)}")
     if flags.interpolation and len(flags.images) % 2:
         raise ConfigError(f"--interpolation takes --images in pairs; got {len(flags.images)}")
     if flags.processes > 1 and flags.device.startswith("cuda:"):
-        raise ConfigError(f"--processes {flags.processes} uses all GPUs: give --device cuda; got {flags.device}")
+        raise ConfigError(
+            f"--processes {flags.processes} uses all GPUs: give --device cuda; got {flags.device}"
+        )
     if flags.model == "":
         raise ConfigError("--model must be a name; got an empty one")
     for name in ("temperatures", "layers", "metrics"):

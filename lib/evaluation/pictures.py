@@ -1,7 +1,8 @@
-"""The evaluations that draw: each computes images, writes pictures and returns what is to be known of them.
+"""The evaluations that draw: each computes images, writes pictures and returns what is to be known
+of them.
 
-Every function returns a dictionary of plain values whose "pictures" are {"file": path relative to `folder`,
-"caption": text}. Layers are counted from the topmost.
+Every function returns a dictionary of plain values whose "pictures" are {"file": path relative to
+`folder`, "caption": text}. Layers are counted from the topmost.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from ..DisentanglementVAE import DisentanglementVAE
 from ..models import VAE
-from .figures import save_grid, save_image, save_rates, save_table, side_by_side
+from ..pictures import save_grid, save_image, save_rates, save_table, side_by_side
+from ..synthesis import encode, interpolate, neighborhood, reconstruct, sample_images, traverse
 from .nearest import nearest_images
-from .synthesis import encode, interpolate, neighborhood, reconstruct, sample_images, traverse
 
 Result = dict[str, Any]
-Track = Callable[[Iterable[Any], str], Iterable[Any]]  # wraps a loop to show its progress under a title
+Track = Callable[
+    [Iterable[Any], str], Iterable[Any]
+]  # wraps a loop to show its progress under a title
 
 
 def sampling(
@@ -44,8 +47,15 @@ def sampling(
             earlier.unlink()
         for i, image in enumerate(images):
             save_image(image, folder / name / f"{i:04d}.png")
-        pictures.append(_entry(grid, folder, f"Samples from the prior at temperature {temperature:g}"))
-    return {"temperatures": list(temperatures), "count": count, "output": output, "pictures": pictures}
+        pictures.append(
+            _entry(grid, folder, f"Samples from the prior at temperature {temperature:g}")
+        )
+    return {
+        "temperatures": list(temperatures),
+        "count": count,
+        "output": output,
+        "pictures": pictures,
+    }
 
 
 def interpolation(
@@ -61,12 +71,15 @@ def interpolation(
     batch: int,
     track: Track,
 ) -> Result:
-    """For each pair of images a picture: a row for each number of layers and temperature (paper, Figure 5).
+    """For each pair of images a picture: a row for each number of layers and temperature (paper,
+    Figure 5).
 
-    Each row begins with the first image and ends with the second, with `frames` interpolations between them.
+    Each row begins with the first image and ends with the second, with `frames` interpolations
+    between them.
 
     Arguments:
-        images, indices: uint8 [N, 3, H, W] and their numbers in the data set; 0 and 1 are a pair, 2 and 3, ...
+        images, indices: uint8 [N, 3, H, W] and their numbers in the data set; 0 and 1 are a pair, 2
+            and 3, ...
     """
     latents = encode(model, images, indices, seed=seed, batch=batch)
     rows_of = [(k, t) for k in layers for t in temperatures]
@@ -76,7 +89,13 @@ def interpolation(
         rows = []
         for k, temperature in rows_of:
             between = interpolate(
-                model, *ends, layers=k, temperature=temperature, frames=frames, seed=seed, batch=batch
+                model,
+                *ends,
+                layers=k,
+                temperature=temperature,
+                frames=frames,
+                seed=seed,
+                batch=batch,
             )
             rows.append([images[pair : pair + 1], between, images[pair + 1 : pair + 2]])
         first, second = indices[pair], indices[pair + 1]
@@ -98,15 +117,24 @@ def interpolation(
 
 
 def traversals(
-    model: DisentanglementVAE, images: Tensor, indices: Sequence[int], folder: Path, *, frames: int, batch: int
+    model: DisentanglementVAE,
+    images: Tensor,
+    indices: Sequence[int],
+    folder: Path,
+    *,
+    frames: int,
+    batch: int,
 ) -> Result:
-    """For each image a table with a row for each latent dimension, which goes from -2 to 2 while the others stay."""
+    """For each image a table with a row for each latent dimension, which goes from -2 to 2 while
+    the others stay."""
     pictures = []
     for image, index in zip(images.split(1), indices, strict=True):
         frames_of = traverse(model, image, values=frames, batch=batch).split(frames)
         rows = [[image, of_dimension] for of_dimension in frames_of]
         labels = [f"z{dimension}" for dimension in range(len(rows))]
-        path = save_table(rows, folder / f"traversal_{index}.png", row_labels=labels, columns=frames)
+        path = save_table(
+            rows, folder / f"traversal_{index}.png", row_labels=labels, columns=frames
+        )
         caption = f"Validation image {index} (left), and each latent dimension of it from -2 to 2"
         pictures.append(_entry(path, folder, caption))
     return {"images": list(indices), "frames": frames, "pictures": pictures}
@@ -124,10 +152,11 @@ def neighborhoods(
     batch: int,
     track: Track,
 ) -> Result:
-    """For each image a table of 3x3 grids, number of kept layers by temperature (paper, Figures 6 right and 11).
+    """For each image a table of 3x3 grids, number of kept layers by temperature (paper, Figures 6
+    right and 11).
 
-    In the centre of each grid is the image's reconstruction, around it are eight images that share the latents of its
-    top layers.
+    In the centre of each grid is the image's reconstruction, around it are eight images that share
+    the latents of its top layers.
     """
     latents = encode(model, images, indices, seed=seed, batch=batch)
     centres = reconstruct(model, images, indices=indices, seed=seed, batch=batch)
@@ -139,7 +168,14 @@ def neighborhoods(
             cells = []
             for temperature in temperatures:
                 around = neighborhood(
-                    model, own, index=index, layers=k, temperature=temperature, count=8, seed=seed, batch=batch
+                    model,
+                    own,
+                    index=index,
+                    layers=k,
+                    temperature=temperature,
+                    count=8,
+                    seed=seed,
+                    batch=batch,
                 )
                 cells.append(torch.cat([around[:4], centres[i : i + 1], around[4:]]))
             rows.append(cells)
@@ -162,7 +198,8 @@ def neighborhoods(
 def reconstruction(
     model: VAE, images: Tensor, indices: Sequence[int], folder: Path, *, seed: int, batch: int
 ) -> Result:
-    """A grid of images, each with its reconstruction to its right, and the mean squared error of uint8 levels."""
+    """A grid of images, each with its reconstruction to its right, and the mean squared error of
+    uint8 levels."""
     reconstructions = reconstruct(model, images, indices=indices, seed=seed, batch=batch)
     pairs = side_by_side(images, reconstructions)
     path = save_grid(pairs, folder / "reconstructions.png", 2 * _square(len(images) / 2))
@@ -181,7 +218,8 @@ def overfitting(
     mirror: bool,
     progress: Callable[[int], None],
 ) -> Result:
-    """The nearest training images of samples, by mean squared error in the model's bits (paper, Figure 9).
+    """The nearest training images of samples, by mean squared error in the model's bits (paper,
+    Figure 9).
 
     Arguments:
         queries: uint8 images [N, 3, H, W] by the name of their picture.
@@ -203,15 +241,22 @@ def overfitting(
     for name, images in queries.items():
         part = slice(start, start + len(images))
         start += len(images)
-        groups = torch.cat([images.unsqueeze(1), found.images[part]], dim=1)  # [N, 1 + neighbours, 3, H, W]
+        groups = torch.cat(
+            [images.unsqueeze(1), found.images[part]], dim=1
+        )  # [N, 1 + neighbours, 3, H, W]
         in_a_row = max(1, 16 // (1 + neighbours))
         rows = [list(part) for part in groups.split(in_a_row)]
         path = save_table(rows, folder / f"nearest_{name}.png", columns=1 + neighbours)
         caption = f"{name}: each image (left) and its nearest training images, the nearest first"
         pictures.append(_entry(path, folder, caption))
     entries = [
-        [{"index": index, "mse": mse, "mirrored": mirrored} for index, mse, mirrored in zip(*of_query, strict=True)]
-        for of_query in zip(found.indices.tolist(), found.mse.tolist(), found.mirrored.tolist(), strict=True)
+        [
+            {"index": index, "mse": mse, "mirrored": mirrored}
+            for index, mse, mirrored in zip(*of_query, strict=True)
+        ]
+        for of_query in zip(
+            found.indices.tolist(), found.mse.tolist(), found.mirrored.tolist(), strict=True
+        )
     ]
     return {
         "searched": found.searched,
@@ -224,7 +269,8 @@ def overfitting(
 
 
 def latents(elbo: Result, latent_shapes: Sequence[Sequence[int]], folder: Path) -> Result:
-    """How much each layer, or latent dimension, carries: its KL in bits/dim, as numbers and as a bar plot.
+    """How much each layer, or latent dimension, carries: its KL in bits/dim, as numbers and as a
+    bar plot.
 
     Arguments:
         elbo: What `negative_elbo` found.
@@ -245,7 +291,13 @@ def latents(elbo: Result, latent_shapes: Sequence[Sequence[int]], folder: Path) 
         f"share_per_{part}": [rate / total if total else 0.0 for rate in rates],
         **facts,
         "images": elbo["images"],
-        "pictures": [_entry(path, folder, f"KL divergence of each {part}'s posterior from its prior, in bits/dim")],
+        "pictures": [
+            _entry(
+                path,
+                folder,
+                f"KL divergence of each {part}'s posterior from its prior, in bits/dim",
+            )
+        ],
     }
 
 

@@ -1,4 +1,5 @@
-"""One self-contained HTML page of what `evaluate.py` found: numbers, pictures, configuration, versions, commands."""
+"""One self-contained HTML page of what `evaluate.py` found: numbers, pictures, configuration,
+versions, commands."""
 
 from __future__ import annotations
 
@@ -88,7 +89,9 @@ PROVENANCE = {
     "date": "date",
 }
 ANCHORS = ("summary", "configuration", "versions", "commands")
-ENLARGED_WIDTH = 320  # pixels; a narrower picture is shown at the largest multiple of its size that is not wider
+ENLARGED_WIDTH = (
+    320  # pixels; a narrower picture is shown at the largest multiple of its size that is not wider
+)
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -98,7 +101,8 @@ class ReportError(Exception):
 
 @dataclass
 class Table:
-    """Rows of text whose first cell is the row's heading; a cell is a text, or a text with a remark to it.
+    """Rows of text whose first cell is the row's heading; a cell is a text, or a text with a remark
+    to it.
 
     bars: For each row the length of a bar behind it, in 0 ... 1; empty for a table without bars.
     """
@@ -138,13 +142,14 @@ def write_report(
     config: Mapping[str, Any],
     ignored: Sequence[str] = (),
 ) -> Path:
-    """Writes the page, which then needs no other file and no network; an old page is replaced as a whole or not at all.
+    """Writes the page, which then needs no other file and no network; an old page is replaced as a
+    whole or not at all.
 
     Arguments:
         path: Of the page. The results' pictures are relative to its folder.
         title: Heading of the page.
-        results: What each task found, as in `results.json`, in the order of the page. Tasks and entries that are not
-            known here are shown under their own names.
+        results: What each task found, as in `results.json`, in the order of the page. Tasks and
+            entries that are not known here are shown under their own names.
         config: Of the run.
         ignored: Remarks on results that the page leaves out, one line each.
 
@@ -159,12 +164,18 @@ def write_report(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    )
     page = template.render(
         title=title,
         summary=_summary(results),
         sections=sections,
-        config=Table("", ["setting", "value"], [(name, _shown(value, repr)) for name, value in config.items()]),
+        config=Table(
+            "",
+            ["setting", "value"],
+            [(name, _shown(value, repr)) for name, value in config.items()],
+        ),
         common=common,
         differing=differing,
         commands=_commands(results, sections),
@@ -202,7 +213,9 @@ def _sections(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Se
         name = task.replace("_", " ").capitalize()
         section = Section(anchor, *TASKS.get(task, (name, "", "")))
         section.tables = _tables(entry)
-        section.pictures = [_picture(folder, picture, task) for picture in entry.get("pictures", ())]
+        section.pictures = [
+            _picture(folder, picture, task) for picture in entry.get("pictures", ())
+        ]
         sections.append(section)
     return sections
 
@@ -211,10 +224,16 @@ def _tables(entry: Mapping[str, Any]) -> list[Table]:
     """Everything in a task's entry but its pictures and where it is from."""
     facts, tables = [], []
     for key, value in entry.items():
-        if key in PROVENANCE or key in ("command", "pictures", "scale_per_layer") or key.startswith("share_per_"):
+        if (
+            key in PROVENANCE
+            or key in ("command", "pictures", "scale_per_layer")
+            or key.startswith("share_per_")
+        ):
             continue
         if key == "rate_per_layer":
-            tables.append(_layers(value, entry.get("share_per_layer"), entry.get("scale_per_layer")))
+            tables.append(
+                _layers(value, entry.get("share_per_layer"), entry.get("scale_per_layer"))
+            )
         elif key == "rate_per_dimension":
             tables.append(_dimensions(value))
         elif key == "scores":
@@ -227,25 +246,35 @@ def _tables(entry: Mapping[str, Any]) -> list[Table]:
     return [Table("", (), facts), *tables] if facts else tables
 
 
-def _layers(rates: Sequence[float], shares: Sequence[float] | None, scales: Sequence[Sequence[int]] | None) -> Table:
-    """The rate of each layer, topmost first, as a number and as a share of the total; its height and width if known."""
+def _layers(
+    rates: Sequence[float], shares: Sequence[float] | None, scales: Sequence[Sequence[int]] | None
+) -> Table:
+    """The rate of each layer, topmost first, as a number and as a share of the total; its height
+    and width if known."""
     total = sum(rates)
     shares = shares or [rate / total if total else 0.0 for rate in rates]
     columns = {
-        "layer, from the top": [f"{i} (topmost)" if i == 1 else str(i) for i in range(1, len(rates) + 1)],
+        "layer, from the top": [
+            f"{i} (topmost)" if i == 1 else str(i) for i in range(1, len(rates) + 1)
+        ],
         "scale": ["×".join(map(str, scale)) for scale in scales or ()],
         "bits/dim": [_bits(rate) for rate in rates],
         "share": [f"{share:.1%}" for share in shares],
     }
     columns = {name: cells for name, cells in columns.items() if cells}
-    return Table("Rate of each layer", list(columns), list(zip(*columns.values(), strict=True)), shares)
+    return Table(
+        "Rate of each layer", list(columns), list(zip(*columns.values(), strict=True)), shares
+    )
 
 
 def _dimensions(rates: Sequence[float]) -> Table:
     """The rate of each latent dimension, as a number and as a share of the total."""
     total = sum(rates)
     shares = [rate / total if total else 0.0 for rate in rates]
-    rows = [(f"z{i}", _bits(rate), f"{share:.1%}") for i, (rate, share) in enumerate(zip(rates, shares, strict=True))]
+    rows = [
+        (f"z{i}", _bits(rate), f"{share:.1%}")
+        for i, (rate, share) in enumerate(zip(rates, shares, strict=True))
+    ]
     return Table("Rate of each latent dimension", ("dimension", "bits/dim", "share"), rows, shares)
 
 
@@ -253,7 +282,9 @@ def _scores(metrics: Mapping[str, Mapping[str, float]]) -> Table:
     """A row for each metric: its score, and what else it found."""
     rows = []
     for name, values in metrics.items():
-        others = ", ".join(f"{_words(key)} {_shown(value)}" for key, value in values.items() if key != "score")
+        others = ", ".join(
+            f"{_words(key)} {_shown(value)}" for key, value in values.items() if key != "score"
+        )
         score = _bits(values.get("score"))
         rows.append((TITLES.get(name, name), (score, others) if others else score))
     return Table("Scores", ("metric", "score"), rows)
@@ -263,7 +294,10 @@ def _neighbours(queries: Sequence[Sequence[Mapping[str, Any]]]) -> Table:
     ranks = range(1, max(map(len, queries), default=0) + 1)
     rows = []
     for number, neighbours in enumerate(queries, 1):
-        cells = [(str(n["index"]), _error(n["mse"]) + (", mirrored" if n["mirrored"] else "")) for n in neighbours]
+        cells = [
+            (str(n["index"]), _error(n["mse"]) + (", mirrored" if n["mirrored"] else ""))
+            for n in neighbours
+        ]
         rows.append([str(number), *cells, *[""] * (len(ranks) - len(cells))])
     head = ["query", *("nearest" if rank == 1 else f"number {rank}" for rank in ranks)]
     return Table("Index of each training image, and mean squared error", head, rows)
@@ -271,7 +305,9 @@ def _neighbours(queries: Sequence[Sequence[Mapping[str, Any]]]) -> Table:
 
 def _picture(folder: Path, picture: Mapping[str, str], task: str) -> Picture:
     if not isinstance(picture, Mapping) or "file" not in picture:
-        raise ReportError(f"the results of {task} name a picture without a file; evaluate.py --{task} makes them again")
+        raise ReportError(
+            f"the results of {task} name a picture without a file; evaluate.py --{task} makes them again"
+        )
     path = folder / picture["file"]
     again = f"evaluate.py --{task} makes it again"
     try:
@@ -285,7 +321,9 @@ def _picture(folder: Path, picture: Mapping[str, str], task: str) -> Picture:
     width, height = struct.unpack(">II", content[16:24])
     enlarge = max(1, ENLARGED_WIDTH // width)
     source = "data:image/png;base64," + base64.b64encode(content).decode()
-    return Picture(source, width * enlarge, height * enlarge, enlarge > 1, picture.get("caption", ""))
+    return Picture(
+        source, width * enlarge, height * enlarge, enlarge > 1, picture.get("caption", "")
+    )
 
 
 def _provenance(
@@ -299,14 +337,19 @@ def _provenance(
             values[label] = [shown(entry.get(key)) for entry in results.values()]
     shared = {label: texts[0] for label, texts in values.items() if len(set(texts)) == 1}
     different = {label: texts for label, texts in values.items() if label not in shared}
-    rows = [(section.title, *texts) for section, *texts in zip(sections, *different.values(), strict=True)]
+    rows = [
+        (section.title, *texts)
+        for section, *texts in zip(sections, *different.values(), strict=True)
+    ]
     return (
         Table("", (), list(shared.items())) if shared else None,
         Table("", ("result", *different), rows) if different else None,
     )
 
 
-def _commands(results: Mapping[str, Mapping[str, Any]], sections: Sequence[Section]) -> list[tuple[str, list[Section]]]:
+def _commands(
+    results: Mapping[str, Mapping[str, Any]], sections: Sequence[Section]
+) -> list[tuple[str, list[Section]]]:
     """Each command once, with the sections that it made."""
     made: dict[str, list[Section]] = {}
     for entry, section in zip(results.values(), sections, strict=True):
@@ -323,9 +366,15 @@ def _shown(value: Any, number: Callable[[float], str] = "{:.6g}".format) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return number(value)
-    if isinstance(value, list | tuple) and not any(isinstance(item, list | tuple | dict) for item in value):
+    if isinstance(value, list | tuple) and not any(
+        isinstance(item, list | tuple | dict) for item in value
+    ):
         return ", ".join(_shown(item, number) for item in value) or "–"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple | dict) else str(value)
+    return (
+        json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list | tuple | dict)
+        else str(value)
+    )
 
 
 def _bits(value: float | None) -> str:
@@ -357,7 +406,10 @@ FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "standard_error": ("standard error over images", _bits),
     "nats": ("nats for each image", _error),
     "levels": ("levels of each factor", _shown),
-    "seconds_per_metric": ("seconds", lambda times: ", ".join(f"{_words(k)} {v:g}" for k, v in times.items())),
+    "seconds_per_metric": (
+        "seconds",
+        lambda times: ", ".join(f"{_words(k)} {v:g}" for k, v in times.items()),
+    ),
     "distortion": ("distortion, bits/dim", _bits),
     "rate": ("rate, bits/dim", _bits),
     "images": ("images", _count),

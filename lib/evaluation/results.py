@@ -20,13 +20,16 @@ def read_results(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}): move it away") from None
-    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
+    if not isinstance(results, dict) or not all(
+        isinstance(result, dict) for result in results.values()
+    ):
         raise ConfigError(f"{path} is damaged (it holds no results): move it away")
     return results
 
 
 def add_result(path: Path, task: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Adds a result to those that are kept, also to those of commands that run at the same time; all of them."""
+    """Adds a result to those that are kept, also to those of commands that run at the same time;
+    all of them."""
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)

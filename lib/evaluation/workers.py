@@ -1,7 +1,8 @@
-"""One worker for each device: in this process if it is the only one, else each in a process of its own.
+"""One worker for each device: in this process if it is the only one, else each in a process of its
+own.
 
-There is no collective communication that could time out during a job of hours: the parent hands out one task at a time
-to whichever worker is free, and it alone receives what they find.
+There is no collective communication that could time out during a job of hours: the parent hands out
+one task at a time to whichever worker is free, and it alone receives what they find.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ class WorkerError(Exception):
 def open_workers(start: Start, devices: Sequence[str]) -> Here | Processes:
     """Starts a worker for each device; a context manager that ends them.
 
-    Its `reports` are what the workers said of themselves, in the order of the devices. Its `run(tasks)` gives all that
-    the workers yield for the tasks, as it comes; of one task in order.
+    Its `reports` are what the workers said of themselves, in the order of the devices. Its
+    `run(tasks)` gives all that the workers yield for the tasks, as it comes; of one task in order.
 
     Arguments:
-        start: Called with the device's name in the worker; gives the worker's report and a function that yields what it
-            finds for a task. With several devices it, tasks, the report and what is found must be picklable.
+        start: Called with the device's name in the worker; gives the worker's report and a function
+            that yields what it finds for a task. With several devices it, tasks, the report and
+            what is found must be picklable.
         devices: One name for each worker; a name may occur more than once.
 
     Raises (from `run` as well):
@@ -66,8 +68,8 @@ class Here:
 class Processes:
     """A process for each device. See `open_workers`.
 
-    Workers end with the parent, whatever ends it. Each has a pipe of its own, so that one that is killed while it
-    speaks cannot leave a lock behind on which the others would wait.
+    Workers end with the parent, whatever ends it. Each has a pipe of its own, so that one that is
+    killed while it speaks cannot leave a lock behind on which the others would wait.
     """
 
     def __init__(self, start: Start, devices: Sequence[str]):
@@ -78,7 +80,9 @@ class Processes:
             with _interrupt_ignored():  # inherited: Ctrl-C is the parent's to handle
                 for device in devices:
                     ours, theirs = context.Pipe()
-                    process = context.Process(target=_serve, args=(theirs, start, device), daemon=True)
+                    process = context.Process(
+                        target=_serve, args=(theirs, start, device), daemon=True
+                    )
                     process.start()
                     theirs.close()
                     self._devices[ours], self._processes[ours] = device, process
@@ -131,10 +135,16 @@ class Processes:
         status = process.exitcode
         if status is not None and status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
-            how += ", perhaps because the machine ran out of memory" if -status == signal.SIGKILL else ""
+            how += (
+                ", perhaps because the machine ran out of memory"
+                if -status == signal.SIGKILL
+                else ""
+            )
         else:
             how = f"ended with exit status {status}"
-        return WorkerError(f"the worker for {self._devices[worker]} {how}; what was finished is kept: run again")
+        return WorkerError(
+            f"the worker for {self._devices[worker]} {how}; what was finished is kept: run again"
+        )
 
     def _stop(self) -> None:
         for process in self._processes.values():
@@ -163,7 +173,8 @@ def _serve(parent: Connection, start: Start, device: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """Waits for the parent's end, even one that leaves it no time for a word, and ends this process."""
+    """Waits for the parent's end, even one that leaves it no time for a word, and ends this
+    process."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

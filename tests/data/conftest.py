@@ -53,7 +53,9 @@ def example(image, packed=True, shape=None):
         b"label": int_feature([-3], packed),
         b"shape": int_feature(shape or image.shape, packed),
     }
-    return field(1, b"".join(field(1, field(1, name) + field(2, value)) for name, value in features.items()))
+    return field(
+        1, b"".join(field(1, field(1, name) + field(2, value)) for name, value in features.items())
+    )
 
 
 def frame(data):
@@ -72,7 +74,8 @@ def tar_of(files):
 
 
 def imagenet_shards(train=(2, 3), validation=(1, 2), prefix="mnt/host/imagenet-oord-tfr/"):
-    """Shards (name -> content) with so many images each, in an order that is not that of their numbers; the images."""
+    """Shards (name -> content) with so many images each, in an order that is not that of their
+    numbers; the images."""
     rng = np.random.default_rng(0)
     files, images = {}, {}
     for split, counts in (("train", train), ("validation", validation)):
@@ -90,7 +93,10 @@ def imagenet_shards(train=(2, 3), validation=(1, 2), prefix="mnt/host/imagenet-o
 
 def write_lmdb(folder, values):
     lmdb = pytest.importorskip("lmdb")
-    with lmdb.open(str(folder), map_size=2**25) as environment, environment.begin(write=True) as transaction:
+    with (
+        lmdb.open(str(folder), map_size=2**25) as environment,
+        environment.begin(write=True) as transaction,
+    ):
         for key, value in values.items():
             transaction.put(str(key).encode(), bytes(value))
 
@@ -105,7 +111,12 @@ class MisbehavingServer(http.server.ThreadingHTTPServer):
         self.content, self.tag = b"", '"1"'
         self.cuts: list[int] = []  # number of bytes after which the next connections end
         self.statuses: list[int] = []  # what the next requests are answered with
-        self.ignore_range, self.ignore_if_range, self.extra_length, self.redirect = False, False, 0, None
+        self.ignore_range, self.ignore_if_range, self.extra_length, self.redirect = (
+            False,
+            False,
+            0,
+            None,
+        )
         self.tell_length = True
         self.ranges: list[str | None] = []
         self.url = f"http://127.0.0.1:{self.server_port}/file.tar"
@@ -151,7 +162,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = MisbehavingServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     yield server
     server.shutdown()

@@ -1,4 +1,5 @@
-"""Data sets that are damaged, cut off, of the wrong size or empty, and full disks: one line, and nothing changed."""
+"""Data sets that are damaged, cut off, of the wrong size or empty, and full disks: one line, and
+nothing changed."""
 
 from __future__ import annotations
 
@@ -48,9 +49,13 @@ def damage(content: bytes, cut: float | None, changes: list[tuple[float, int]]) 
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory, images):
-    """A folder of data sets with the same two LMDBs, of which a test may damage one; and its bytes."""
+    """A folder of data sets with the same two LMDBs, of which a test may damage one; and its
+    bytes."""
     root = tmp_path_factory.mktemp("damaged")
-    whole = {split: (images / f"ImageNet32/{split}.lmdb/data.mdb").read_bytes() for split in ("train", "validation")}
+    whole = {
+        split: (images / f"ImageNet32/{split}.lmdb/data.mdb").read_bytes()
+        for split in ("train", "validation")
+    }
     for split, content in whole.items():
         (root / f"ImageNet32/{split}.lmdb").mkdir(parents=True)
         (root / f"ImageNet32/{split}.lmdb/data.mdb").write_bytes(content)
@@ -58,7 +63,8 @@ def imagenet(tmp_path_factory, images):
 
 
 def in_a_child(work) -> int:
-    """The exit status of a forked process that does the work; 99 if it raises. LMDB reads damaged pages as they are."""
+    """The exit status of a forked process that does the work; 99 if it raises. LMDB reads damaged
+    pages as they are."""
     child = os.fork()
     if child == 0:
         status = 99
@@ -75,9 +81,15 @@ def in_a_child(work) -> int:
 
 
 @generated(60)
-@given(split=st.sampled_from(["train", "validation"]), cut=st.none() | FRACTIONS, changes=CHANGES, page=st.booleans())
+@given(
+    split=st.sampled_from(["train", "validation"]),
+    cut=st.none() | FRACTIONS,
+    changes=CHANGES,
+    page=st.booleans(),
+)
 def test_a_damaged_lmdb(imagenet, split, cut, changes, page):
-    """Read to its end or refused. Bits that flip inside its pages may end the process, with a status that tells."""
+    """Read to its end or refused. Bits that flip inside its pages may end the process, with a
+    status that tells."""
     root, whole = imagenet
     content = damage(whole[split], cut, changes)
     if page:  # the damage is in the pages' headers, which an image's bytes are not
@@ -104,23 +116,40 @@ def test_a_damaged_lmdb(imagenet, split, cut, changes, page):
 
 
 VALUES = st.dictionaries(
-    st.sampled_from(["0", "1", "2", "3", "00", "x", "-1", "é"]), st.sampled_from([0, 1, 3071, 3072, 3073]), max_size=5
+    st.sampled_from(["0", "1", "2", "3", "00", "x", "-1", "é"]),
+    st.sampled_from([0, 1, 3071, 3072, 3073]),
+    max_size=5,
 )
 
 
 @generated(40)
 @given(values=VALUES, program=st.sampled_from(["train.py", "evaluate.py", "data.histogram"]))
-def test_lmdbs_of_wrong_keys_and_sizes(tmp_path_factory, formats, finished, monkeypatch, values, program):
+def test_lmdbs_of_wrong_keys_and_sizes(
+    tmp_path_factory, formats, finished, monkeypatch, values, program
+):
     root = tmp_path_factory.mktemp("root")
     (root / "ImageNet32").mkdir()
     for split in ("train", "validation"):
-        formats.write_lmdb(root / f"ImageNet32/{split}.lmdb", {key: bytes(size) for key, size in values.items()})
+        formats.write_lmdb(
+            root / f"ImageNet32/{split}.lmdb", {key: bytes(size) for key, size in values.items()}
+        )
     monkeypatch.setattr(train.pl.Trainer, "fit", lambda *_, **__: None)
     commands = {
-        "train.py": (train.main, [*TINY, "--root", root, "--output_dir", root / "out", "--batch", 1]),
+        "train.py": (
+            train.main,
+            [*TINY, "--root", root, "--output_dir", root / "out", "--batch", 1],
+        ),
         "evaluate.py": (
             evaluate.main,
-            ["--checkpoint", finished / "checkpoints/tiny/last.ckpt", "--elbo", "--root", root, "--output_dir", root],
+            [
+                "--checkpoint",
+                finished / "checkpoints/tiny/last.ckpt",
+                "--elbo",
+                "--root",
+                root,
+                "--output_dir",
+                root,
+            ],
         ),
         "data.histogram": (histogram.main, ["ImageNet32", "--root", root]),
     }
@@ -138,7 +167,8 @@ def test_lmdbs_of_wrong_keys_and_sizes(tmp_path_factory, formats, finished, monk
 @generated(60)
 @given(data=st.data(), cut=st.none() | FRACTIONS, changes=CHANGES, as_archive=st.booleans())
 def test_damaged_tfrecords(tmp_path_factory, formats, data, cut, changes, as_archive):
-    """Every bit of a record is under a checksum: a conversion is complete and right, or it is refused."""
+    """Every bit of a record is under a checksum: a conversion is complete and right, or it is
+    refused."""
     pytest.importorskip("google_crc32c")
     folder = tmp_path_factory.mktemp("source")
     files, _ = formats.imagenet_shards(train=(1, 1), validation=(1,), prefix="")
@@ -157,7 +187,9 @@ def test_damaged_tfrecords(tmp_path_factory, formats, data, cut, changes, as_arc
     target = tmp_path_factory.mktemp("target")
     (target / "mine").write_text("mine")
     with leaving_files_alone(folder, target):
-        ending = ending_of(tfrecords_to_lmdb.main, ["ImageNet32", "--source", source, "--target", target])
+        ending = ending_of(
+            tfrecords_to_lmdb.main, ["ImageNet32", "--source", source, "--target", target]
+        )
     assert_told(ending, "data.tfrecords_to_lmdb")
     assert damaged != whole or ending.status == 0
     if not as_archive and damaged != whole and "-r05-" in name:
@@ -182,7 +214,9 @@ def hdf5_bytes(tmp_path_factory):
 @given(cut=st.none() | FRACTIONS, changes=CHANGES, action=st.sampled_from(["check", "convert"]))
 def test_a_damaged_hdf5_file(tmp_path_factory, hdf5_bytes, cut, changes, action):
     path = tmp_path_factory.mktemp("3DShapes") / "3dshapes.h5"
-    path.write_bytes(damage(hdf5_bytes, cut, [*changes, (0.0, 7)] if cut is None and not changes else changes))
+    path.write_bytes(
+        damage(hdf5_bytes, cut, [*changes, (0.0, 7)] if cut is None and not changes else changes)
+    )
 
     def work():
         with leaving_files_alone(path.parent):
@@ -201,9 +235,13 @@ def test_a_damaged_cifar_batch(cut, changes, protocol):
     rows = np.random.default_rng(0).integers(0, 256, (2, 3072), dtype=np.uint8)
     whole = pickle.dumps({"data": rows, "labels": [0, 1]}, protocol=3)
     try:
-        images = images_of("data_batch_1", damage(whole[:400] if protocol == 2 else whole, cut, changes))
+        images = images_of(
+            "data_batch_1", damage(whole[:400] if protocol == 2 else whole, cut, changes)
+        )
     except DataError as error:
-        assert "\n" not in str(error) and str(error).startswith("CIFAR10's data_batch_1 is damaged (")
+        assert "\n" not in str(error) and str(error).startswith(
+            "CIFAR10's data_batch_1 is damaged ("
+        )
     else:
         assert images.shape == (2, 3, 32, 32) and images.dtype == np.uint8
 
@@ -211,7 +249,16 @@ def test_a_damaged_cifar_batch(cut, changes, protocol):
 @generated(30)
 @given(
     content=st.sampled_from(
-        [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"elbo": 3}', b'{"elbo": {"weights": []}}', b"{}"]
+        [
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b"\xff\xfe",
+            b'{"elbo": 3}',
+            b'{"elbo": {"weights": []}}',
+            b"{}",
+        ]
     )
     | st.binary(max_size=40),
     ending=st.sampled_from(["results.json", "picture.png"]),
@@ -225,7 +272,10 @@ def test_files_that_evaluations_read(finished, tmp_path_factory, content, ending
     task = ["--report"] if ending == "results.json" else ["--overfitting", "--queries", path]
     best = finished / "checkpoints/tiny/best.ckpt"
     with leaving_files_alone(folder):
-        assert_refused(ending_of(evaluate.main, ["--checkpoint", best, *task, "--output_dir", folder]), "evaluate.py")
+        assert_refused(
+            ending_of(evaluate.main, ["--checkpoint", best, *task, "--output_dir", folder]),
+            "evaluate.py",
+        )
 
 
 @contextmanager
@@ -241,9 +291,23 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def commands_that_write(finished: Path, source: Path, folder: Path) -> dict[str, tuple]:
     best = finished / "checkpoints/tiny/best.ckpt"
-    drawn = ["--output_dir", folder, "--limit", 2, "--count", 2, "--temperatures", 1, "--importance_samples", 2]
+    drawn = [
+        "--output_dir",
+        folder,
+        "--limit",
+        2,
+        "--count",
+        2,
+        "--temperatures",
+        1,
+        "--importance_samples",
+        2,
+    ]
     return {
-        "evaluate.py": (evaluate.main, ["--checkpoint", best, "--likelihood", "--latents", "--sampling", *drawn]),
+        "evaluate.py": (
+            evaluate.main,
+            ["--checkpoint", best, "--likelihood", "--latents", "--sampling", *drawn],
+        ),
         "python -m lib.released": (released.main, [GOLDEN / "tiny_8bit.ckpt", folder / "new.ckpt"]),
         "data.tfrecords_to_lmdb": (
             tfrecords_to_lmdb.main,
@@ -254,7 +318,9 @@ def commands_that_write(finished: Path, source: Path, folder: Path) -> dict[str,
 
 def images_in(folder: Path) -> list[torch.Tensor]:
     """All images of the two splits."""
-    splits = [LmdbImages(folder / f"{split}.lmdb", (3, 32, 32), "") for split in ("train", "validation")]
+    splits = [
+        LmdbImages(folder / f"{split}.lmdb", (3, 32, 32), "") for split in ("train", "validation")
+    ]
     return [image for images in splits for image in images]
 
 
@@ -263,7 +329,10 @@ def images_in(folder: Path) -> list[torch.Tensor]:
 def test_a_full_disk(finished, tmp_path_factory, formats, size, number):
     """Everything that was there, also by the same command, stays; nothing half-written does."""
     pytest.importorskip("google_crc32c")
-    source, folder = tmp_path_factory.mktemp("source") / "archive.tar", tmp_path_factory.mktemp("out")
+    source, folder = (
+        tmp_path_factory.mktemp("source") / "archive.tar",
+        tmp_path_factory.mktemp("out"),
+    )
     files, _ = formats.imagenet_shards(train=(2,), validation=(1,), prefix="")
     source.write_bytes(formats.tar_of(files))
     program, (main, arguments) = list(commands_that_write(finished, source, folder).items())[number]
@@ -280,7 +349,11 @@ def test_a_full_disk(finished, tmp_path_factory, formats, size, number):
     if program == "python -m lib.released":
         assert (ending.status, new.exists()) == (2, False)
     elif program == "evaluate.py":
-        assert set(json.loads((figures / "results.json").read_text())) == {"likelihood", "latents", "sampling"}
+        assert set(json.loads((figures / "results.json").read_text())) == {
+            "likelihood",
+            "latents",
+            "sampling",
+        }
         for picture in figures.rglob("*.png"):
             Image.open(picture).load()
     else:

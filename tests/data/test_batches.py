@@ -24,7 +24,9 @@ class BatchedNoisyPictures(NoisyPictures, BatchedPictures):
 
 
 @pytest.mark.parametrize("kind", [Pictures, NoisyPictures, BatchedPictures, BatchedNoisyPictures])
-@pytest.mark.parametrize("augment, flip", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    "augment, flip", [(True, True), (True, False), (False, True), (False, False)]
+)
 @pytest.mark.parametrize("keys", [[3, 12, 57, 3, PADDING, 0, PADDING], [7], [PADDING]])
 def test_batches_are_the_items(kind, augment, flip, keys):
     pictures = kind(10)
@@ -55,7 +57,9 @@ def test_a_loader_of_scenes(workers):
     data.setup()
     images, indices = next(iter(data.train_dataloader()))
     assert images.shape == (64, 3, 64, 64) and images.is_contiguous()
-    assert torch.equal(images, torch.stack([data.train.dataset[index] for index in indices.tolist()]))
+    assert torch.equal(
+        images, torch.stack([data.train.dataset[index] for index in indices.tolist()])
+    )
     validation = list(data.val_dataloader())
     assert [len(part) for _, part in validation] == [64, 36]
     assert torch.equal(torch.cat([part for _, part in validation]), torch.arange(100))

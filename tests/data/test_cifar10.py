@@ -1,4 +1,5 @@
-"""CIFAR10 from an archive that the test makes and serves: read without unpacking it or executing what it holds."""
+"""CIFAR10 from an archive that the test makes and serves: read without unpacking it or executing
+what it holds."""
 
 import hashlib
 import os
@@ -16,7 +17,9 @@ from data.cifar10 import ARCHIVE, FOLDER, Cifar10, images_of
 from data.errors import DataError
 from data.get_dataset import get_dataset
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 3072), dtype=np.uint8)  # five training files, one of tests
+PIXELS = np.random.default_rng(0).integers(
+    0, 256, (6, 5, 3072), dtype=np.uint8
+)  # five training files, one of tests
 
 
 def archive_of(files, folder=FOLDER):
@@ -41,7 +44,10 @@ def published(monkeypatch):
     """The files, and the archive that they are published in, where nothing can be downloaded."""
     names = [f"data_batch_{i + 1}" for i in range(5)] + ["test_batch"]
     # With protocol 3, as in the published files, an array holds its bytes.
-    files = {n: pickle.dumps({"data": p, "labels": [0] * 5}, protocol=3) for n, p in zip(names, PIXELS, strict=True)}
+    files = {
+        n: pickle.dumps({"data": p, "labels": [0] * 5}, protocol=3)
+        for n, p in zip(names, PIXELS, strict=True)
+    }
     expect(files, monkeypatch)
     archive = archive_of(files | {"batches.meta": b"labels"})
     monkeypatch.setattr(cifar10, "SHA256", hashlib.sha256(archive).hexdigest())
@@ -73,7 +79,9 @@ def test_it_is_downloaded_on_first_use_only(published, tmp_path, server, monkeyp
     assert sorted(path.name for path in folder.iterdir()) == [".lock", ARCHIVE, f"{ARCHIVE}.sha256"]
 
 
-def test_another_archive_than_the_published_one_is_not_used(published, tmp_path, server, monkeypatch):
+def test_another_archive_than_the_published_one_is_not_used(
+    published, tmp_path, server, monkeypatch
+):
     server.content = archive_of(published.files | {"data_batch_1": b"other"})
     monkeypatch.setattr(cifar10, "URL", server.url)
     with pytest.raises(DataError, match="has SHA-256 .*, but the published file has"):
@@ -107,7 +115,10 @@ def test_without_a_network_the_message_says_what_to_put_where(published, tmp_pat
         get_dataset("CIFAR10", tmp_path)
     message = str(raised.value)
     assert "\n" not in message
-    for part in ("Connection refused", f"put {ARCHIVE} from {cifar10.URL} into {tmp_path / 'CIFAR10'}"):
+    for part in (
+        "Connection refused",
+        f"put {ARCHIVE} from {cifar10.URL} into {tmp_path / 'CIFAR10'}",
+    ):
         assert part in message, message
 
 
@@ -121,7 +132,9 @@ def test_a_folder_that_cannot_be_made_is_said(published, tmp_path):
 def test_an_archive_that_is_cut_off_is_not_used_and_stays(keep, published, tmp_path):
     cut = published.archive[: keep if isinstance(keep, int) else int(keep * len(published.archive))]
     (tmp_path / ARCHIVE).write_bytes(cut)
-    with pytest.raises(DataError, match=rf"{ARCHIVE} is damaged .*: remove it to download it again"):
+    with pytest.raises(
+        DataError, match=rf"{ARCHIVE} is damaged .*: remove it to download it again"
+    ):
         Cifar10(tmp_path, "train")
     assert (tmp_path / ARCHIVE).read_bytes() == cut
 
@@ -180,7 +193,11 @@ def test_a_malicious_batch_runs_nothing(place, protocol, published, tmp_path, mo
         Runs(np.frombuffer, b"0" * 15360, np.uint8),
     ]
     for call in calls:
-        batch = {"whole": call, "data": {"data": call}, "label": {"labels": [call], "data": PIXELS[0]}}[place]
+        batch = {
+            "whole": call,
+            "data": {"data": call},
+            "label": {"labels": [call], "data": PIXELS[0]},
+        }[place]
         content = pickle.dumps(batch, protocol=protocol)
         with pytest.raises(DataError, match=r"data_batch_1 is damaged \(it holds a ") as raised:
             images_of("data_batch_1", content)
@@ -229,4 +246,6 @@ def test_a_batch_of_python_2_is_read():
         b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff"
         b"K\x00tb\x89T" + len(pixels).to_bytes(4, "little") + pixels + b"tbs."
     )
-    assert np.array_equal(images_of("data_batch_1", content).reshape(-1), np.frombuffer(pixels, np.uint8))
+    assert np.array_equal(
+        images_of("data_batch_1", content).reshape(-1), np.frombuffer(pixels, np.uint8)
+    )

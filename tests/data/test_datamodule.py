@@ -1,4 +1,5 @@
-"""Order, augmentation and batches: functions of seed, epoch and index alone, over workers and ranks."""
+"""Order, augmentation and batches: functions of seed, epoch and index alone, over workers and
+ranks."""
 
 from __future__ import annotations
 
@@ -32,10 +33,14 @@ class NoisyPictures(Pictures):
     """Pictures with an augmentation of their own."""
 
     def draw(self, index: int, generator: torch.Generator) -> torch.Tensor:
-        return self[index] ^ torch.randint(0, 256, self[index].shape, dtype=torch.uint8, generator=generator)
+        return self[index] ^ torch.randint(
+            0, 256, self[index].shape, dtype=torch.uint8, generator=generator
+        )
 
 
-def module(name: str = "Photos32", *, batch: int = 64, workers: int = 0, seed: int = 3, root="data") -> ImageDataModule:
+def module(
+    name: str = "Photos32", *, batch: int = 64, workers: int = 0, seed: int = 3, root="data"
+) -> ImageDataModule:
     data = ImageDataModule(name, str(root), batch, batch_val=100, num_workers=workers, seed=seed)
     data.prepare_data()
     data.setup()
@@ -43,7 +48,8 @@ def module(name: str = "Photos32", *, batch: int = 64, workers: int = 0, seed: i
 
 
 def flipped(image: torch.Tensor, original: torch.Tensor) -> bool:
-    """Whether an image is the mirror image of the original; it must be that or the original itself."""
+    """Whether an image is the mirror image of the original; it must be that or the original
+    itself."""
     mirror = original.numpy()[:, :, ::-1]
     assert np.array_equal(image, original) or np.array_equal(image, mirror)
     return np.array_equal(image, mirror)
@@ -70,7 +76,9 @@ def test_augmentation_is_a_function_of_seed_and_key(pictures):
         assert torch.equal(image, again[key][0])
     elsewhere = IndexedImages(pictures, augment=True, flip=True, seed=8)
     assert any(not torch.equal(elsewhere[key][0], first[key][0]) for key in keys)
-    assert any(not torch.equal(first[key][0], first[key + 10][0]) for key in range(10)), "epochs differ"
+    assert any(not torch.equal(first[key][0], first[key + 10][0]) for key in range(10)), (
+        "epochs differ"
+    )
 
 
 def test_flips_are_exact_mirror_images_about_half_the_time():
@@ -91,7 +99,9 @@ def test_images_stay_as_they_are_without_augmentation(augment, flip):
 
 def test_validation_leaves_a_data_sets_own_augmentation_out():
     pictures = NoisyPictures(10)
-    plain, noisy = (IndexedImages(pictures, augment=augment, flip=False, seed=0) for augment in (False, True))
+    plain, noisy = (
+        IndexedImages(pictures, augment=augment, flip=False, seed=0) for augment in (False, True)
+    )
     assert all(torch.equal(plain[key][0], pictures[key]) for key in range(10))
     assert all(not torch.equal(noisy[key][0], pictures[key]) for key in range(10))
 
@@ -117,7 +127,9 @@ def test_ranks_share_an_epoch(size, world_size):
     for number in (0, 3):
         alone.set_epoch(number)
         order, shares = list(alone), epoch_of(number)
-        assert sorted(order) == list(range(number * size, (number + 1) * size)), "keys of this epoch, each once"
+        assert sorted(order) == list(range(number * size, (number + 1) * size)), (
+            "keys of this epoch, each once"
+        )
         together = [key for row in zip(*shares, strict=True) for key in row]
         assert together == order[: len(together)], "the ranks deal one permutation among them"
 
@@ -135,7 +147,8 @@ def test_epochs_and_seeds_give_other_orders():
 
 @pytest.mark.parametrize("length, world_size", [(4, 1), (5, 1), (7, 2), (13, 1), (25, 1)])
 def test_epochs_of_another_length_go_through_the_same_permutations(length, world_size):
-    """Shorter or longer than the data set of 10: nothing comes twice before everything has come once."""
+    """Shorter or longer than the data set of 10: nothing comes twice before everything has come
+    once."""
     samplers = [
         EpochSampler(10, length=length, seed=5, rank=rank, world_size=world_size, shuffle=True)
         for rank in range(world_size)
@@ -158,13 +171,18 @@ def test_epochs_of_another_length_go_through_the_same_permutations(length, world
 
 
 def test_validation_of_the_first_images():
-    shares = [EpochSampler(10, length=5, seed=0, rank=rank, world_size=2, shuffle=False) for rank in (0, 1)]
+    shares = [
+        EpochSampler(10, length=5, seed=0, rank=rank, world_size=2, shuffle=False)
+        for rank in (0, 1)
+    ]
     assert [list(share) for share in shares] == [[0, 2, 4], [1, 3, PADDING]]
 
 
 @pytest.mark.usefixtures("few_photos")
 def test_epoch_and_validation_can_be_shortened():
-    data = ImageDataModule("Photos32", "data", 20, 64, num_workers=0, seed=3, epoch_images=70, val_images=40)
+    data = ImageDataModule(
+        "Photos32", "data", 20, 64, num_workers=0, seed=3, epoch_images=70, val_images=40
+    )
     data.prepare_data()
     data.setup()
     assert [len(indices) for _, indices in data.train_dataloader()] == [20, 20, 20]
@@ -172,7 +190,10 @@ def test_epoch_and_validation_can_be_shortened():
     data.val_images = 10_000
     assert sum(len(indices) for _, indices in data.val_dataloader()) == 130, "there are no more"
     data.epoch_images = 19
-    with pytest.raises(DataError, match="--epoch_images gives an epoch 19 training images, fewer than one batch of 20"):
+    with pytest.raises(
+        DataError,
+        match="--epoch_images gives an epoch 19 training images, fewer than one batch of 20",
+    ):
         data.train_dataloader()
 
 
@@ -183,7 +204,9 @@ def test_validation_counts_each_index_once_over_the_ranks(size, world_size):
         sampler = EpochSampler(size, seed=5, rank=rank, world_size=world_size, shuffle=False)
         sampler.set_epoch(4)
         shares.append(list(sampler))
-        assert len(shares[-1]) == len(sampler) == -(-size // world_size), "equally many on each rank"
+        assert len(shares[-1]) == len(sampler) == -(-size // world_size), (
+            "equally many on each rank"
+        )
     keys = sum(shares, [])
     assert sorted(key for key in keys if key != PADDING) == list(range(size))
     assert keys.count(PADDING) == -size % world_size
@@ -209,7 +232,9 @@ def test_workers_give_the_same_batches():
                 each.sampler.set_epoch(epoch)
             batches, helped_batches = list(loader), list(helped_loader)
             assert [len(indices) for _, indices in batches] == sizes
-            for (images, indices), (its_images, its_indices) in zip(batches, helped_batches, strict=True):
+            for (images, indices), (its_images, its_indices) in zip(
+                batches, helped_batches, strict=True
+            ):
                 assert images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32)
                 assert indices.dtype == torch.int64
                 assert torch.equal(images, its_images) and torch.equal(indices, its_indices)
@@ -232,7 +257,9 @@ def test_training_flips_where_the_registry_says_so_and_validation_never(monkeypa
 @pytest.mark.usefixtures("few_photos")
 def test_too_few_images_for_a_batch():
     assert len(list(module(batch=150).train_dataloader())) == 1
-    with pytest.raises(DataError, match="has 150 training images, fewer than one batch of 151.* at most 150"):
+    with pytest.raises(
+        DataError, match="has 150 training images, fewer than one batch of 151.* at most 150"
+    ):
         module(batch=151).train_dataloader()
 
 
@@ -240,8 +267,12 @@ def test_too_few_images_for_a_batch():
 def test_too_few_images_for_a_batch_on_every_process():
     data = module(batch=80)
     begun = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)))
-    data.trainer = SimpleNamespace(world_size=2, global_rank=1, fit_loop=begun, lightning_module=None)
-    with pytest.raises(DataError, match="one batch of 80 on each of 2 processes: use a batch of at most 75"):
+    data.trainer = SimpleNamespace(
+        world_size=2, global_rank=1, fit_loop=begun, lightning_module=None
+    )
+    with pytest.raises(
+        DataError, match="one batch of 80 on each of 2 processes: use a batch of at most 75"
+    ):
         data.train_dataloader()
     data.batch = 75
     first = [indices for _, indices in data.train_dataloader()]
@@ -308,7 +339,10 @@ def test_lightning_tells_the_sampler_its_epoch(tmp_path, workers):
         num_sanity_val_steps=0,
         default_root_dir=tmp_path,
     )
-    trainer.fit(recorder, datamodule=ImageDataModule("Photos32", "data", 50, 64, num_workers=workers, seed=3))
+    trainer.fit(
+        recorder,
+        datamodule=ImageDataModule("Photos32", "data", 50, 64, num_workers=workers, seed=3),
+    )
     expected = EpochSampler(150, seed=3, rank=0, world_size=1, shuffle=True)
     for epoch in range(3):
         expected.set_epoch(epoch)

@@ -34,7 +34,9 @@ def test_photos32_splits_share_no_column_of_a_photograph(monkeypatch):
     paintings = []
     for width in widths:
         columns = np.arange(width)
-        rows = np.stack([columns % 256, columns // 256, np.zeros_like(columns)], -1).astype(np.uint8)  # [W, 3]
+        rows = np.stack([columns % 256, columns // 256, np.zeros_like(columns)], -1).astype(
+            np.uint8
+        )  # [W, 3]
         paintings.append(photos32.Image.fromarray(np.repeat(rows[None], 200, 0)))
     monkeypatch.setattr(photos32, "REDUCTIONS", (1,))
     for painting, width in zip(paintings, widths, strict=True):
@@ -46,7 +48,9 @@ def test_photos32_splits_share_no_column_of_a_photograph(monkeypatch):
             seen[split] = set((draws[:, 0] + 256 * draws[:, 1]).unique().tolist())
         assert max(seen["train"]) < min(seen["validation"])
         border = round(width * 0.75)
-        assert min(seen["train"]) < 8 and max(seen["train"]) > border - 8, "the whole region is used"
+        assert min(seen["train"]) < 8 and max(seen["train"]) > border - 8, (
+            "the whole region is used"
+        )
         assert min(seen["validation"]) < border + 8 and max(seen["validation"]) > width - 8
 
 
@@ -77,7 +81,9 @@ def test_photos32_draws_depend_on_the_generator_only(photos):
     first = [draw(index, seed) for index, seed in ((3, 1), (3, 2), (4, 3))]
     torch.manual_seed(1)
     train[17]
-    assert all(torch.equal(a, b) for a, b in zip(first, [draw(0, 1), draw(9, 2), draw(4, 3)], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, [draw(0, 1), draw(9, 2), draw(4, 3)], strict=True)
+    )
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
 
 
@@ -125,7 +131,10 @@ def test_the_registry_knows_shapes_and_flips():
 
 @pytest.mark.parametrize(
     "name, script",
-    [("ImageNet32", "data/ImageNet32/get_imagenet_data.sh"), ("CelebAHQ256", "data/CelebAHQ256/get_celeb_data.sh")],
+    [
+        ("ImageNet32", "data/ImageNet32/get_imagenet_data.sh"),
+        ("CelebAHQ256", "data/CelebAHQ256/get_celeb_data.sh"),
+    ],
 )
 def test_missing_data_name_a_command_that_puts_them_there(tmp_path, monkeypatch, name, script):
     with pytest.raises(DataError) as raised:
@@ -140,5 +149,7 @@ def test_an_unfinished_conversion_counts_as_missing(tmp_path):
     partial = tmp_path / "ImageNet32" / "train.lmdb.partial"
     partial.mkdir(parents=True)
     (partial / "data.mdb").write_bytes(b"half")
-    with pytest.raises(DataError, match=r"there is no .*train\.lmdb; get it with: .*get_imagenet_data\.sh"):
+    with pytest.raises(
+        DataError, match=r"there is no .*train\.lmdb; get it with: .*get_imagenet_data\.sh"
+    ):
         get_dataset("ImageNet32", tmp_path)

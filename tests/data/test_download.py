@@ -31,7 +31,10 @@ def target(tmp_path):
 
 def assert_complete(target, content=CONTENT):
     assert target.read_bytes() == content
-    assert target.with_name("file.tar.sha256").read_text() == f"{hashlib.sha256(content).hexdigest()}  file.tar\n"
+    assert (
+        target.with_name("file.tar.sha256").read_text()
+        == f"{hashlib.sha256(content).hexdigest()}  file.tar\n"
+    )
     assert sorted(path.name for path in target.parent.iterdir()) == ["file.tar", "file.tar.sha256"]
 
 
@@ -105,7 +108,10 @@ def test_a_server_that_announces_too_much_never_gives_a_file(web, target, capsys
     web.extra_length = 10
     with pytest.raises(SystemExit) as stop:
         main([web.url, str(target)])
-    assert stop.value.code == 2 and "10 of 3000010 bytes too early" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        stop.value.code == 2
+        and "10 of 3000010 bytes too early" in capsys.readouterr().err.splitlines()[-1]
+    )
     assert not target.exists() and not target.with_name("file.tar.sha256").exists()
 
 
@@ -124,7 +130,9 @@ def test_lasting_errors_are_not(web, target, capsys):
     assert len(web.ranges) == 1
 
 
-@pytest.mark.parametrize("url", ["http://example.org/x", "ftp://localhost/x", "file:///etc/hostname", "x"])
+@pytest.mark.parametrize(
+    "url", ["http://example.org/x", "ftp://localhost/x", "file:///etc/hostname", "x"]
+)
 def test_only_https_is_downloaded(url, target):
     with pytest.raises(DataError, match="only https"):
         download(url, target)
@@ -201,7 +209,9 @@ def test_a_server_that_tells_no_length_is_refused(web, target, capsys):
 def test_a_file_that_lies_there_must_be_as_long_as_the_servers(web, target):
     target.parent.mkdir()
     target.write_bytes(CONTENT[:-1])
-    with pytest.raises(DataError, match=r"file\.tar has 2999999 bytes, http://.* has 3000000: move it away"):
+    with pytest.raises(
+        DataError, match=r"file\.tar has 2999999 bytes, http://.* has 3000000: move it away"
+    ):
         download(web.url, target)
     assert target.read_bytes() == CONTENT[:-1] and not target.with_name("file.tar.sha256").exists()
     target.write_bytes(CONTENT)
@@ -209,13 +219,19 @@ def test_a_file_that_lies_there_must_be_as_long_as_the_servers(web, target):
     assert_complete(target)
 
 
-def test_a_file_that_cannot_be_compared_is_accepted_with_a_recorded_sum(server, target, monkeypatch):
+def test_a_file_that_cannot_be_compared_is_accepted_with_a_recorded_sum(
+    server, target, monkeypatch
+):
     server.statuses = [503]
     target.parent.mkdir()
     target.write_bytes(CONTENT)
-    with pytest.raises(DataError, match=r"cannot be compared .*sha256sum .*file\.tar > .*file\.tar\.sha256"):
+    with pytest.raises(
+        DataError, match=r"cannot be compared .*sha256sum .*file\.tar > .*file\.tar\.sha256"
+    ):
         download(server.url, target)
-    target.with_name("file.tar.sha256").write_text(f"{hashlib.sha256(CONTENT).hexdigest().upper()} *file.tar\n")
+    target.with_name("file.tar.sha256").write_text(
+        f"{hashlib.sha256(CONTENT).hexdigest().upper()} *file.tar\n"
+    )
     download(server.url, target)
     assert len(server.ranges) == 1
 
@@ -242,7 +258,9 @@ def test_the_sum_of_the_published_file_is_checked(web, target, capsys):
     main([web.url, str(target), "--sha256", published])
     assert_complete(target, b"published")
     main([web.url, str(target), "--sha256", "0" * 64])
-    assert "as recorded" in capsys.readouterr().out, "what is recorded counts: it may have been accepted"
+    assert "as recorded" in capsys.readouterr().out, (
+        "what is recorded counts: it may have been accepted"
+    )
 
 
 def test_a_file_that_lies_there_is_compared_with_the_sum_of_the_published_one(target, capsys):

@@ -52,13 +52,19 @@ def test_the_script_stops_where_something_fails(tmp_path, server):
     assert done.returncode == 2 and "404" in line and "next" not in done.stdout
     with h5py.File(tmp_path / "part.h5", "w") as file:
         file.create_dataset("labels", data=all_labels(), compression="gzip")
-        images = file.create_dataset("images", (SCENES, 64, 64, 3), "u1", chunks=(64, 64, 64, 3), compression="gzip")
+        images = file.create_dataset(
+            "images", (SCENES, 64, 64, 3), "u1", chunks=(64, 64, 64, 3), compression="gzip"
+        )
         images[:64] = np.arange(64, dtype=np.uint8)[:, None, None]
     server.content = (tmp_path / "part.h5").read_bytes()
     server.cuts = [100_000]  # and the connection breaks
     done = run_script(tmp_path, **real)
     *_, line = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and "nothing is to be seen on image 64" in line and "next" not in done.stdout
+    assert (
+        done.returncode == 2
+        and "nothing is to be seen on image 64" in line
+        and "next" not in done.stdout
+    )
     folder = tmp_path / "3DShapes"
     assert (folder / "3dshapes.h5").read_bytes() == server.content
     assert sorted(file.name for file in folder.iterdir()) == ["3dshapes.h5", "3dshapes.h5.sha256"]

@@ -16,8 +16,14 @@ SCRIPT = REPOSITORY / "data/ImageNet32/get_imagenet_data.sh"
 
 
 def run_script(root, server):
-    environment = os.environ | {"SDN_DATA_URL": server.url, "SDN_PYTHON": sys.executable, "SDN_DATA_ROOT": str(root)}
-    return subprocess.run(["bash", SCRIPT], cwd=root.parent, env=environment, capture_output=True, text=True)
+    environment = os.environ | {
+        "SDN_DATA_URL": server.url,
+        "SDN_PYTHON": sys.executable,
+        "SDN_DATA_ROOT": str(root),
+    }
+    return subprocess.run(
+        ["bash", SCRIPT], cwd=root.parent, env=environment, capture_output=True, text=True
+    )
 
 
 def test_the_script_downloads_and_converts_from_any_folder(tmp_path, formats, server):
@@ -30,8 +36,12 @@ def test_the_script_downloads_and_converts_from_any_folder(tmp_path, formats, se
     archive = tmp_path / "root with spaces/ImageNet32/imagenet-oord-tfr.tar"
     assert f"no longer needed: {archive}" in done.stdout and archive.is_file()
     archive.unlink()
-    stored = LmdbImages(tmp_path / "root with spaces/ImageNet32/validation.lmdb", (3, 32, 32), "get it")
-    assert torch.equal(torch.stack(list(stored)), torch.from_numpy(images["validation"]).permute(0, 3, 1, 2))
+    stored = LmdbImages(
+        tmp_path / "root with spaces/ImageNet32/validation.lmdb", (3, 32, 32), "get it"
+    )
+    assert torch.equal(
+        torch.stack(list(stored)), torch.from_numpy(images["validation"]).permute(0, 3, 1, 2)
+    )
     asked = len(server.ranges)
     again = run_script(tmp_path / "root with spaces", server)
     assert again.returncode == 0 and "already" in again.stdout and len(server.ranges) == asked
@@ -66,5 +76,8 @@ def test_the_scripts_download_convert_and_name_the_recipe(script, archive, recip
     download, convert, following = done.stdout.splitlines()
     url = f"https://openaipublic.azureedge.net/glow-demo/data/{archive}"
     assert download == f"-m data.download {url} {root / name / archive}"
-    assert convert == f"-m data.tfrecords_to_lmdb {name} --source {root / name / archive} --target {root / name}"
+    assert (
+        convert
+        == f"-m data.tfrecords_to_lmdb {name} --source {root / name / archive} --target {root / name}"
+    )
     assert f"bash {recipe} --root '{root}'" in following

@@ -26,7 +26,9 @@ def test_it_is_the_cross_entropy_under_smoothed_counts(nbits):
     levels = 2**nbits
     bits = []
     for colour in range(3):
-        seen = [int(value) * levels // 256 for picture in train for value in picture[colour].flatten()]
+        seen = [
+            int(value) * levels // 256 for picture in train for value in picture[colour].flatten()
+        ]
         for picture in validation:
             for value in picture[colour].flatten():
                 occurrences = seen.count(int(value) * levels // 256) + 1
@@ -37,7 +39,10 @@ def test_it_is_the_cross_entropy_under_smoothed_counts(nbits):
 
 def test_one_colour_costs_less_the_more_often_it_was_seen():
     black = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    few, many = histogram_bits_per_dim([black], [black]), histogram_bits_per_dim([black] * 50, [black])
+    few, many = (
+        histogram_bits_per_dim([black], [black]),
+        histogram_bits_per_dim([black] * 50, [black]),
+    )
     assert few == pytest.approx(math.log2((64 + 256) / 65))
     assert many == pytest.approx(math.log2((3200 + 256) / 3201))
 
@@ -45,7 +50,9 @@ def test_one_colour_costs_less_the_more_often_it_was_seen():
 def test_the_command_prints_one_line(capsys):
     main(["Photos32", "--nbits", "5"])
     output = capsys.readouterr().out
-    printed = re.fullmatch(r"Photos32, 5 bits: histogram of each colour: (\d\.\d{3}) bits/dim\n", output)
+    printed = re.fullmatch(
+        r"Photos32, 5 bits: histogram of each colour: (\d\.\d{3}) bits/dim\n", output
+    )
     assert printed, output
     splits = [get_dataset("Photos32", split=split) for split in ("train", "validation")]
     assert float(printed[1]) == pytest.approx(histogram_bits_per_dim(*splits, 5), abs=5.1e-4)
@@ -54,7 +61,10 @@ def test_the_command_prints_one_line(capsys):
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["ImageNet32"], ["there is no", "train.lmdb", "bash data/ImageNet32/get_imagenet_data.sh"]),
+        (
+            ["ImageNet32"],
+            ["there is no", "train.lmdb", "bash data/ImageNet32/get_imagenet_data.sh"],
+        ),
         (["Photos32", "--nbits", "9"], ["--nbits", "9"]),
         (["Cifar"], ["Cifar", "CIFAR10"]),
     ],

@@ -21,7 +21,9 @@ EXPECTED = torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
 
 @pytest.fixture
 def folder(tmp_path, formats):
-    formats.write_lmdb(tmp_path / "train.lmdb", {i: image.tobytes() for i, image in enumerate(IMAGES)})
+    formats.write_lmdb(
+        tmp_path / "train.lmdb", {i: image.tobytes() for i, image in enumerate(IMAGES)}
+    )
     return tmp_path / "train.lmdb"
 
 
@@ -42,7 +44,9 @@ def test_an_item_is_a_copy(folder):
 def test_workers_read_what_the_parent_has_read_before(folder, method):
     images, other = LmdbImages(folder, SHAPE, "get it"), LmdbImages(folder, SHAPE, "get it")
     assert torch.equal(images[3], other[3])
-    loader = DataLoader(images, 5, num_workers=2, multiprocessing_context=method, persistent_workers=True)
+    loader = DataLoader(
+        images, 5, num_workers=2, multiprocessing_context=method, persistent_workers=True
+    )
     for _ in range(2):
         assert torch.equal(torch.cat(list(loader)), EXPECTED)
         assert torch.equal(images[4], EXPECTED[4])  # and the parent goes on
@@ -75,7 +79,11 @@ def test_forks_while_threads_read(folder):
     for _ in range(10):
         child = os.fork()
         if child == 0:
-            os._exit(0 if bytes(images[1].numpy().tobytes()) == bytes(EXPECTED[1].numpy().tobytes()) else 1)
+            os._exit(
+                0
+                if bytes(images[1].numpy().tobytes()) == bytes(EXPECTED[1].numpy().tobytes())
+                else 1
+            )
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     stop.set()
     for thread in threads:
@@ -96,11 +104,17 @@ def test_pickling_after_reading(folder):
     images = LmdbImages(folder, SHAPE, "get it")
     assert torch.equal(images[7], EXPECTED[7])
     copy = pickle.loads(pickle.dumps(images))
-    assert len(copy) == 25 and torch.equal(copy[7], EXPECTED[7]) and torch.equal(images[8], EXPECTED[8])
+    assert (
+        len(copy) == 25
+        and torch.equal(copy[7], EXPECTED[7])
+        and torch.equal(images[8], EXPECTED[8])
+    )
 
 
 def test_a_missing_folder_names_the_command(tmp_path):
-    with pytest.raises(DataError, match=r"there is no .*nothing\.lmdb; get it with: bash get_it\.sh"):
+    with pytest.raises(
+        DataError, match=r"there is no .*nothing\.lmdb; get it with: bash get_it\.sh"
+    ):
         LmdbImages(tmp_path / "nothing.lmdb", SHAPE, "bash get_it.sh")
 
 
@@ -114,8 +128,12 @@ def test_a_missing_package_is_named(folder, monkeypatch):
 def test_a_cut_off_file_is_an_error_not_a_crash(folder, keep):
     file = folder / "data.mdb"
     whole = file.read_bytes()
-    file.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole)) // 4096 * 4096])
-    with pytest.raises(DataError, match=r"train\.lmdb is damaged .*; make it again with: bash get_it\.sh"):
+    file.write_bytes(
+        whole[: keep if isinstance(keep, int) else int(keep * len(whole)) // 4096 * 4096]
+    )
+    with pytest.raises(
+        DataError, match=r"train\.lmdb is damaged .*; make it again with: bash get_it\.sh"
+    ):
         LmdbImages(folder, SHAPE, "bash get_it.sh")
 
 

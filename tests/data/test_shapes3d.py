@@ -1,4 +1,5 @@
-"""3D-Shapes: the order of its scenes, and the reader of the HDF5 file on small files in the real format."""
+"""3D-Shapes: the order of its scenes, and the reader of the HDF5 file on small files in the real
+format."""
 
 import fcntl
 import itertools
@@ -16,7 +17,16 @@ from torch.utils.data import DataLoader
 
 from data import shapes3d
 from data.errors import DataError
-from data.shapes3d import FACTOR_SIZES, SCENES, Scenes, Shapes3D, all_labels, main, uncompressed, validation_scenes
+from data.shapes3d import (
+    FACTOR_SIZES,
+    SCENES,
+    Scenes,
+    Shapes3D,
+    all_labels,
+    main,
+    uncompressed,
+    validation_scenes,
+)
 
 h5py = pytest.importorskip("h5py")
 COUNT = 960
@@ -88,7 +98,9 @@ def test_labels_are_the_official_values():
         [0, 0, 0.1, 0.75, 0, -30],
         [0.9, 0.9, 0.9, 1.25, 3, 30],
     ]
-    torch.testing.assert_close(labels, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        labels, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     assert torch.equal(scenes.labels(torch.arange(SCENES)), torch.from_numpy(LABELS))
 
 
@@ -109,11 +121,21 @@ def test_what_is_out_of_range():
 
 def test_validation_is_a_fixed_list_of_scenes():
     scenes = validation_scenes()
-    assert len(scenes) == len(Scenes("validation")) == len(scenes.unique()) == 10_000 and len(Scenes()) == SCENES
-    assert scenes[:5].tolist() == [208122, 140985, 411293, 278685, 258639], "the list must never change"
-    shares = [scenes_with.float() / 10_000 for scenes_with in map(torch.bincount, Scenes().factors(scenes).T)]
+    assert (
+        len(scenes) == len(Scenes("validation")) == len(scenes.unique()) == 10_000
+        and len(Scenes()) == SCENES
+    )
+    assert scenes[:5].tolist() == [208122, 140985, 411293, 278685, 258639], (
+        "the list must never change"
+    )
+    shares = [
+        scenes_with.float() / 10_000
+        for scenes_with in map(torch.bincount, Scenes().factors(scenes).T)
+    ]
     for size, share in zip(FACTOR_SIZES, shares, strict=True):
-        assert (share * size - 1).abs().max() < 0.15, "all values of a factor occur about equally often"
+        assert (share * size - 1).abs().max() < 0.15, (
+            "all values of a factor occur about equally often"
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -128,12 +150,16 @@ def test_every_layout_is_read(layout, small, make, pictures):
     assert_read(dataset, pictures)
     copied = uncompressed(path)
     assert copied.exists() == (layout != "plain") and path.read_bytes() == before
-    assert {file.name for file in path.parent.iterdir()} <= {path.name, copied.name}, "nothing else is left"
+    assert {file.name for file in path.parent.iterdir()} <= {path.name, copied.name}, (
+        "nothing else is left"
+    )
     validation = Shapes3D(path, "validation")
     listed = validation_scenes().tolist()
     assert len(validation) == len(listed)
     assert torch.equal(validation[3], dataset[listed[3]])
-    assert torch.equal(validation.images(dataset.factors([7])), dataset.images(dataset.factors([7])))
+    assert torch.equal(
+        validation.images(dataset.factors([7])), dataset.images(dataset.factors([7]))
+    )
 
 
 @pytest.mark.parametrize("layout", ["plain", "gzip"])
@@ -163,7 +189,9 @@ def test_a_copy_of_another_file(small, make, pictures):
     path = make("gzip")
     Shapes3D(path)
     make("gzip", images=pictures[:, ::-1, :, ::-1] // 2)
-    with pytest.raises(DataError, match=r"uncompressed\.h5 is not a copy of .*3dshapes\.h5; remove it"):
+    with pytest.raises(
+        DataError, match=r"uncompressed\.h5 is not a copy of .*3dshapes\.h5; remove it"
+    ):
         Shapes3D(path)
     uncompressed(path).unlink()
     assert_read(Shapes3D(path), pictures[:, ::-1, :, ::-1] // 2)
@@ -219,7 +247,9 @@ def test_a_disk_that_is_too_small(small, make, monkeypatch):
     usage = namedtuple("usage", "free")
     partial = uncompressed(path).with_suffix(".partial.h5")
     partial.write_bytes(b"of a process that was killed")
-    monkeypatch.setattr(shapes3d.shutil, "disk_usage", lambda folder: usage(50_000_000 - 10**9 * partial.exists()))
+    monkeypatch.setattr(
+        shapes3d.shutil, "disk_usage", lambda folder: usage(50_000_000 - 10**9 * partial.exists())
+    )
     with pytest.raises(DataError, match=r"has 0\.1 GB free, 3dshapes\.uncompressed\.h5 takes 0\.1"):
         Shapes3D(path)
     Shapes3D(path, in_memory=True)
@@ -230,14 +260,20 @@ def assert_refused(path, *messages):
     with pytest.raises(DataError) as caught:
         Shapes3D(path, command="bash get_it.sh")
     line = str(caught.value)
-    assert "\n" not in line and str(path) in line and line.endswith("get it again with: bash get_it.sh")
+    assert (
+        "\n" not in line
+        and str(path) in line
+        and line.endswith("get it again with: bash get_it.sh")
+    )
     for message in messages:
         assert re.search(message, line), line
     assert not uncompressed(path).exists()
 
 
 def test_a_missing_file_names_the_command(tmp_path):
-    with pytest.raises(DataError, match=r"there is no .*3dshapes\.h5; get it with: bash get_it\.sh"):
+    with pytest.raises(
+        DataError, match=r"there is no .*3dshapes\.h5; get it with: bash get_it\.sh"
+    ):
         Shapes3D(tmp_path / "3dshapes.h5", command="bash get_it.sh")
 
 
@@ -261,7 +297,10 @@ def test_a_plain_file_that_is_cut_off_later(small, make):
     dataset = Shapes3D(path)
     os.truncate(path, dataset._offset + 900 * 64 * 64 * 3 + 5)
     assert dataset[899].any()
-    with pytest.raises(DataError, match=r"3dshapes\.h5 ends before image 900; remove it and get it again with: bash"):
+    with pytest.raises(
+        DataError,
+        match=r"3dshapes\.h5 ends before image 900; remove it and get it again with: bash",
+    ):
         dataset[900]
 
 
@@ -278,9 +317,13 @@ def test_a_damaged_piece(small, make):
 
 def test_other_images(small, make, pictures):
     assert_refused(
-        make(images=pictures[:-1]), r"images is uint8 \[959, 64, 64, 3\] instead of uint8 \[960, 64, 64, 3\]"
+        make(images=pictures[:-1]),
+        r"images is uint8 \[959, 64, 64, 3\] instead of uint8 \[960, 64, 64, 3\]",
     )
-    assert_refused(make(images=pictures.transpose(0, 3, 1, 2), layout="plain"), r"images is uint8 \[960, 3, 64, 64\]")
+    assert_refused(
+        make(images=pictures.transpose(0, 3, 1, 2), layout="plain"),
+        r"images is uint8 \[960, 3, 64, 64\]",
+    )
     assert_refused(make(images=pictures.astype(np.float32), layout="plain"), r"images is float32")
     assert_refused(make(images=pictures.astype(np.int8), layout="plain"), r"images is int8")
     empty = pictures.copy()
@@ -306,7 +349,10 @@ def test_other_labels(small, make):
     assert_refused(make(labels=changed(959, 5, np.nan)), "the labels of image 959 are .*nan")
     assert_refused(make(labels=LABELS[:COUNT, ::-1]), "the labels of image 0 are")
     assert_refused(make(labels=LABELS[COUNT : 2 * COUNT]), r"\(960 of 960 differ\)")
-    assert_refused(make(labels=LABELS[:COUNT, :5]), r"labels is float64 \[960, 5\] instead of float64 \[960, 6\]")
+    assert_refused(
+        make(labels=LABELS[:COUNT, :5]),
+        r"labels is float64 \[960, 5\] instead of float64 \[960, 6\]",
+    )
     assert_refused(make(labels=LABELS[:COUNT].astype(int)), r"labels is int64")
     Shapes3D(make("plain", labels=LABELS[:COUNT].astype(np.float32)))
 
@@ -319,7 +365,9 @@ def test_other_names(tmp_path):
         file.create_group("images")
     assert_refused(tmp_path / "x.h5", r"has no data set 'images', but 'images'")
     with h5py.File(tmp_path / "x.h5", "w") as file:
-        file.create_dataset("images", (SCENES, 64, 64, 3), "u1", chunks=(64, 64, 64, 3), compression="gzip")
+        file.create_dataset(
+            "images", (SCENES, 64, 64, 3), "u1", chunks=(64, 64, 64, 3), compression="gzip"
+        )
     assert_refused(tmp_path / "x.h5", r"has no data set 'labels', but 'images'")
 
 
@@ -354,7 +402,8 @@ def test_processes_that_share_the_open_file(small, make, pictures):
     for part in range(3):
         if not (child := os.fork()):
             right = all(
-                dataset[i].numpy().tobytes() == pictures[i].transpose(2, 0, 1).tobytes() for i in range(part, COUNT)
+                dataset[i].numpy().tobytes() == pictures[i].transpose(2, 0, 1).tobytes()
+                for i in range(part, COUNT)
             )
             os._exit(0 if right else 1)
         children.append(child)

@@ -1,4 +1,5 @@
-"""Our own 3D-Shapes: the ray casting against independent computations, the pictures, and the file that is written."""
+"""Our own 3D-Shapes: the ray casting against independent computations, the pictures, and the file
+that is written."""
 
 import colorsys
 import pickle
@@ -47,11 +48,15 @@ def test_rays_enter_and_leave_where_a_search_says(shape):
     origin *= 3 / np.sqrt((origin**2).sum(1, keepdims=True))
     direction = rng.uniform([-0.8, -0.8, -0.1], [0.8, 0.8, 1.3], (1000, 3)) - origin
     steps = np.arange(0, 2, 0.0005)
-    found = np.stack([inside(shape, o + steps[:, None] * d) for o, d in zip(origin, direction, strict=True)])
+    found = np.stack(
+        [inside(shape, o + steps[:, None] * d) for o, d in zip(origin, direction, strict=True)]
+    )
     enter, leave = interval(shape, origin.T, direction.T)
     hit, sought = enter < leave, found.any(1)
     assert sought.sum() > 300 and (~sought).sum() > 100
-    assert not (sought & ~hit).any() and (hit & ~sought).sum() <= 5, "a search misses what is shorter than its step"
+    assert not (sought & ~hit).any() and (hit & ~sought).sum() <= 5, (
+        "a search misses what is shorter than its step"
+    )
     first, last = steps[found.argmax(1)], steps[len(steps) - 1 - found[:, ::-1].argmax(1)]
     np.testing.assert_allclose(enter[sought], first[sought], atol=0.0006)
     np.testing.assert_allclose(leave[sought], last[sought], atol=0.0006)
@@ -68,8 +73,13 @@ def test_normals_point_outwards(shape):
     points, direction = (target + (enter - 5) * direction)[:, hit], direction[:, hit]
     normal = normals(shape, points)
     np.testing.assert_allclose((normal**2).sum(0), 1, atol=1e-6)
-    assert inside(shape, (points - 1e-3 * normal).T).all() and not inside(shape, (points + 1e-3 * normal).T).any()
-    assert ((direction * normal).sum(0) < 0.3 * np.sqrt((direction**2).sum(0))).all(), "what is seen faces the eye"
+    assert (
+        inside(shape, (points - 1e-3 * normal).T).all()
+        and not inside(shape, (points + 1e-3 * normal).T).any()
+    )
+    assert ((direction * normal).sum(0) < 0.3 * np.sqrt((direction**2).sum(0))).all(), (
+        "what is seen faces the eye"
+    )
 
 
 def test_shadows_lie_where_the_lamp_does_not_reach():
@@ -87,7 +97,8 @@ def test_shadows_lie_where_the_lamp_does_not_reach():
 
 
 def test_the_object_casts_a_shadow(weights):
-    """Against the empty room: nowhere brighter, much the same far away, half as bright where the lamp is hidden."""
+    """Against the empty room: nowhere brighter, much the same far away, half as bright where the
+    lamp is hidden."""
     for shape, k, orientation in [(0, 0, -30), (1, 7, 0), (2, 14, 30), (3, 7, 0)]:
         empty = Room(*camera(orientation)).empty_pixels
         kinds = weights[6, shape, k]
@@ -98,13 +109,20 @@ def test_the_object_casts_a_shadow(weights):
 
 
 def test_coverage_of_pixels_against_a_march(weights):
-    """The object's silhouette in some geometries: pixels that no, all, or some of the subsamples' rays hit."""
+    """The object's silhouette in some geometries: pixels that no, all, or some of the subsamples'
+    rays hit."""
     for scale, shape, orientation in [(0, 0, 0), (7, 1, 7), (4, 2, 11), (6, 3, 14), (7, 0, 10)]:
         eye, direction = camera(-30 + orientation * 60 / 14)
-        rays = direction[:, SUBSAMPLES // 2 :: SUBSAMPLES, SUBSAMPLES // 2 :: SUBSAMPLES].reshape(3, -1).T
+        rays = (
+            direction[:, SUBSAMPLES // 2 :: SUBSAMPLES, SUBSAMPLES // 2 :: SUBSAMPLES]
+            .reshape(3, -1)
+            .T
+        )
         size = 0.75 + scale * 0.5 / 7
         lengths = np.arange(3.0, 7, 0.02)
-        hit = np.array([inside(SHAPES[shape], (eye + lengths[:, None] * ray) / size).any() for ray in rays])
+        hit = np.array(
+            [inside(SHAPES[shape], (eye + lengths[:, None] * ray) / size).any() for ray in rays]
+        )
         hit = hit.reshape(64, 64)
         kinds = weights[scale, shape, orientation]
         covered, background = kinds[OBJECT] > 0, kinds[FLOOR] + kinds[WALL] > 0
@@ -146,9 +164,13 @@ def test_items_are_the_products_of_colours_and_weights(dataset, weights):
     rng = np.random.default_rng(2)
     for _ in range(50):
         factors = [int(rng.integers(size)) for size in dataset.factor_sizes]
-        colours = [np.rint(255 * np.array(colorsys.hsv_to_rgb(hue / 10, 0.9, 1))) for hue in factors[:3]]
+        colours = [
+            np.rint(255 * np.array(colorsys.hsv_to_rgb(hue / 10, 0.9, 1))) for hue in factors[:3]
+        ]
         light = weights[tuple(factors[3:])].astype(float)
-        expected = sum(light[i] * colour[:, None, None] for i, colour in enumerate([*colours, np.full(3, 255)]))
+        expected = sum(
+            light[i] * colour[:, None, None] for i, colour in enumerate([*colours, np.full(3, 255)])
+        )
         (scene,) = dataset.index_of(torch.tensor([factors])).tolist()
         item = dataset[scene]
         assert item.dtype == torch.uint8 and item.shape == (3, 64, 64)
@@ -182,7 +204,10 @@ def test_all_pictures_differ(dataset):
     seen = set()
     for floor, wall, thing in hues:
         start = (floor * 100 + wall * 10 + thing) * GEOMETRIES
-        seen |= {image.numpy().tobytes() for image in dataset._images(torch.arange(start, start + GEOMETRIES))}
+        seen |= {
+            image.numpy().tobytes()
+            for image in dataset._images(torch.arange(start, start + GEOMETRIES))
+        }
     assert len(seen) == len(hues) * GEOMETRIES
     drawn = torch.randperm(SCENES, generator=torch.Generator().manual_seed(0))[:5000]
     assert len({hash(image.numpy().tobytes()) for image in dataset._images(drawn)}) == 5000
@@ -227,7 +252,9 @@ def h5py():
 
 
 @pytest.mark.parametrize("compression", [[], ["--compression", "gzip"], ["--compression", "lzf"]])
-def test_the_file_is_read_back_identically(compression, dataset, h5py, tmp_path, monkeypatch, capsys):
+def test_the_file_is_read_back_identically(
+    compression, dataset, h5py, tmp_path, monkeypatch, capsys
+):
     path, labels = tmp_path / "new/rendered.h5", all_labels()
     main([str(path), "--first", "1000", *compression])
     assert f"{path}: 1000 images, {path.stat().st_size} bytes" in capsys.readouterr().out
@@ -244,7 +271,9 @@ def test_the_file_is_read_back_identically(compression, dataset, h5py, tmp_path,
 
 def test_a_part_is_no_data_set(h5py, tmp_path):
     main([str(tmp_path / "x.h5"), "--first", "10"])
-    with pytest.raises(DataError, match=r"images is uint8 \[10, 64, 64, 3\] instead of uint8 \[480000, 64, 64, 3\]"):
+    with pytest.raises(
+        DataError, match=r"images is uint8 \[10, 64, 64, 3\] instead of uint8 \[480000, 64, 64, 3\]"
+    ):
         Shapes3D(tmp_path / "x.h5")
 
 
@@ -265,14 +294,18 @@ def test_nothing_is_overwritten_nor_left_half_written(h5py, tmp_path, monkeypatc
     path.unlink()
 
     def interrupted(count):
-        assert not list(tmp_path.iterdir()) or [file.name for file in tmp_path.iterdir()] == ["x.partial.h5"]
+        assert not list(tmp_path.iterdir()) or [file.name for file in tmp_path.iterdir()] == [
+            "x.partial.h5"
+        ]
         yield np.zeros((480, 64, 64, 3), np.uint8)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shapes3d_rendered, "blocks", interrupted)
     fails("interrupted")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(shapes3d_rendered, "blocks", lambda count: iter([np.zeros((480, 64, 64, 3), np.uint8)] * 3))
+    monkeypatch.setattr(
+        shapes3d_rendered, "blocks", lambda count: iter([np.zeros((480, 64, 64, 3), np.uint8)] * 3)
+    )
     with pytest.raises(Exception):  # noqa: B017
         main([str(path), "--first", "1000"])
     assert not list(tmp_path.iterdir())

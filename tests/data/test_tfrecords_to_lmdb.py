@@ -73,7 +73,9 @@ def test_fields_may_come_in_any_order_and_unknown_ones_are_skipped(formats):
         + formats.varint(7 << 3 | 1)
         + bytes(8)
     )
-    floats = formats.field(1, formats.field(2, formats.field(2, formats.field(1, bytes(4)))) + formats.field(1, b"f"))
+    floats = formats.field(
+        1, formats.field(2, formats.field(2, formats.field(1, bytes(4)))) + formats.field(1, b"f")
+    )
     entry = formats.field(1, unknown + value + name)
     assert parse_example(unknown + formats.field(1, floats + entry)) == {"shape": [7]}
 
@@ -117,10 +119,16 @@ def test_a_tar_becomes_two_lmdbs_in_order(archive, tmp_path, capsys):
     assert "train.lmdb: 5 images" in out and "validation.lmdb: 3 images" in out
     for split in images:
         folder = str(tmp_path / "t" / f"{split}.lmdb")
-        with lmdb.open(folder, readonly=True, lock=False) as environment, environment.begin() as transaction:
+        with (
+            lmdb.open(folder, readonly=True, lock=False) as environment,
+            environment.begin() as transaction,
+        ):
             stored = dict(transaction.cursor())
         assert stored == {str(i).encode(): image.tobytes() for i, image in enumerate(images[split])}
-    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["train.lmdb", "validation.lmdb"]
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == [
+        "train.lmdb",
+        "validation.lmdb",
+    ]
 
 
 @pytest.mark.parametrize("inside", ["", "mnt/host/imagenet-oord-tfr"])
@@ -129,7 +137,10 @@ def test_an_unpacked_folder_does_as_well(tmp_path, formats, inside):
     for name, content in files.items():
         (tmp_path / "unpacked" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "unpacked" / name).write_bytes(content)
-    assert convert("ImageNet32", tmp_path / "unpacked" / inside, tmp_path / "t") == {"train": 5, "validation": 3}
+    assert convert("ImageNet32", tmp_path / "unpacked" / inside, tmp_path / "t") == {
+        "train": 5,
+        "validation": 3,
+    }
     assert_images(tmp_path / "t", "train", images["train"])
 
 
@@ -137,7 +148,10 @@ def test_shards_may_lie_flat(tmp_path, formats):
     files, images = formats.imagenet_shards(prefix="./")
     flat = {f"./{name.rsplit('/', 1)[1]}": content for name, content in files.items()}
     (tmp_path / "flat.tar").write_bytes(formats.tar_of(flat))
-    assert convert("ImageNet32", tmp_path / "flat.tar", tmp_path / "t") == {"train": 5, "validation": 3}
+    assert convert("ImageNet32", tmp_path / "flat.tar", tmp_path / "t") == {
+        "train": 5,
+        "validation": 3,
+    }
     assert_images(tmp_path / "t", "train", images["train"])
 
 
@@ -148,7 +162,10 @@ def test_celeba_has_other_shard_names_and_shapes(tmp_path, formats):
         for split, image in zip(("train", "validation"), images, strict=True)
     }
     (tmp_path / "c.tar").write_bytes(formats.tar_of(files))
-    assert convert("CelebAHQ256", tmp_path / "c.tar", tmp_path / "t") == {"train": 1, "validation": 1}
+    assert convert("CelebAHQ256", tmp_path / "c.tar", tmp_path / "t") == {
+        "train": 1,
+        "validation": 1,
+    }
     stored = LmdbImages(tmp_path / "t/validation.lmdb", (3, 256, 256), "get it")
     assert torch.equal(stored[0], torch.from_numpy(images[1]).permute(2, 0, 1))
 
@@ -181,7 +198,10 @@ def test_a_finished_split_is_left_alone_unless_forced(archive, tmp_path, capsys)
     main([*command, "--force"])
     assert (tmp_path / "t/train.lmdb/data.mdb").stat().st_mtime_ns > before.st_mtime_ns
     assert_images(tmp_path / "t", "train", images["train"])
-    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["train.lmdb", "validation.lmdb"]
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == [
+        "train.lmdb",
+        "validation.lmdb",
+    ]
 
 
 def test_a_failed_renewal_keeps_the_old_lmdb(archive, tmp_path, formats):
@@ -210,7 +230,9 @@ tfrecords_to_lmdb.main(sys.argv[1:])
 def test_a_killed_conversion_leaves_no_lmdb_and_starts_again(archive, tmp_path, formats):
     source, images = archive
     command = ["ImageNet32", "--source", str(source), "--target", str(tmp_path / "t")]
-    done = subprocess.run([sys.executable, "-c", KILLED, *command], cwd=REPOSITORY, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *command], cwd=REPOSITORY, capture_output=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in (tmp_path / "t").iterdir()] == ["train.lmdb.partial"]
     with pytest.raises(DataError, match="there is no"):
@@ -221,7 +243,9 @@ def test_a_killed_conversion_leaves_no_lmdb_and_starts_again(archive, tmp_path, 
     assert not list((tmp_path / "t").glob("*.partial"))
 
 
-def test_a_conversion_that_stops_between_its_two_renamings_keeps_the_old_lmdb(archive, tmp_path, formats, monkeypatch):
+def test_a_conversion_that_stops_between_its_two_renamings_keeps_the_old_lmdb(
+    archive, tmp_path, formats, monkeypatch
+):
     source, images = archive
     convert("ImageNet32", source, tmp_path / "t")
     rename = os.rename
@@ -244,10 +268,15 @@ def test_a_conversion_that_stops_between_its_two_renamings_keeps_the_old_lmdb(ar
     assert_images(tmp_path / "t", "train", images["train"])
     source.write_bytes(whole)
     convert("ImageNet32", source, tmp_path / "t", force=True)
-    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["train.lmdb", "validation.lmdb"]
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == [
+        "train.lmdb",
+        "validation.lmdb",
+    ]
 
 
-@pytest.mark.parametrize("command", [["CIFAR10", "--source", "a", "--target", "b"], ["ImageNet32", "--source", "a"]])
+@pytest.mark.parametrize(
+    "command", [["CIFAR10", "--source", "a", "--target", "b"], ["ImageNet32", "--source", "a"]]
+)
 def test_wrong_flags_are_one_line(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main(command)
@@ -303,9 +332,21 @@ def test_damaged_shards_are_named(tmp_path, formats, capsys):
     files, images = formats.imagenet_shards()
     whole = files[SHARD.format(1)]
     name = "train-r05-s-0001-of-0002.tfrecords"
-    fails(files | {SHARD.format(1): whole[:-10]}, tmp_path, formats, capsys, f"{name}, record 2: cut off after")
+    fails(
+        files | {SHARD.format(1): whole[:-10]},
+        tmp_path,
+        formats,
+        capsys,
+        f"{name}, record 2: cut off after",
+    )
     flipped = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
-    fails(files | {SHARD.format(1): flipped}, tmp_path, formats, capsys, f"{name}, record 0: the checksum of the data")
+    fails(
+        files | {SHARD.format(1): flipped},
+        tmp_path,
+        formats,
+        capsys,
+        f"{name}, record 0: the checksum of the data",
+    )
     fails(files | {SHARD.format(1): b""}, tmp_path, formats, capsys, f"{name} is empty")
     other = formats.frame(formats.example(images["train"][0][:16]))
     fails(
@@ -316,8 +357,20 @@ def test_damaged_shards_are_named(tmp_path, formats, capsys):
         f"{name}, record 0: the image's shape is [16, 32, 3]",
     )
     short = formats.frame(formats.example(images["train"][0][:16], shape=(32, 32, 3)))
-    fails(files | {SHARD.format(1): short}, tmp_path, formats, capsys, "record 0: 1536 bytes of image instead of 3072")
-    fails(files | {SHARD.format(1): formats.frame(b"\x0b")}, tmp_path, formats, capsys, "record 0: no tf.train.Example")
+    fails(
+        files | {SHARD.format(1): short},
+        tmp_path,
+        formats,
+        capsys,
+        "record 0: 1536 bytes of image instead of 3072",
+    )
+    fails(
+        files | {SHARD.format(1): formats.frame(b"\x0b")},
+        tmp_path,
+        formats,
+        capsys,
+        "record 0: no tf.train.Example",
+    )
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.95])
@@ -334,12 +387,16 @@ def test_sources_that_are_no_archive(tmp_path):
     (tmp_path / "page.tar").write_text("<html>not found</html>")
     with pytest.raises(DataError, match="is no whole tar archive"):
         convert("ImageNet32", tmp_path / "page.tar", tmp_path / "t")
-    with pytest.raises(DataError, match=r"there is no .*nothing\.tar; get it with: bash .*/get_imagenet_data\.sh"):
+    with pytest.raises(
+        DataError, match=r"there is no .*nothing\.tar; get it with: bash .*/get_imagenet_data\.sh"
+    ):
         convert("ImageNet32", tmp_path / "nothing.tar", tmp_path / "t")
 
 
 def test_too_little_room_is_said_before_anything_is_written(archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(tfrecords_to_lmdb.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        tfrecords_to_lmdb.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})
+    )
     with pytest.raises(DataError, match="GB free, the conversion needs about"):
         convert("ImageNet32", archive[0], tmp_path / "t")
     assert not list((tmp_path / "t").iterdir())

@@ -1,4 +1,5 @@
-"""What is written beside checkpoints: metrics files and image grids. A full disk costs these, not the run."""
+"""What is written beside checkpoints: metrics files and image grids. A full disk costs these, not
+the run."""
 
 from __future__ import annotations
 
@@ -14,19 +15,20 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from .DisentanglementVAE import DisentanglementVAE
-from .evaluation.figures import save_grid, side_by_side
-from .evaluation.synthesis import encode, interpolate, reconstruct, sample_images, traverse
-from .files import remove_partial_files, sync, whole_file
+from ..DisentanglementVAE import DisentanglementVAE
+from ..files import remove_partial_files, sync, whole_file
+from ..pictures import save_grid, side_by_side
+from ..synthesis import encode, interpolate, reconstruct, sample_images, traverse
+from .base import VAETraining
 from .processes import say
-from .training import VAETraining
 
 ROWS_BEFORE_WRITING = 50
 RUN_FILE = "run.json"
 
 
 class CsvFile:
-    """A CSV file that a resumed run continues: rows past the step that it resumes from are dropped first.
+    """A CSV file that a resumed run continues: rows past the step that it resumes from are dropped
+    first.
 
     Rows that cannot be written (a full disk) are kept, and written with the next ones.
     """
@@ -37,8 +39,14 @@ class CsvFile:
         rows = []
         if resume_step and path.is_file():
             with path.open(newline="") as file:
-                whole = (row for row in csv.DictReader(file) if None not in row.values())  # a kill can cut the last
-                rows = [row for row in whole if row["step"].isdecimal() and int(row["step"]) <= resume_step]
+                whole = (
+                    row for row in csv.DictReader(file) if None not in row.values()
+                )  # a kill can cut the last
+                rows = [
+                    row
+                    for row in whole
+                    if row["step"].isdecimal() and int(row["step"]) <= resume_step
+                ]
         with whole_file(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             writer.writeheader()
@@ -62,19 +70,23 @@ class CsvFile:
             self._unwritten = []
         except OSError as error:
             if not reported:
-                say(f"note: {self.path} cannot be written ({error.strerror}); its rows wait until it can")
+                say(
+                    f"note: {self.path} cannot be written ({error.strerror}); its rows wait until it can"
+                )
 
 
 class MetricsLog(pl.Callback):
-    """Writes steps.csv (one row per optimizer step) and epochs.csv (one row per validation), and feeds the dashboard.
+    """Writes steps.csv (one row per optimizer step) and epochs.csv (one row per validation), and
+    feeds the dashboard.
 
-    Beside them run.json says what the run is: its configuration, its number of parameters, and the commits, versions
-    and command that it was started with.
+    Beside them run.json says what the run is: its configuration, its number of parameters, and the
+    commits, versions and command that it was started with.
 
-    In the unit of the training, bits/dim or nats per image, throughout. kl_0, kl_1, ... are of the layers from the
-    topmost, or of the latent dimensions; beta_kl is β times the rate. steps.csv holds rank 0's own batches, epochs.csv
-    the validation over all ranks, computed with the averaged weights where there are such. Values stay on the device
-    until `ROWS_BEFORE_WRITING` rows have come together, so that training is not synchronized at every step.
+    In the unit of the training, bits/dim or nats per image, throughout. kl_0, kl_1, ... are of the
+    layers from the topmost, or of the latent dimensions; beta_kl is β times the rate. steps.csv
+    holds rank 0's own batches, epochs.csv the validation over all ranks, computed with the averaged
+    weights where there are such. Values stay on the device until `ROWS_BEFORE_WRITING` rows have
+    come together, so that training is not synchronized at every step.
 
     Arguments:
         folder: Where the files are.
@@ -87,7 +99,9 @@ class MetricsLog(pl.Callback):
         # Since the last validation, of which epochs.csv has the means; they survive a restart.
         self._since = {"images": 0, "seconds": 0.0, "neg_elbo": 0.0, "steps": 0, "lr": 0.0}
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: VAETraining, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: VAETraining, checkpoint: dict[str, Any]
+    ) -> None:
         self._write(trainer)  # a run goes on from the checkpoint with the next row
         if trainer.is_global_zero:
             for file in (self._steps, self._epochs):
@@ -96,7 +110,9 @@ class MetricsLog(pl.Callback):
                     sync(file.path)
         checkpoint["since_validation"] = self._since | {"seconds": self._seconds()}
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: VAETraining, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: VAETraining, checkpoint: dict[str, Any]
+    ) -> None:
         self._since |= checkpoint.get("since_validation", {})
 
     def _seconds(self) -> float:
@@ -111,7 +127,17 @@ class MetricsLog(pl.Callback):
             return
         kl = [f"kl_{part}" for part in range(pl_module.model.num_rates)]
         parts = ["neg_elbo", "distortion", "rate", "beta_kl", *kl]
-        step = ["step", "epoch", *parts, "beta", "grad_norm", "skipped", "lr", "loss_scale", "images_per_second"]
+        step = [
+            "step",
+            "epoch",
+            *parts,
+            "beta",
+            "grad_norm",
+            "skipped",
+            "lr",
+            "loss_scale",
+            "images_per_second",
+        ]
         epoch = ["step", "epoch", *(f"val_{name}" for name in parts), "train_neg_elbo", "lr"]
         epoch += ["images_per_second", "seconds", "peak_memory_mib"]
         self._described = False
@@ -119,8 +145,12 @@ class MetricsLog(pl.Callback):
         validated = trainer.global_step - pl_module.position.validate
         self._epochs = CsvFile(self.folder / "epochs.csv", epoch, validated)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: VAETraining, batch, batch_idx) -> None:
-        if trainer.is_global_zero and not self._described:  # a run that was over before has been described
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: VAETraining, batch, batch_idx
+    ) -> None:
+        if (
+            trainer.is_global_zero and not self._described
+        ):  # a run that was over before has been described
             self._described = True
             self._describe(pl_module, trainer.global_step)
 
@@ -129,9 +159,15 @@ class MetricsLog(pl.Callback):
         commits = []
         if resume_step:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                commits = [str(known) for known in json.loads(path.read_text())["commits"] if known != commit]
+                commits = [
+                    str(known)
+                    for known in json.loads(path.read_text())["commits"]
+                    if known != commit
+                ]
         description = {
-            "parameters": sum(each.numel() for each in pl_module.model.parameters() if each.requires_grad),
+            "parameters": sum(
+                each.numel() for each in pl_module.model.parameters() if each.requires_grad
+            ),
             "config": pl_module.config.to_dict(),
             "commits": [*commits, commit],
             "provenance": pl_module.provenance,
@@ -139,11 +175,17 @@ class MetricsLog(pl.Callback):
         with whole_file(path) as partial:
             partial.write_text(json.dumps(description, indent=1) + "\n")
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: VAETraining, optimizer) -> None:
-        self._since["lr"] = optimizer.param_groups[0]["lr"]  # the scheduler may step before the batch ends
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: VAETraining, optimizer
+    ) -> None:
+        self._since["lr"] = optimizer.param_groups[0][
+            "lr"
+        ]  # the scheduler may step before the batch ends
         self._beta = pl_module.beta  # that of this step, and after it that of the next
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: VAETraining, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: VAETraining, outputs, batch, batch_idx
+    ) -> None:
         self._batches.append(outputs)
         self._images += len(batch[0]) * trainer.world_size
         if trainer.global_step == self._last_step:
@@ -185,7 +227,9 @@ class MetricsLog(pl.Callback):
             self._steps.append(rows)
             if trainer.logger:
                 for row in rows:
-                    trainer.logger.log_metrics({f"train/{k}": v for k, v in row.items()}, step=row["step"])
+                    trainer.logger.log_metrics(
+                        {f"train/{k}": v for k, v in row.items()}, step=row["step"]
+                    )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         if not trainer.sanity_checking:
@@ -196,7 +240,11 @@ class MetricsLog(pl.Callback):
             return
         self._write(trainer)
         metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        row = {"step": trainer.global_step, "epoch": trainer.current_epoch, "val_neg_elbo": metrics.pop("val/neg_elbo")}
+        row = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "val_neg_elbo": metrics.pop("val/neg_elbo"),
+        }
         row |= {name.replace("/", "_"): value for name, value in metrics.items()}
         if self._since["steps"]:
             row["train_neg_elbo"] = self._since["neg_elbo"] / self._since["steps"]
@@ -224,24 +272,32 @@ class MetricsLog(pl.Callback):
                 file.append([])
                 self.unwritten += file.unwritten
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: VAETraining, exception: BaseException) -> None:
-        with contextlib.suppress(RuntimeError):  # a failed GPU has no values left; the first exception counts
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: VAETraining, exception: BaseException
+    ) -> None:
+        with contextlib.suppress(
+            RuntimeError
+        ):  # a failed GPU has no values left; the first exception counts
             self._write(trainer)
 
 
 class ImageGrids(pl.Callback):
-    """At each validation, with the weights that are validated: a grid of samples, and one of images beside their
-    reconstructions; of a disentanglement VAE also traversals of its dimensions and interpolations between images.
+    """At each validation, with the weights that are validated: a grid of samples, and one of images
+    beside their reconstructions; of a disentanglement VAE also traversals of its dimensions and
+    interpolations between images.
 
     Arguments:
         folder: Where samples_STEP.png, reconstructions_STEP.png, ... go.
-        columns: Grids are `columns` images wide; that of reconstructions has `columns // 2` pairs in a row.
+        columns: Grids are `columns` images wide; that of reconstructions has `columns // 2` pairs
+            in a row.
         temperature: Of the samples.
         batch: Images computed at a time.
         seed: The noise is the same at every validation, so that grids can be compared.
     """
 
-    def __init__(self, folder: str | Path, *, columns: int, temperature: float, batch: int, seed: int):
+    def __init__(
+        self, folder: str | Path, *, columns: int, temperature: float, batch: int, seed: int
+    ):
         self.folder = Path(folder)
         self.columns, self.temperature = columns, temperature
         self._noise = dict(seed=seed, batch=batch)
@@ -250,9 +306,13 @@ class ImageGrids(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         if trainer.is_global_zero:
-            remove_partial_files(self.folder, "*_" + 7 * "[0-9]" + ".png")  # evaluate.py may be writing others
+            remove_partial_files(
+                self.folder, "*_" + 7 * "[0-9]" + ".png"
+            )  # evaluate.py may be writing others
 
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
         if sum(map(len, self._images)) < self._pairs:
             images, indices = batch
             self._images.append(images[indices >= 0].cpu())
@@ -265,12 +325,18 @@ class ImageGrids(pl.Callback):
         originals = torch.cat(images)[: self._pairs]
         pairs = side_by_side(originals, reconstruct(model, originals, **self._noise))
         grids = {
-            "samples": (sample_images(model, self.columns**2, self.temperature, **self._noise), self.columns),
+            "samples": (
+                sample_images(model, self.columns**2, self.temperature, **self._noise),
+                self.columns,
+            ),
             "reconstructions": (pairs, 2 * max(1, self.columns // 2)),
         }
         if isinstance(model, DisentanglementVAE):
             frames = max(2, self.columns)
-            grids["traversals"] = (traverse(model, originals[:1], values=frames, batch=self._noise["batch"]), frames)
+            grids["traversals"] = (
+                traverse(model, originals[:1], values=frames, batch=self._noise["batch"]),
+                frames,
+            )
             if len(originals) > 1:
                 grids["interpolations"] = (self._interpolations(model, originals, frames), frames)
         for name, (grid, columns) in grids.items():
@@ -292,7 +358,8 @@ class ImageGrids(pl.Callback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that this process has held, on the GPU if it uses one, else in main memory."""
+    """Bytes: the most that this process has held, on the GPU if it uses one, else in main
+    memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -18,7 +18,8 @@ ROWS = 12
 
 
 class StepProfile(pl.Callback):
-    """Profiles a few batches of the first process: operators by their own time, and by what they allocate.
+    """Profiles a few batches of the first process: operators by their own time, and by what they
+    allocate.
 
     In epochs of fewer than six batches a validation lies between these and is counted.
     """
@@ -27,13 +28,20 @@ class StepProfile(pl.Callback):
         self._batches = 0
         self._profile: profile | None = None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any
+    ) -> None:
         if self._batches == WARM_UP and trainer.is_global_zero:
-            activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * pl_module.device.type.startswith("cuda")]
+            activities = [
+                ProfilerActivity.CPU,
+                *[ProfilerActivity.CUDA] * pl_module.device.type.startswith("cuda"),
+            ]
             self._profile = profile(activities=activities, profile_memory=True)
             self._profile.__enter__()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any
+    ) -> None:
         self._batches += 1
         if self._profile is not None and self._batches == WARM_UP + PROFILED:
             self._stop()
@@ -44,10 +52,14 @@ class StepProfile(pl.Callback):
         if self._profile is not None:
             self._stop()
         if self._profile is not None or self._batches < WARM_UP + PROFILED:
-            say(f"--profiler_mode: {self._batches} batches are too few to profile some after {WARM_UP}")
+            say(
+                f"--profiler_mode: {self._batches} batches are too few to profile some after {WARM_UP}"
+            )
         self._profile = None
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         if self._profile is not None:
             self._stop()
             self._profile = None
@@ -58,17 +70,24 @@ class StepProfile(pl.Callback):
     def table(self, device: torch.device) -> str:
         """The operators that take most, per batch, and the peak of memory so far."""
         where = "device" if device.type == "cuda" else "cpu"
-        # A kernel's time is also that of the operator that launched it, and only the operators are counted.
-        events = [event for event in self._profile.key_averages() if event.device_type == DeviceType.CPU]
+        # A kernel's time is also that of the operator that launched it, and only the operators are
+        # counted.
+        events = [
+            event for event in self._profile.key_averages() if event.device_type == DeviceType.CPU
+        ]
         events = [event for event in events if not event.is_user_annotation]
         time, memory = f"self_{where}_time_total", f"self_{where}_memory_usage"
         total = sum(getattr(event, time) for event in events)
-        lines = [f"\n{PROFILED} batches on {device.type}: {total / 1e3 / PROFILED:.1f} ms of operators each"]
+        lines = [
+            f"\n{PROFILED} batches on {device.type}: {total / 1e3 / PROFILED:.1f} ms of operators each"
+        ]
         lines.append(f"{'operator':44}{'calls':>8}{'ms':>10}{'%':>7}")
         for event in sorted(events, key=lambda event: -getattr(event, time))[:ROWS]:
             own = getattr(event, time)
             name, calls = event.key[:42], event.count / PROFILED
-            lines.append(f"{name:44}{calls:8.0f}{own / 1e3 / PROFILED:10.2f}{100 * own / max(total, 1e-9):7.1f}")
+            lines.append(
+                f"{name:44}{calls:8.0f}{own / 1e3 / PROFILED:10.2f}{100 * own / max(total, 1e-9):7.1f}"
+            )
         lines.append(f"{'allocates more than it frees':44}{'calls':>8}{'MiB':>10}")
         for event in sorted(events, key=lambda event: -getattr(event, memory))[:ROWS]:
             allocated = getattr(event, memory) / 2**20 / PROFILED

@@ -12,23 +12,30 @@ from urllib.parse import urlsplit
 
 import pytorch_lightning as pl
 
-from .config import ConfigError, TrainConfig
+from ..config import ConfigError, TrainConfig
 from .processes import say
 
 
 def make_logger(config: TrainConfig, run_folder: Path) -> pl.loggers.Logger | bool:
-    """wandb, never at a login prompt: without a key or a network it logs offline and says where; or no dashboard."""
+    """wandb, never at a login prompt: without a key or a network it logs offline and says where; or
+    no dashboard."""
     if config.logger == "none":
         return False
     try:
         import wandb
     except ImportError:
         if config.logger == "wandb":
-            raise ConfigError("--logger wandb: the package is missing; pip install wandb, or --logger none") from None
+            raise ConfigError(
+                "--logger wandb: the package is missing; pip install wandb, or --logger none"
+            ) from None
         say("wandb is not installed: metrics go to CSV files only")
         return False
     mode = os.environ.get("WANDB_MODE", "online")
-    reason = None if mode != "online" else why_offline(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
+    reason = (
+        None
+        if mode != "online"
+        else why_offline(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
+    )
 
     def logger(mode: str) -> pl.loggers.Logger:
         run_folder.mkdir(parents=True, exist_ok=True)

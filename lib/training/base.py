@@ -12,31 +12,34 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from .checkpoint import CheckpointError
-from .config import TrainConfig
-from .models import VAE, Output
+from ..checkpoint import CheckpointError
+from ..config import TrainConfig
+from ..models import VAE, Output
+from ..utils import keyed_noise, mixed_seed
 from .position import Position, set_loops
 from .processes import say
-from .utils import keyed_noise, mixed_seed
 
 
 def annealed_beta(beta_final: float, beta_rate: float, step: int) -> float:
-    """β after `step` optimizer steps: rises from 0 by `beta_rate * beta_final` a step; a rate of 1 is no annealing."""
+    """β after `step` optimizer steps: rises from 0 by `beta_rate * beta_final` a step; a rate of 1
+    is no annealing."""
     return beta_final if beta_rate >= 1 else beta_final * min(1.0, beta_rate * step)
 
 
 def objective(output: Output, *, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
-    """Loss in nats per image: mean distortion + β · sum over layers of max(free_bits, batch mean of the layer's KL).
+    """Loss in nats per image: mean distortion + β · sum over layers of max(free_bits, batch mean of
+    the layer's KL).
 
-    Free bits: Kingma et al. 2016, appendix C.8; β: Higgins et al. 2017. With several ranks or accumulated batches the
-    mean inside `max` is that of the rank's own batch; with `free_bits=0` that makes no difference. The release's form
-    is another (DEVIATIONS.md).
+    Free bits: Kingma et al. 2016, appendix C.8; β: Higgins et al. 2017. With several ranks or
+    accumulated batches the mean inside `max` is that of the rank's own batch; with `free_bits=0`
+    that makes no difference. The release's form is another (DEVIATIONS.md).
     """
     return output.distortion.mean() + beta * output.rates.mean(0).clamp(min=free_bits).sum()
 
 
 def mean_of_many() -> MeanMetric:
-    """A mean over all ranks that is summed in float64: how images are shared out changes nothing that is logged."""
+    """A mean over all ranks that is summed in float64: how images are shared out changes nothing
+    that is logged."""
     return MeanMetric().set_dtype(torch.float64)
 
 
@@ -48,16 +51,17 @@ def shape_of(tensors: dict[str, Any], name: str) -> Any:
 class VAETraining(pl.LightningModule):
     """Trains a VAE and validates it.
 
-    Batches are (uint8 images [B, 3, H, W], keys [B]); a key says which image it is and in which pass over the data, and
-    -1 marks an image that only pads the batch. Subclasses say in which `unit` metrics are, and may validate other
-    weights than those that are trained.
+    Batches are (uint8 images [B, 3, H, W], keys [B]); a key says which image it is and in which
+    pass over the data, and -1 marks an image that only pads the batch. Subclasses say in which
+    `unit` metrics are, and may validate other weights than those that are trained.
 
     Attributes:
         position: Where the run is; callbacks keep it up to date.
-        lrate_factor: Of the learning rate, below 1 once a run went back to an earlier checkpoint, or validations in a
-            row were no better (`lrate_patience`).
+        lrate_factor: Of the learning rate, below 1 once a run went back to an earlier checkpoint,
+            or validations in a row were no better (`lrate_patience`).
         grad_norm: Of the last optimizer step, before clipping.
-        skipped: Whether the last optimizer step changed nothing, as its loss or a gradient was not finite.
+        skipped: Whether the last optimizer step changed nothing, as its loss or a gradient was not
+            finite.
 
     Arguments:
         model: The model to train.
@@ -88,7 +92,8 @@ class VAETraining(pl.LightningModule):
 
     @property
     def beta(self) -> float:
-        """Weight of the KL in the next optimizer step; optimizer steps are what is counted, also in a resumed run."""
+        """Weight of the KL in the next optimizer step; optimizer steps are what is counted, also in
+        a resumed run."""
         return annealed_beta(self.config.beta_final, self.config.beta_rate, self.global_step)
 
     def in_units(self, nats: Tensor) -> Tensor:
@@ -96,9 +101,13 @@ class VAETraining(pl.LightningModule):
         raise NotImplementedError
 
     def on_train_start(self) -> None:
-        # A resumed run takes its learning rate and decay from the flags, not from the checkpoint, if they changed.
+        # A resumed run takes its learning rate and decay from the flags, not from the checkpoint,
+        # if they changed.
         scheduler = self.lr_schedulers()
-        if (scheduler.gamma, scheduler.base_lrs) != (self.config.lrate_decay, [self.config.lrate * self.lrate_factor]):
+        if (scheduler.gamma, scheduler.base_lrs) != (
+            self.config.lrate_decay,
+            [self.config.lrate * self.lrate_factor],
+        ):
             self.set_lrate()
 
     def set_lrate(self) -> None:
@@ -116,9 +125,11 @@ class VAETraining(pl.LightningModule):
         return self.config.batch * self.trainer.world_size
 
     def seed_step(self, batch_idx: int) -> None:
-        """Seeds all generators by where in the run a batch is, so ranks differ and a resumed run draws the same.
+        """Seeds all generators by where in the run a batch is, so ranks differ and a resumed run
+        draws the same.
 
-        No state of a generator needs to be kept in a checkpoint, and none depends on the number of processes.
+        No state of a generator needs to be kept in a checkpoint, and none depends on the number of
+        processes.
         """
         seed = mixed_seed(self.config.random_seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(seed)  # of the GPUs, too
@@ -133,7 +144,9 @@ class VAETraining(pl.LightningModule):
         images, keys = batch
         noise = None
         if self.config.noise == "image":
-            drawn = keyed_noise(self.model.latent_shapes, self.config.random_seed, keys.tolist(), [1] * len(keys))
+            drawn = keyed_noise(
+                self.model.latent_shapes, self.config.random_seed, keys.tolist(), [1] * len(keys)
+            )
             noise = [eps.to(self.model.device, self.model.dtype) for eps in drawn]
         return self.model(self.model.observation.encode(images), noise)
 
@@ -158,7 +171,9 @@ class VAETraining(pl.LightningModule):
         images, indices = batch
         model = self.evaluated_model
         noise = keyed_noise(model.latent_shapes, self.config.random_seed, indices.tolist())
-        output = model(model.observation.encode(images), [eps.to(model.device, model.dtype) for eps in noise])
+        output = model(
+            model.observation.encode(images), [eps.to(model.device, model.dtype) for eps in noise]
+        )
         counts = (indices >= 0).float()
         self.val_distortion.update(self.in_units(output.distortion), counts)
         for metric, rate in zip(self.val_rates, output.rates.unbind(1), strict=True):
@@ -167,7 +182,11 @@ class VAETraining(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         distortion = self.val_distortion.compute()
         rates = torch.stack([metric.compute() for metric in self.val_rates])
-        values = {"val/neg_elbo": distortion + rates.sum(), "val/distortion": distortion, "val/rate": rates.sum()}
+        values = {
+            "val/neg_elbo": distortion + rates.sum(),
+            "val/distortion": distortion,
+            "val/rate": rates.sum(),
+        }
         values |= {f"val/kl_{step}": rate for step, rate in enumerate(rates)}
         values["val/beta_kl"] = self.beta * rates.sum()
         self.log_dict(values, logger=False)
@@ -177,7 +196,8 @@ class VAETraining(pl.LightningModule):
             metric.reset()
 
     def _lower_lrate_on_plateau(self, neg_elbo: float) -> None:
-        """Halves it after `lrate_patience` validations in a row without a better -ELBO (paper, A.2)."""
+        """Halves it after `lrate_patience` validations in a row without a better -ELBO (paper,
+        A.2)."""
         self.validations_since += 1
         if neg_elbo < self.best_validation:
             self.best_validation, self.validations_since = neg_elbo, 0
@@ -194,19 +214,30 @@ class VAETraining(pl.LightningModule):
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adamax(trainable, lr=self.config.lrate)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=self.config.lrate_decay)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"},
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored, own = checkpoint["state_dict"], self.state_dict()
-        if wrong := sorted(n for n in own.keys() | stored.keys() if shape_of(own, n) != shape_of(stored, n)):
-            raise CheckpointError(f"the checkpoint does not fit the model: {wrong[0]} is missing or has another shape")
+        if wrong := sorted(
+            n for n in own.keys() | stored.keys() if shape_of(own, n) != shape_of(stored, n)
+        ):
+            raise CheckpointError(
+                f"the checkpoint does not fit the model: {wrong[0]} is missing or has another shape"
+            )
         if "position" in checkpoint:  # earlier versions wrote checkpoints at the end of epochs only
             batches = self.trainer.datamodule.batches_per_epoch
             position = Position(**checkpoint["position"])
-            self.position = position.on_grid(self.global_batch, self.config.accumulate_grad_batches, batches)
+            self.position = position.on_grid(
+                self.global_batch, self.config.accumulate_grad_batches, batches
+            )
             set_loops(checkpoint["loops"], self.position, self.global_batch)
         else:
-            self.position = Position(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+            self.position = Position(
+                checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            )
         self.lrate_factor = checkpoint.get("lrate_factor", 1.0)
         self.best_validation = checkpoint.get("best_validation", self.best_validation)
         self.validations_since = checkpoint.get("validations_since", 0)

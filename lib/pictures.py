@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ..files import whole_file
+from .files import whole_file
 
 SMALLEST = 64  # pixels of a picture's side; smaller images are enlarged
 FONT_SIZE = 16
@@ -18,7 +18,8 @@ GAP = 8
 
 
 def save_image(image: Tensor, path: str | Path, enlarge: int = 1) -> Path:
-    """Writes a uint8 image [3, H, W] as PNG, each pixel `enlarge` x `enlarge` large; makes the folder if needed."""
+    """Writes a uint8 image [3, H, W] as PNG, each pixel `enlarge` x `enlarge` large; makes the
+    folder if needed."""
     return _save(_picture(image, enlarge), path)
 
 
@@ -32,18 +33,25 @@ def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
         with Image.open(path) as picture:
             width, height = picture.size
             fits = (3, height, width) == tuple(shape)
-            pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes() if fits else b" "), dtype=torch.uint8)
+            pixels = torch.frombuffer(
+                bytearray(picture.convert("RGB").tobytes() if fits else b" "), dtype=torch.uint8
+            )
     except Exception as error:  # damaged files make PIL fail in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a picture: {reason}") from None
     if not fits:
-        raise ValueError(f"{path} has {width}x{height} pixels; the model's images have {shape[2]}x{shape[1]}")
+        raise ValueError(
+            f"{path} has {width}x{height} pixels; the model's images have {shape[2]}x{shape[1]}"
+        )
     return pixels.view(height, width, 3).permute(2, 0, 1)
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> Path:
-    """Writes uint8 images [N, 3, H, W] as one PNG, row after row, small images enlarged to be seen."""
-    return save_image(make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255), path, _enlarge(images))
+    """Writes uint8 images [N, 3, H, W] as one PNG, row after row, small images enlarged to be
+    seen."""
+    return save_image(
+        make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255), path, _enlarge(images)
+    )
 
 
 def save_table(
@@ -61,27 +69,43 @@ def save_table(
         columns: Of the grid in a cell, at most; rows may be of different lengths.
     """
     enlarge = _enlarge(rows[0][0])
-    cells = [[_picture(make_grid(cell, nrow=columns, padding=1, pad_value=255), enlarge) for cell in r] for r in rows]
+    cells = [
+        [_picture(make_grid(cell, nrow=columns, padding=1, pad_value=255), enlarge) for cell in r]
+        for r in rows
+    ]
     font = ImageFont.load_default(FONT_SIZE)
     left = max((round(font.getlength(label)) + 2 * GAP for label in row_labels), default=GAP)
     below = FONT_SIZE + 2 * GAP if column_labels else GAP
-    widths = [max(row[i].width for row in cells if i < len(row)) + GAP for i in range(max(map(len, cells)))]
+    widths = [
+        max(row[i].width for row in cells if i < len(row)) + GAP
+        for i in range(max(map(len, cells)))
+    ]
     heights = [max(cell.height for cell in row) + GAP for row in cells]
     canvas = Image.new("RGB", (left + sum(widths), GAP + sum(heights) + below - GAP), "white")
     draw = ImageDraw.Draw(canvas)
     for i, row in enumerate(cells):
         top = GAP + sum(heights[:i])
         for j, cell in enumerate(row):
-            canvas.paste(cell, (left + sum(widths[:j]), top + (heights[i] - GAP - cell.height) // 2))
+            canvas.paste(
+                cell, (left + sum(widths[:j]), top + (heights[i] - GAP - cell.height) // 2)
+            )
         if row_labels:
-            draw.text((left - GAP, top + (heights[i] - GAP) // 2), row_labels[i], "black", font, anchor="rm")
+            draw.text(
+                (left - GAP, top + (heights[i] - GAP) // 2),
+                row_labels[i],
+                "black",
+                font,
+                anchor="rm",
+            )
     for j, label in enumerate(column_labels):
         middle = left + sum(widths[:j]) + (widths[j] - GAP) // 2
         draw.text((middle, canvas.height - GAP), label, "black", font, anchor="mb")
     return _save(canvas, path)
 
 
-def save_rates(rates: Sequence[float], path: str | Path, scales: Sequence[Sequence[int]] = ()) -> Path:
+def save_rates(
+    rates: Sequence[float], path: str | Path, scales: Sequence[Sequence[int]] = ()
+) -> Path:
     """Writes a bar plot of the KL of each layer, or each latent dimension, as PNG.
 
     Arguments:
@@ -131,5 +155,7 @@ def _enlarge(images: Tensor) -> int:
 def _picture(image: Tensor, enlarge: int) -> Image.Image:
     picture = Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
     if enlarge > 1:
-        picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+        picture = picture.resize(
+            (picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST
+        )
     return picture

@@ -1,4 +1,5 @@
-"""Steps whose numbers go wrong: they are skipped; a run in which there are many goes back, and at last it stops."""
+"""Steps whose numbers go wrong: they are skipped; a run in which there are many goes back, and at
+last it stops."""
 
 from __future__ import annotations
 
@@ -9,26 +10,30 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, read_checkpoint
-from .checkpointing import STEP_FILE, Checkpoints, step_checkpoints
+from ..checkpoint import CheckpointError, read_checkpoint
+from .base import VAETraining
+from .checkpoints import STEP_FILE, Checkpoints, step_checkpoints
 from .processes import agree, say
-from .training import VAETraining
 
 WINDOW = 100  # optimizer steps, of which more than half may not be skipped
 
 
 class Diverged(Exception):
-    """Too many steps with a loss or gradient that is not finite; the message is one line that says where."""
+    """Too many steps with a loss or gradient that is not finite; the message is one line that says
+    where."""
 
 
 class SkipNonFinite(pl.Callback):
-    """Skips optimizer steps whose loss or gradient is not finite: neither weights nor moments nor average change.
+    """Skips optimizer steps whose loss or gradient is not finite: neither weights nor moments nor
+    average change.
 
-    After `max_skipped` in a row, or more than half of the last 100, the run goes back: weights, moments and average
-    become those of the newest checkpoint from before the first of them, and the learning rate is multiplied by
-    `rollback_lrate`. Data, noise, β and the count of steps go on, so that the same batches do not come again.
+    After `max_skipped` in a row, or more than half of the last 100, the run goes back: weights,
+    moments and average become those of the newest checkpoint from before the first of them, and the
+    learning rate is multiplied by `rollback_lrate`. Data, noise, β and the count of steps go on, so
+    that the same batches do not come again.
 
-    Under float16 the loss scale is too high now and then; such steps are skipped and counted like the others.
+    Under float16 the loss scale is too high now and then; such steps are skipped and counted like
+    the others.
 
     Arguments:
         checkpoints: Of this run.
@@ -37,12 +42,24 @@ class SkipNonFinite(pl.Callback):
         rollback_lrate: See above.
 
     Raises:
-        Diverged: if there is no checkpoint to go back to, or it went back `max_rollbacks` times already.
+        Diverged: if there is no checkpoint to go back to, or it went back `max_rollbacks` times
+            already.
     """
 
-    def __init__(self, checkpoints: Checkpoints, *, max_skipped: int, max_rollbacks: int, rollback_lrate: float):
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        *,
+        max_skipped: int,
+        max_rollbacks: int,
+        rollback_lrate: float,
+    ):
         self.checkpoints = checkpoints
-        self.max_skipped, self.max_rollbacks, self.rollback_lrate = max_skipped, max_rollbacks, rollback_lrate
+        self.max_skipped, self.max_rollbacks, self.rollback_lrate = (
+            max_skipped,
+            max_rollbacks,
+            rollback_lrate,
+        )
         self._recent: list[bool] = []  # whether each of the last steps was skipped
         self._rollbacks = 0
         self._batches: list[tuple[Any, int]] = []
@@ -54,13 +71,17 @@ class SkipNonFinite(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._recent, self._rollbacks = list(state["recent"]), state["rollbacks"]
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: VAETraining, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: VAETraining, batch: Any, batch_idx: int
+    ) -> None:
         self._batches.append((batch, batch_idx))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: VAETraining, loss: Tensor) -> None:
         self._loss_is_finite = loss.detach().isfinite() & self._loss_is_finite
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: VAETraining, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: VAETraining, optimizer: Any
+    ) -> None:
         parameters = [p for p in pl_module.model.parameters() if p.grad is not None]
         pl_module.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         (wrong,) = agree(trainer, ~(pl_module.grad_norm.isfinite() & self._loss_is_finite))
@@ -71,7 +92,9 @@ class SkipNonFinite(pl.Callback):
             for parameter in parameters:
                 parameter.grad = None  # an optimizer passes over a parameter without one
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: VAETraining, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: VAETraining, outputs, batch, batch_idx
+    ) -> None:
         if trainer.fit_loop._should_accumulate():
             return
         batches, self._batches = self._batches, []
@@ -82,18 +105,32 @@ class SkipNonFinite(pl.Callback):
             self._go_back(trainer, pl_module, batches, in_a_row, f"{in_a_row} steps in a row")
         elif len(self._recent) == WINDOW and sum(self._recent) > WINDOW // 2:
             since = WINDOW - self._recent.index(True)
-            self._go_back(trainer, pl_module, batches, since, f"{sum(self._recent)} of the last {WINDOW} steps")
+            self._go_back(
+                trainer,
+                pl_module,
+                batches,
+                since,
+                f"{sum(self._recent)} of the last {WINDOW} steps",
+            )
 
-    def _go_back(self, trainer: pl.Trainer, pl_module: VAETraining, batches: list, since: int, how_many: str) -> None:
+    def _go_back(
+        self, trainer: pl.Trainer, pl_module: VAETraining, batches: list, since: int, how_many: str
+    ) -> None:
         step = trainer.global_step
         with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-            where = first_non_finite(pl_module, batches, getattr(trainer.precision_plugin, "scaler", None))
+            where = first_non_finite(
+                pl_module, batches, getattr(trainer.precision_plugin, "scaler", None)
+            )
         path = self._good_checkpoint(step - since) if self.checkpoints.folder else None
         trouble = f"step {step}: {how_many} had a loss or gradient that is not finite; {where}"
         if path is None:
             raise Diverged(f"{trouble}; there is no checkpoint to go back to")
         if self._rollbacks >= self.max_rollbacks:
-            times = f"after going back {self._rollbacks} times" if self._rollbacks else "with --max_rollbacks 0"
+            times = (
+                f"after going back {self._rollbacks} times"
+                if self._rollbacks
+                else "with --max_rollbacks 0"
+            )
             newest = step_checkpoints(self.checkpoints.folder)[0]
             raise Diverged(
                 f"{trouble}; stopped {times}. --use_checkpoint goes on from {newest}: with a smaller --lrate, "
@@ -112,10 +149,13 @@ class SkipNonFinite(pl.Callback):
         self._recent = []
         self.checkpoints.requested = True
         lrate = pl_module.lr_schedulers().get_last_lr()[0]
-        say(f"note: {trouble}; back to the weights of {path.name}, with the learning rate {lrate:g}")
+        say(
+            f"note: {trouble}; back to the weights of {path.name}, with the learning rate {lrate:g}"
+        )
 
     def _good_checkpoint(self, step: int) -> Path | None:
-        """The newest checkpoint that is not later than `step`, else the oldest; None if there is none."""
+        """The newest checkpoint that is not later than `step`, else the oldest; None if there is
+        none."""
         paths = step_checkpoints(self.checkpoints.folder)
         later = [path for path in paths if int(STEP_FILE.fullmatch(path.name)[1]) > step]
         for path in [*paths[len(later) :], *reversed(later)]:
@@ -127,10 +167,14 @@ class SkipNonFinite(pl.Callback):
         return None
 
 
-def first_non_finite(pl_module: VAETraining, batches: list[tuple[Any, int]], scaler: Any = None) -> str:
-    """Where the first value that is not finite comes up when batches of a step are computed again, in words.
+def first_non_finite(
+    pl_module: VAETraining, batches: list[tuple[Any, int]], scaler: Any = None
+) -> str:
+    """Where the first value that is not finite comes up when batches of a step are computed again,
+    in words.
 
-    Layers are named as in `model.named_modules()`; of several ranks, rank 0 says what it finds in its own batches.
+    Layers are named as in `model.named_modules()`; of several ranks, rank 0 says what it finds in
+    its own batches.
     """
     model = pl_module.model
     names = {module: name for name, module in model.named_modules()}
@@ -138,7 +182,9 @@ def first_non_finite(pl_module: VAETraining, batches: list[tuple[Any, int]], sca
         order: list[nn.Module] = []
         wrong: list[nn.Module] = []
 
-        def look(module: nn.Module, inputs: Any, output: Any, order: list = order, wrong: list = wrong) -> None:
+        def look(
+            module: nn.Module, inputs: Any, output: Any, order: list = order, wrong: list = wrong
+        ) -> None:
             order.append(module)
             if not all_finite(output):
                 wrong.append(module)

@@ -1,4 +1,5 @@
-"""The processes of a run: what they agree on, how they are asked to stop, and what happens when one of them dies."""
+"""The processes of a run: what they agree on, how they are asked to stop, and what happens when one
+of them dies."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def say(message: str) -> None:
 
 
 class Stopped(Exception):
-    """A run was asked to stop by a signal and did, with a checkpoint if it keeps any; `status` is the exit status."""
+    """A run was asked to stop by a signal and did, with a checkpoint if it keeps any; `status` is
+    the exit status."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -40,7 +42,8 @@ class Stopped(Exception):
 
 
 def agree(trainer: pl.Trainer, *flags: int | torch.Tensor) -> list[int]:
-    """The largest value of each flag over all ranks, the same on every rank; waits for the device."""
+    """The largest value of each flag over all ranks, the same on every rank; waits for the
+    device."""
     if trainer.world_size == 1:
         return [int(flag) for flag in flags]
     device = trainer.strategy.root_device
@@ -50,7 +53,8 @@ def agree(trainer: pl.Trainer, *flags: int | torch.Tensor) -> list[int]:
 
 
 class StopSignals:
-    """A context in which signals that ask a run to stop are noted in `received`, where the run looks when it can.
+    """A context in which signals that ask a run to stop are noted in `received`, where the run
+    looks when it can.
 
     Before `training` begins, and at the second Ctrl-C, they end the process at once.
     """
@@ -87,7 +91,8 @@ class StopSignals:
 
 
 class UnfailingStream:
-    """A text stream whose reader may go away, or whose disk may be full: what cannot be written is lost."""
+    """A text stream whose reader may go away, or whose disk may be full: what cannot be written is
+    lost."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -107,7 +112,8 @@ class UnfailingStream:
 
 @contextmanager
 def watched(trainer: pl.Trainer) -> Iterator[None]:
-    """Ends this process when one that Lightning started, or that started this one, dies, instead of waiting for it.
+    """Ends this process when one that Lightning started, or that started this one, dies, instead of
+    waiting for it.
 
     torchrun and SLURM watch the processes that they start themselves.
     """
@@ -122,18 +128,27 @@ def watched(trainer: pl.Trainer) -> Iterator[None]:
     def watch() -> None:
         while not ended.wait(1):
             for rank, process in enumerate(launcher.procs, start=1):
-                if process.poll() and not ended.wait(2):  # two seconds for this rank to say the same itself
+                if process.poll() and not ended.wait(
+                    2
+                ):  # two seconds for this rank to say the same itself
                     how = f"status {process.returncode}"
                     if process.returncode < 0:
                         how = signal.Signals(-process.returncode).name
-                    die(f"process {rank} of this machine died ({how})", max(process.returncode, FAILED))
+                    die(
+                        f"process {rank} of this machine died ({how})",
+                        max(process.returncode, FAILED),
+                    )
             if is_child and os.getppid() != parent and not ended.wait(2):
                 die("the main process died", FAILED)
 
     def die(reason: str, status: int) -> None:
         program = os.path.basename(sys.argv[0])
         with suppress(OSError):
-            print(f"{program}: error: {reason}, so this run ends; {AGAIN}", file=sys.stderr, flush=True)
+            print(
+                f"{program}: error: {reason}, so this run ends; {AGAIN}",
+                file=sys.stderr,
+                flush=True,
+            )
         for process in launcher.procs:
             process.kill()
         end_at_once(status)
@@ -149,8 +164,8 @@ def watched(trainer: pl.Trainer) -> Iterator[None]:
 def watched_loaders() -> Iterator[None]:
     """Ends this process when one of its loader workers dies.
 
-    By itself, torch would raise an exception wherever the main thread happens to be, be it within a checkpoint's
-    writing, where it counts as a full disk, or in the interpreter's last steps.
+    By itself, torch would raise an exception wherever the main thread happens to be, be it within a
+    checkpoint's writing, where it counts as a full disk, or in the interpreter's last steps.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -161,7 +176,10 @@ def watched_loaders() -> Iterator[None]:
             signal_handling._error_if_any_worker_fails()
         except RuntimeError as error:
             with suppress(OSError):
-                os.write(2, f"\n{os.path.basename(sys.argv[0])}: error: {worker_died(error)}; {AGAIN}\n".encode())
+                os.write(
+                    2,
+                    f"\n{os.path.basename(sys.argv[0])}: error: {worker_died(error)}; {AGAIN}\n".encode(),
+                )
             end_at_once(FAILED)
 
     signal_handling._set_SIGCHLD_handler()  # which torch does once, so that it does not replace the next
@@ -173,15 +191,18 @@ def watched_loaders() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # One that is stuck (its queue's lock died with another worker) would be waited for without end.
+        # One that is stuck (its queue's lock died with another worker) would be waited for without
+        # end.
         for worker in multiprocessing.active_children():
             worker.kill()
 
 
 class Patience:
-    """Ends this process, with one line, when something takes longer than a limit; a context manager.
+    """Ends this process, with one line, when something takes longer than a limit; a context
+    manager.
 
-    For waits that cannot be interrupted otherwise. Between `with patience.waiting(): ...` nothing is watched.
+    For waits that cannot be interrupted otherwise. Between `with patience.waiting(): ...` nothing
+    is watched.
 
     Arguments:
         limit: Seconds.
@@ -221,7 +242,9 @@ class Patience:
 def worker_died(error: Exception) -> str:
     """What to tell of it."""
     last = str(error).strip().splitlines()[-1]
-    return f"a loader process died, often for lack of memory ({last}); fewer --num_workers need less"
+    return (
+        f"a loader process died, often for lack of memory ({last}); fewer --num_workers need less"
+    )
 
 
 def end_at_once(status: int) -> None:

@@ -1,4 +1,5 @@
-r"""The Triton kernels of sweep_triton.py, which says how they share the work and how their arrays lie.
+r"""The Triton kernels of sweep_triton.py, which says how they share the work and how their arrays
+lie.
 
 Importing this file without Triton works; the kernels are plain functions then.
 """
@@ -21,7 +22,8 @@ except ImportError:
 
 @jit
 def _rows(row, image_0, images, batch, num_positions, position_stride, image_stride):
-    """For rows of a program: whether they exist, their row in a padded line, and from a line's first in memory."""
+    """For rows of a program: whether they exist, their row in a padded line, and from a line's
+    first in memory."""
     position = row % num_positions
     image = (image_0 + row // num_positions).to(tl.int64)
     valid = (row < images * num_positions) & (image < batch)
@@ -70,7 +72,8 @@ def prepare_kernel(
     CHANNELS: tl.constexpr,  # at least C
     BACKWARD: tl.constexpr,
 ):
-    """Copies and conversions, a job for each index of the grid's second axis; the last are for the first block only."""
+    """Copies and conversions, a job for each index of the grid's second axis; the last are for the
+    first block only."""
     job = tl.program_id(1)
     line_rows = batch * (num_positions + 1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -84,7 +87,10 @@ def prepare_kernel(
             exists = row < num_lines * line_rows
             line += first_line
             at = line * line_stride + position * position_stride + image * image_stride
-            value = _load(lines + at[:, None] * C + channel[None, :], (exists & (position >= 0))[:, None] & there)
+            value = _load(
+                lines + at[:, None] * C + channel[None, :],
+                (exists & (position >= 0))[:, None] & there,
+            )
             to = h + row.to(tl.int64)[:, None] * C + channel[None, :]
             tl.store(to, value.to(h.dtype.element_ty), mask=exists[:, None] & there)
         else:
@@ -93,14 +99,24 @@ def prepare_kernel(
                 exists = row <= num_lines * line_rows
                 line += first_line + shift
                 at = line * line_stride + position * position_stride + image * image_stride
-                known = exists & (row < num_lines * line_rows) & (position >= 0) & (line >= 0) & (line < lines_of_all)
-                value = _load(corrected + at[:, None] * C + channel[None, :], known[:, None] & there)
+                known = (
+                    exists
+                    & (row < num_lines * line_rows)
+                    & (position >= 0)
+                    & (line >= 0)
+                    & (line < lines_of_all)
+                )
+                value = _load(
+                    corrected + at[:, None] * C + channel[None, :], known[:, None] & there
+                )
                 tl.store(to, value.to(previous.dtype.element_ty), mask=exists[:, None] & there)
             else:
                 zeros = tl.zeros([ROWS, CHANNELS], previous.dtype.element_ty)
                 tl.store(to, zeros, mask=(row <= 2 * line_rows)[:, None] & there)
     elif job == 2:
-        if tl.program_id(0) * ROWS < tl.cdiv(9 * C * C, CHANNELS):  # the index of others could overflow
+        if tl.program_id(0) * ROWS < tl.cdiv(
+            9 * C * C, CHANNELS
+        ):  # the index of others could overflow
             index = tl.program_id(0) * ROWS * CHANNELS + tl.arange(0, ROWS * CHANNELS)
             value = _load(weight_ih + (index + 6 * C * C) % (9 * C * C), index < 9 * C * C)
             tl.store(w_ih + index, value.to(w_ih.dtype.element_ty), mask=index < 9 * C * C)
@@ -133,7 +149,9 @@ def collect_kernel(
 ):
     """Adds a block's gradients of the parameters to those of the blocks before."""
     index = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    _accumulate(grad_ih, index, part_ih, (index + 3 * C * C) % (9 * C * C), index < 9 * C * C, IS_FIRST)
+    _accumulate(
+        grad_ih, index, part_ih, (index + 3 * C * C) % (9 * C * C), index < 9 * C * C, IS_FIRST
+    )
     _accumulate(grad_hh, index, part_hh, index, index < 3 * C * C, IS_FIRST)
     _accumulate(grad_bias_ih, index, part_bias, (index + C) % (3 * C), index < 3 * C, IS_FIRST)
     _accumulate(grad_bias_hh, index, part_bias, index + C, index < 3 * C, IS_FIRST)
@@ -190,7 +208,9 @@ def correct_kernel(
         num_parts = tl.where(is_first, 0, tl.cdiv(3 * C, REDUCTION))
         for row_0 in range(0, images * num_positions, ROWS):
             row = row_0 + tl.arange(0, ROWS)
-            valid, padded, place = _rows(row, image_0, images, batch, num_positions, position_stride, image_stride)
+            valid, padded, place = _rows(
+                row, image_0, images, batch, num_positions, position_stride, image_stride
+            )
             place += (first_line + index) * line_stride
             window = previous + (slot * line_rows + padded - 1)[:, None] * C
             for channel_0 in range(tl.program_id(2) * CHANNELS, C, PARTS * CHANNELS):
@@ -201,7 +221,9 @@ def correct_kernel(
                 sum_z = tl.zeros([ROWS, CHANNELS], tl.float32)
                 for part in range(num_parts):
                     k = part * REDUCTION + tl.arange(0, REDUCTION)
-                    u = tl.load(window + k[None, :], mask=valid[:, None] & (k < 3 * C)[None, :], other=0.0)
+                    u = tl.load(
+                        window + k[None, :], mask=valid[:, None] & (k < 3 * C)[None, :], other=0.0
+                    )
                     w = weight + k[:, None] + channel[None, :] * (3 * C)
                     w_mask = (k < 3 * C)[:, None] & there[None, :]
                     w_n = tl.load(w, mask=w_mask, other=0.0)
@@ -277,7 +299,9 @@ def sweep_back_kernel(
         num_parts = tl.where(num_done + step == 0, 0, 3 * tl.cdiv(3 * C, REDUCTION))
         for row_0 in range(0, images * num_positions, ROWS):
             row = row_0 + tl.arange(0, ROWS)
-            valid, padded, place = _rows(row, image_0, images, batch, num_positions, position_stride, image_stride)
+            valid, padded, place = _rows(
+                row, image_0, images, batch, num_positions, position_stride, image_stride
+            )
             place += (first_line + index) * line_stride
             window = gates + ((next_index + 1) * line_rows + padded - 1)[:, None] * (5 * C)
             for channel_0 in range(tl.program_id(2) * CHANNELS, C, PARTS * CHANNELS):
@@ -285,7 +309,8 @@ def sweep_back_kernel(
                 there = channel < C
                 total = tl.zeros([ROWS, CHANNELS], tl.float32)
                 for part in range(num_parts):
-                    # For the next line's position j-1 this position is the neighbour j+1, and so on.
+                    # For the next line's position j-1 this position is the neighbour j+1, and so
+                    # on.
                     neighbour = part // tl.cdiv(3 * C, REDUCTION)
                     k = (part % tl.cdiv(3 * C, REDUCTION)) * REDUCTION + tl.arange(0, REDUCTION)
                     g = window + neighbour * (5 * C) + k[None, :]
@@ -297,7 +322,9 @@ def sweep_back_kernel(
                 mask = valid[:, None] & there[None, :]
                 at = place[:, None] * C + channel[None, :]
                 total += _load(grad_corrected + at, mask)
-                to = gates + ((index + 1) * line_rows + padded)[:, None] * (5 * C) + channel[None, :]
+                to = (
+                    gates + ((index + 1) * line_rows + padded)[:, None] * (5 * C) + channel[None, :]
+                )
                 z = _load(to + 4 * C, mask)
                 tl.store(grad_lines + at, (total * z).to(grad_lines.dtype.element_ty), mask=mask)
                 for gate in tl.static_range(4):

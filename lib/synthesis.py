@@ -1,7 +1,9 @@
-"""Images from a VAE: drawn from its prior, reconstructed, interpolated, traversed, and drawn around given ones.
+"""Images from a VAE: drawn from its prior, reconstructed, interpolated, traversed, and drawn around
+given ones.
 
-All noise depends on (seed, image, sample) only, so every function gives the same images again, to the bit on one
-machine with one batch size; another batch size changes nothing but rounding. Layers are counted from the topmost.
+All noise depends on (seed, image, sample) only, so every function gives the same images again, to
+the bit on one machine with one batch size; another batch size changes nothing but rounding. Layers
+are counted from the topmost.
 """
 
 from __future__ import annotations
@@ -11,25 +13,32 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..DisentanglementVAE import DisentanglementVAE
-from ..models import VAE
-from ..utils import keyed_noise, mixed_seed
+from .DisentanglementVAE import DisentanglementVAE
+from .models import VAE
+from .utils import keyed_noise, mixed_seed
 
 OUTPUTS = ("most_probable", "sample")
 
 
 @torch.no_grad()
 def sample_images(
-    model: VAE, count: int, temperature: float, *, seed: int, batch: int, output: str = "most_probable"
+    model: VAE,
+    count: int,
+    temperature: float,
+    *,
+    seed: int,
+    batch: int,
+    output: str = "most_probable",
 ) -> Tensor:
-    """`count` images drawn from the prior, uint8 [count, 3, H, W] on the CPU (paper, Figures 6 left and 10).
+    """`count` images drawn from the prior, uint8 [count, 3, H, W] on the CPU (paper, Figures 6 left
+    and 10).
 
     Arguments:
         temperature: Multiplies the prior's standard deviations.
         seed: Image `i` depends on (seed, i) and the temperature.
         batch: Images computed at a time.
-        output: "most_probable" (the most probable component's mean, as in the paper's figures) or "sample" (a draw
-            from the observation model, at the data's levels).
+        output: "most_probable" (the most probable component's mean, as in the paper's figures) or
+            "sample" (a draw from the observation model, at the data's levels).
     """
     if output not in OUTPUTS:
         raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
@@ -40,28 +49,38 @@ def sample_images(
         if output == "most_probable":
             images.append(_most_probable(model, params))
         else:
-            images += [_draw(model, params[i : i + 1], seed, index) for i, index in enumerate(indices)]
+            images += [
+                _draw(model, params[i : i + 1], seed, index) for i, index in enumerate(indices)
+            ]
     return torch.cat(images)
 
 
 @torch.no_grad()
-def reconstruct(model: VAE, images: Tensor, *, seed: int, batch: int, indices: Sequence[int] | None = None) -> Tensor:
-    """Most probable reconstructions of uint8 images [N, 3, H, W], the latents drawn from the posterior; on the CPU.
+def reconstruct(
+    model: VAE, images: Tensor, *, seed: int, batch: int, indices: Sequence[int] | None = None
+) -> Tensor:
+    """Most probable reconstructions of uint8 images [N, 3, H, W], the latents drawn from the
+    posterior; on the CPU.
 
     Arguments:
-        indices: Of the images in their data set; 0, 1, ... if not given. The noise depends on (seed, index).
+        indices: Of the images in their data set; 0, 1, ... if not given. The noise depends on
+            (seed, index).
         batch: Images computed at a time.
     """
     reconstructions = []
     for part in _batches(range(len(images)), batch):
         numbers = part if indices is None else [indices[i] for i in part]
-        output = model(_encoded(model, images[part.start : part.stop]), _noise(model, seed, numbers))
+        output = model(
+            _encoded(model, images[part.start : part.stop]), _noise(model, seed, numbers)
+        )
         reconstructions.append(_most_probable(model, output.params))
     return torch.cat(reconstructions)
 
 
 @torch.no_grad()
-def encode(model: VAE, images: Tensor, indices: Sequence[int], *, seed: int, batch: int) -> list[Tensor]:
+def encode(
+    model: VAE, images: Tensor, indices: Sequence[int], *, seed: int, batch: int
+) -> list[Tensor]:
     """Latents of uint8 images [N, 3, H, W] drawn from the posterior, as in `reconstruct`.
 
     Returns:
@@ -88,8 +107,9 @@ def interpolate(
 ) -> Tensor:
     """Images between two encoded ones (paper, Figure 5), uint8 [frames, 3, H, W] on the CPU.
 
-    The latents of the top layers go linearly from one image's to the other's, ends included. Those below are drawn
-    from the prior, with the same noise in all frames, so that only the interpolation changes them.
+    The latents of the top layers go linearly from one image's to the other's, ends included. Those
+    below are drawn from the prior, with the same noise in all frames, so that only the
+    interpolation changes them.
 
     Arguments:
         start, end: Latents of one image each, [1, z_size, H_i, W_i] at each layer.
@@ -125,7 +145,8 @@ def neighborhood(
     seed: int,
     batch: int,
 ) -> Tensor:
-    """Images drawn around an encoded one (paper, Figures 6 right and 11), uint8 [count, 3, H, W] on the CPU.
+    """Images drawn around an encoded one (paper, Figures 6 right and 11), uint8 [count, 3, H, W] on
+    the CPU.
 
     Arguments:
         latents: Of the image, [1, z_size, H_i, W_i] at each layer.
@@ -144,8 +165,11 @@ def neighborhood(
 
 
 @torch.no_grad()
-def traverse(model: DisentanglementVAE, image: Tensor, *, values: int, batch: int, span: float = 2.0) -> Tensor:
-    """What each latent dimension changes in an image: uint8 [Z * values, 3, H, W] on the CPU, `values` for each.
+def traverse(
+    model: DisentanglementVAE, image: Tensor, *, values: int, batch: int, span: float = 2.0
+) -> Tensor:
+    """What each latent dimension changes in an image: uint8 [Z * values, 3, H, W] on the CPU,
+    `values` for each.
 
     One dimension at a time goes from -span to span; the others stay at the image's posterior means.
 
@@ -158,12 +182,19 @@ def traverse(model: DisentanglementVAE, image: Tensor, *, values: int, batch: in
     means = model.represent(_encoded(model, image))
     z = means.repeat_interleave(means.shape[1] * values, dim=0).view(-1, values, means.shape[1])
     dimensions = torch.arange(means.shape[1], device=model.device)
-    z[dimensions, :, dimensions] = torch.linspace(-span, span, values, dtype=model.dtype, device=model.device)
-    return torch.cat([_most_probable(model, model.decode([part])) for part in z.flatten(0, 1).split(batch)])
+    z[dimensions, :, dimensions] = torch.linspace(
+        -span, span, values, dtype=model.dtype, device=model.device
+    )
+    return torch.cat(
+        [_most_probable(model, model.decode([part])) for part in z.flatten(0, 1).split(batch)]
+    )
 
 
-def _given(model: VAE, latents: list[Tensor], count: int, temperature: float, noise: list[Tensor]) -> Tensor:
-    """Images whose top layers have the given latents, the others drawn from the prior with `noise`."""
+def _given(
+    model: VAE, latents: list[Tensor], count: int, temperature: float, noise: list[Tensor]
+) -> Tensor:
+    """Images whose top layers have the given latents, the others drawn from the prior with
+    `noise`."""
     below = [None] * (len(model.latent_shapes) - len(latents))
     params, _ = model.sample(count, temperature, latents=[*latents, *below], noise=noise)
     return _most_probable(model, params)
@@ -173,8 +204,13 @@ def _batches(numbers: range, batch: int) -> Iterator[range]:
     return (numbers[start : start + batch] for start in range(0, len(numbers), batch))
 
 
-def _noise(model: VAE, seed: int, images: Sequence[int], samples: Sequence[int] | None = None) -> list[Tensor]:
-    return [eps.to(model.device, model.dtype) for eps in keyed_noise(model.latent_shapes, seed, images, samples)]
+def _noise(
+    model: VAE, seed: int, images: Sequence[int], samples: Sequence[int] | None = None
+) -> list[Tensor]:
+    return [
+        eps.to(model.device, model.dtype)
+        for eps in keyed_noise(model.latent_shapes, seed, images, samples)
+    ]
 
 
 def _encoded(model: VAE, images: Tensor) -> Tensor:
@@ -192,4 +228,6 @@ def _draw(model: VAE, params: Tensor, seed: int, index: int) -> Tensor:
 
 def _check_layers(model: VAE, layers: int) -> None:
     if layers not in range(1, len(model.latent_shapes) + 1):
-        raise ValueError(f"layers must be 1 ... {len(model.latent_shapes)} (the model's depth), got {layers}")
+        raise ValueError(
+            f"layers must be 1 ... {len(model.latent_shapes)} (the model's depth), got {layers}"
+        )
