@@ -4,22 +4,25 @@ images.
 Reference: Miladinović et al., "Spatial Dependency Networks: Neural Layers for Improved Generative
 Image Modeling", ICLR 2021, section 2 and Algorithm 1.
 
-This file needs PyTorch and the standard library only and works as a single copied file::
+This file needs PyTorch and the standard library only and works as a single copied file, in which
+the sweeps run as an open loop over the lines of a map. With the folder `sweeps/` beside it they run
+by faster implementations of the same equations::
 
     from nn import SDNLayer
-    layer = SDNLayer(64, 64, num_features=100, dirs=[0, 2], kernel_size=3, stride=1, padding=1,
-    upsample=False) y = layer(torch.randn(8, 64, 32, 32))  # [8, 64, 32, 32]
+
+    layer = SDNLayer(64, 64, num_features=100, dirs=[0, 2], kernel_size=3, padding=1)
+    y = layer(torch.randn(8, 64, 32, 32))  # [8, 64, 32, 32]
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import sys
+import types
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +35,8 @@ DIRECTIONS = {
     3: "rows, bottom to top",
 }
 BORDERS = ("zeros", "keep")
-BACKENDS = ("auto", "reference", "torch", "triton")
-KERNEL_FILES = ("sweeps/triton_backend.py", "sweeps/triton_kernels.py")
-
-# Rows (lines x positions x images) whose matrix products are taken together; on a CPU they should
-# stay in its cache.
-BLOCK_ROWS_CPU = 4096
-BLOCK_ROWS_GPU = 32768
+BACKENDS = ("auto", "reference", "torch", "lines", "cluster", "triton")
+RENAMED_BACKENDS = {"triton": "lines"}  # in configurations of earlier versions
 
 
 class SDNLayer(nn.Module):
@@ -52,8 +50,7 @@ class SDNLayer(nn.Module):
     3. *Project-out*: `Conv2d(num_features, out_ch, 1)`.
 
     With all four directions every output position depends on every input position. With fewer some
-    depend on a part of
-    the input only: with `dirs=[0, 2]` the top left output depends on the top left input alone.
+    depend on a part of the input only: with `dirs=[0, 2]` the top left output depends on the top left input alone.
 
     Arguments:
         in_ch: Number of input channels.
@@ -69,10 +66,10 @@ class SDNLayer(nn.Module):
             (paper, Algorithm 1): it is corrected with all-zero neighbours. `"keep"` (the authors'
             release): it stays as it is; needed for the authors' checkpoints (DEVIATIONS.md in the
             repository).
-        backend: `"reference"` (open loop, plain autograd, the oracle), `"torch"` (fast,
-            hand-written gradient), `"triton"` (kernels for CUDA devices, in sweep_triton.py and
-            sweep_kernels.py beside this file) or `"auto"` (the fastest that is available). The
-            parameters and their names are the same for all.
+        backend: How the sweeps are computed, one of `BACKENDS`. `"reference"` is the open loop over
+            lines with torch's own gradients. The others need the folder `sweeps/` beside this file,
+            whose first page describes them. `"auto"` takes the fastest one that agrees with the
+            reference on the device at hand. Parameters and their names are the same for all.
 
     Shapes:
         - input: :math:`[B, \text{in\_ch}, H, W]`, any :math:`H, W \ge 1`, any memory format.
@@ -83,7 +80,7 @@ class SDNLayer(nn.Module):
             what is allowed.
 
     Example:
-        >>> layer = SDNLayer(3, 8, num_features=16, dirs=[0, 1, 2, 3], kernel_size=3, stride=1, padding=1)
+        >>> layer = SDNLayer(3, 8, num_features=16, dirs=[0, 1, 2, 3], kernel_size=3, padding=1)
         >>> layer(torch.randn(2, 3, 5, 7)).shape
         torch.Size([2, 8, 5, 7])
     """
@@ -117,13 +114,11 @@ class SDNLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.project_in_stage.in_channels, self.project_in_stage)
         memory_format = _memory_format(x)
-        x = x.contiguous(memory_format=torch.channels_last)  # what the sweeps need: converted once
+        x = _laid_out(x, torch.channels_last)  # which the sweeps need: converted once
         features = torch.tanh(self.project_in_stage(x))  # [B, C, H', W']
         for sweep in self.sdn_correction_stage:
             features = sweep(features)  # [B, C, H', W']
-        return self.project_out_stage(features).contiguous(
-            memory_format=memory_format
-        )  # [B, out_ch, H', W']
+        return _laid_out(self.project_out_stage(features), memory_format)  # [B, out_ch, H', W']
 
 
 class ResSDNLayer(nn.Module):
@@ -162,10 +157,10 @@ class ResSDNLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.cnn.in_channels, self.cnn)
         memory_format = _memory_format(x)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = _laid_out(x, torch.channels_last)
         corrected, gate = self.sdn(x).chunk(2, dim=1)  # 2 x [B, out_ch, H', W']
         y = torch.lerp(corrected, self.cnn(x).to(corrected.dtype), torch.sigmoid(gate))
-        return y.contiguous(memory_format=memory_format)
+        return _laid_out(y, memory_format)
 
 
 class Sweep(nn.Module):
@@ -189,7 +184,7 @@ class Sweep(nn.Module):
         num_features: Number of features :math:`C`.
         direction: 0, 1, 2 or 3, see :class:`SDNLayer`.
         border: `"zeros"` or `"keep"`, see :class:`SDNLayer`.
-        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`, see :class:`SDNLayer`.
+        backend: See :class:`SDNLayer`.
 
     Shapes:
         - input and output: :math:`[B, C, H, W]`, of one type. Under autocast only products are in
@@ -211,7 +206,7 @@ class Sweep(nn.Module):
                 f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
             )
         self.border = border
-        self.backend = backend
+        self.backend = RENAMED_BACKENDS.get(backend, backend)
         self.cell = SweepCell(num_features)
 
     def extra_repr(self) -> str:
@@ -303,13 +298,12 @@ def correct_lines(
     keep_first: bool,
     backend: str = "auto",
 ) -> Tensor:
-    """The same as :func:`correct_lines_reference`, arguments and result too, with a choice of
-    `backend`.
+    """Computes what :func:`correct_lines_reference` computes, with a choice of `backend`.
 
     Raises:
-        RuntimeError: with `backend="triton"` where its kernels cannot run.
-        ValueError: with `backend="triton"` for float64, and for tensors that are not on a CUDA
-            device; for tensors on several devices.
+        RuntimeError: if the backend that was asked for cannot run here.
+        ValueError: if it does not support this device or type, or if the tensors are on several
+            devices.
     """
     parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
     if any(parameter.device != lines.device for parameter in parameters):
@@ -317,484 +311,67 @@ def correct_lines(
         raise ValueError(
             f"features are on {lines.device}, parameters on {where}: all must be on one device"
         )
-    if backend == "reference":
+    if backend == "reference" or _SWEEPS is None:
+        if backend not in ("auto", "reference"):
+            raise RuntimeError(
+                f"backend {backend!r} cannot run: there is no folder sweeps/ beside nn.py; "
+                "'auto' and 'reference' can"
+            )
+        if backend == "auto" and not torch.compiler.is_compiling():
+            _remark_slow()
         return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
-    device, product_dtype = lines.device.type, lines.dtype
-    if _autocasts(lines):  # only products are in its type, and parameters stay as they are
-        lines, product_dtype = lines.to(_features_dtype(lines)), torch.get_autocast_dtype(device)
-    if lines.stride(-1) != 1 or torch.empty_like(lines, device="meta").stride() != lines.stride():
-        lines = lines.contiguous()  # channels side by side, nothing between positions
-    differentiable = torch.is_grad_enabled() and any(
-        each.requires_grad for each in (lines, *parameters)
-    )
-    corrected, _ = _SWEEP(
-        lines, *parameters, reverse, keep_first, product_dtype, differentiable, backend
-    )
-    return corrected
-
-
-# A sweep is one operator of torch, and so is its gradient: for torch.compile, torch.export and CUDA
-# graphs each is a single node. Traced, it would be dozens of nodes a line: a layer of two
-# directions on 16x16 maps (200 channels, batch 32, one CPU thread) compiles in 22 s like this and
-# in 218 s from the reference's loop, for steps of 1.26 and 1.36 s. The backend is chosen inside: a
-# graph that was exported on one device takes the fastest of another.
-
-
-def _sweep(
-    lines,
-    weight_ih,
-    weight_hh,
-    bias_ih,
-    bias_hh,
-    reverse,
-    keep_first,
-    product_dtype,
-    differentiable,
-    backend,
-):
-    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
-    with torch.autocast(lines.device.type, enabled=False):
-        if _resolved(backend, lines, product_dtype) == "triton":
-            corrected = _triton_kernels().sweep(
-                lines, *parameters, reverse, keep_first, product_dtype
-            )
-            return corrected, lines.new_empty(0, dtype=_state_dtype(lines))
-        return _sweep_torch(lines, *parameters, reverse, keep_first, product_dtype, differentiable)
-
-
-def _sweep_shapes(
-    lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype, *how
-):
-    num_lines, num_positions, batch, C = lines.shape
-    differentiable, backend = how
-    stores = differentiable and _resolved(backend, lines, product_dtype) == "torch"
-    gates = (num_lines, num_positions * batch, 4 * C) if stores else (0,)
-    return torch.empty_like(lines), lines.new_empty(gates, dtype=_state_dtype(lines))
-
-
-def _save_for_backward(ctx, inputs, output):
-    (
-        lines,
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        reverse,
-        keep_first,
-        product_dtype,
-        _,
-        backend,
-    ) = inputs
-    corrected, gates = output
-    ctx.mark_non_differentiable(gates)
-    ctx.set_materialize_grads(False)  # or there would be zeros for the gates
-    ctx.save_for_backward(lines, weight_ih, weight_hh, bias_ih, bias_hh, corrected, gates)
-    ctx.options = (reverse, keep_first, product_dtype, backend)
-
-
-def _differentiate(ctx, grad_corrected, _):
-    if grad_corrected is None:
-        return (None,) * 10
-    return (
-        *_SWEEP_BACKWARD(grad_corrected, *ctx.saved_tensors, *ctx.options),
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def _sweep_backward(
-    grad_corrected,
-    lines,
-    weight_ih,
-    weight_hh,
-    bias_ih,
-    bias_hh,
-    corrected,
-    gates,
-    reverse,
-    keep_first,
-    dtype,
-    backend,
-):
-    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
-    with torch.autocast(lines.device.type, enabled=False):
-        if _resolved(backend, lines, dtype) == "triton":
-            sweep_backward = _triton_kernels().sweep_backward
-            return sweep_backward(
-                grad_corrected, lines, *parameters, corrected, reverse, keep_first, dtype
-            )
-        return _sweep_backward_torch(
-            grad_corrected,
-            lines,
-            weight_ih,
-            weight_hh,
-            corrected,
-            gates,
-            reverse,
-            keep_first,
-            dtype,
-        )
-
-
-def _sweep_backward_shapes(grad_corrected, lines, weight_ih, weight_hh, bias_ih, bias_hh, *_):
-    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
-    return torch.empty_like(lines), *(each.new_empty(each.shape) for each in parameters)
-
-
-def _refuse(*_):
-    raise RuntimeError(
-        "a sweep is once_differentiable: only backend='reference' has second derivatives"
-    )
-
-
-def _operator(name: str, signature: str, run, shapes, backward, setup_context=None):
-    """Registers an operator, under another name if there is one already, and returns it.
-
-    Names are the process's, but this file may be there more than once: in a package and as a copy,
-    reloaded, or in several versions. Each registers operators of its own, which stay for as long as
-    the process, as does what was compiled with them. The version in the name tells stored graphs of
-    an older signature from those of this one.
-    """
-    unique, number = name, 1
-    while hasattr(torch.ops.sdn, unique):
-        number += 1
-        unique = f"{name}_copy{number}"
-    # Views of features lie as the layer made them; a compiler must not lay them out in another way.
-    exact = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
-    torch.library.define(f"sdn::{unique}", signature, tags=(torch.Tag.pt2_compliant_tag, exact))
-    torch.library.impl(f"sdn::{unique}", "default", run)
-    torch.library.register_fake(f"sdn::{unique}", shapes)
-    torch.library.register_autograd(f"sdn::{unique}", backward, setup_context=setup_context)
-    return getattr(torch.ops.sdn, unique).default
-
-
-_PARAMETERS = "Tensor lines, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh"
-_SWEEP = _operator(
-    "sweep_v1",
-    f"({_PARAMETERS}, bool reverse, bool keep_first, ScalarType product_dtype, bool differentiable, str backend) "
-    "-> (Tensor corrected, Tensor gates)",
-    _sweep,
-    _sweep_shapes,
-    _differentiate,
-    _save_for_backward,
-)
-_SWEEP_BACKWARD = _operator(
-    "sweep_backward_v1",
-    f"(Tensor grad_corrected, {_PARAMETERS}, Tensor corrected, Tensor gates, bool reverse, bool keep_first, "
-    "ScalarType product_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _sweep_backward,
-    _sweep_backward_shapes,
-    _refuse,
-)
-
-
-def _resolved(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
-    """`"torch"` or `"triton"`, for lines on a device and products in a type; raises as
-    :func:`correct_lines` says."""
-    device = lines.device.type
-    automatic = backend == "auto"
-    if backend == "torch" or automatic and (device != "cuda" or product_dtype == torch.float64):
-        return "torch"
-    if reason := _why_not_triton(lines.device if device == "cuda" else None):
-        if automatic:
-            _warn_once(f"sweeps use backend 'torch', not the faster 'triton': {reason}")
-            return "torch"
-        raise RuntimeError(f"backend 'triton' cannot run: {reason}; 'torch' and 'reference' can")
-    if device != "cuda" and not _triton_kernels().INTERPRETED:
-        raise ValueError(
-            f"backend 'triton' needs a CUDA device, got {device}; 'torch' and 'reference' do not"
-        )
-    if product_dtype == torch.float64:
-        raise ValueError("backend 'triton' does not compute in float64; 'torch' and 'reference' do")
-    return "triton"
-
-
-@functools.cache
-def _why_not_triton(device: torch.device | None) -> str | None:
-    kernels = _triton_kernels()
-    return (
-        f"there is no {' and '.join(KERNEL_FILES)} beside nn.py"
-        if kernels is None
-        else kernels.available(device)
+    return _SWEEPS.correct_lines(
+        lines, *parameters, reverse=reverse, keep_first=keep_first, backend=backend
     )
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+def _remark_slow() -> None:
+    warnings.warn(
+        "sweeps run as an open loop, because there is no folder sweeps/ beside nn.py; with it, or "
+        "with the installed package, they are several times faster",
+        stacklevel=2,
+    )
 
 
-@functools.cache
-def _triton_kernels() -> ModuleType | None:
-    """The module sweep_triton that lies beside this file, if there is one."""
+def _import_sweeps() -> types.ModuleType | None:
+    """The package `sweeps` that lies beside this file, or None if this file was copied alone."""
     folder = Path(__file__).parent
-    if not all((folder / name).exists() for name in KERNEL_FILES):
+    if not (folder / "sweeps" / "__init__.py").exists():
         return None
     if __package__:
-        return importlib.import_module(".sweeps.triton_backend", __package__)
-    # A copy outside of a package must not take another copy's kernels: its folder becomes one of a
-    # name of its own.
-    specification = importlib.util.spec_from_file_location(
-        f"{__name__}_sweep_triton",
-        folder / KERNEL_FILES[0],
-        submodule_search_locations=[str(folder / "sweeps")],
-    )
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module.__name__] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-def _sweep_torch(
-    lines: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor,
-    bias_hh: Tensor,
-    reverse: bool,
-    keep_first: bool,
-    product_dtype: torch.dtype,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor]:
-    """A sweep, and if it is `differentiable` its gates [line, position x batch, 4C], else an empty
-    tensor.
-
-    What makes it fast: a line's own features are known before it is visited, so their products with
-    `weight_hh` are taken for many lines at once; gates are computed in place, side by side as [W_hn
-    h + b_hn, r, z, n], so that the products with `weight_hh` fill the first three and those with
-    `weight_ih` the last three; and the backward sweep takes the products of all gradients block by
-    block, in buffers that are small enough to stay in the processor's cache and are never stored.
-    Kept for the backward sweep: input, output and gates, six numbers per feature.
-    """
-    num_lines, num_positions, batch, C = lines.shape
-    rows, state = num_positions * batch, _state_dtype(lines)
-    w_ih, w_own = weight_ih.to(product_dtype), _candidate_first(weight_hh).to(product_dtype)
-    bias = torch.cat([bias_hh[2 * C :], bias_ih[: 2 * C] + bias_hh[: 2 * C], bias_ih[2 * C :]])
-
-    blocks = _blocks(lines, reverse)
-    longest = max(block.stop - block.start for block in blocks)
-    # Gates, which are pre-activations first.
-    stored = lines.new_empty(num_lines if differentiable else longest, rows, 4 * C, dtype=state)
-    by_parts = _by_parts(lines)
-    parts = [part.t() for part in w_ih.split(C, dim=1)]
-    neighbours = (
-        None if by_parts else lines.new_zeros(1, num_positions, batch, 3 * C, dtype=product_dtype)
-    )
-    candidate = lines.new_empty(num_positions, batch, C, dtype=state)
-    corrected = torch.empty_like(lines)
-    previous = None
-    for block in blocks:
-        first = block.start if differentiable else 0
-        gates = stored[first : first + block.stop - block.start]
-        gates[:] = bias
-        own = lines[block].reshape(-1, C).to(product_dtype)
-        _add_product(gates.view(-1, 4 * C)[:, : 3 * C], own, w_own.t())
-        for line in _indices(block, reverse):
-            g = gates[line - block.start]
-            if keep_first and previous is None:
-                corrected[line] = lines[line]
-            else:
-                if previous is not None and by_parts:
-                    _add_products(
-                        g[:, C:],
-                        corrected[previous].reshape(rows, C).to(product_dtype),
-                        parts,
-                        batch,
-                    )
-                elif previous is not None:
-                    _gather_neighbours(corrected[previous : previous + 1], out=neighbours)
-                    _add_product(g[:, C:], neighbours.view(rows, 3 * C), w_ih.t())
-                g[:, C : 3 * C].sigmoid_()
-                candidate_own, r, z, n = g.view(num_positions, batch, 4 * C).split(C, dim=-1)
-                torch.addcmul(
-                    n, r, candidate_own, out=candidate
-                ).tanh_()  # tanh is slow on a part of a row
-                n.copy_(candidate)
-                if lines.dtype == state:
-                    torch.lerp(candidate, lines[line], z, out=corrected[line])
-                else:
-                    corrected[line] = torch.lerp(candidate, lines[line].to(state), z)
-            previous = line
-    return corrected, stored if differentiable else stored.new_empty(0)
-
-
-def _sweep_backward_torch(
-    grad_corrected: Tensor,
-    lines: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    corrected: Tensor,
-    gates: Tensor,
-    reverse: bool,
-    keep_first: bool,
-    product_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of lines, weight_ih, weight_hh, bias_ih and bias_hh."""
-    num_lines, num_positions, batch, C = lines.shape
-    rows, state = num_positions * batch, gates.dtype
-    w_ih, w_own = weight_ih.to(product_dtype), _candidate_first(weight_hh).to(product_dtype)
-    if grad_corrected.stride(-1) != 1:
-        grad_corrected = grad_corrected.contiguous()
-
-    grad_lines = torch.empty_like(lines)
-    grad_w_ih = lines.new_zeros(3 * C, 3 * C, dtype=state)
-    grad_w_own = lines.new_zeros(3 * C, C, dtype=state)
-    grad_bias = lines.new_zeros(4 * C, dtype=state)
-    blocks = _blocks(lines, reverse)
-    longest = max(block.stop - block.start for block in blocks)
-    grad_gates_buffer = gates.new_empty(
-        longest, num_positions, batch, 4 * C
-    )  # of the pre-activations
-    grad_own_buffer = lines.new_empty(longest, num_positions, batch, C, dtype=state)
-    neighbours_buffer = lines.new_zeros(longest, num_positions, batch, 3 * C, dtype=product_dtype)
-    # What each position j of the line visited next sends back to the values at j-1, j, j+1 of this
-    # one.
-    by_parts = _by_parts(lines)
-    parts = [part.contiguous() for part in reversed(w_ih.split(C, dim=1))]
-    sent_back = (
-        None if by_parts else lines.new_zeros(num_positions, batch, 3 * C, dtype=product_dtype)
-    )
-    visited_next = None
-    total = lines.new_empty(num_positions, batch, C, dtype=state)
-    first_visited = num_lines - 1 if reverse else 0
-
-    for block in reversed(blocks):
-        length = block.stop - block.start
-        grad_gates, grad_own = grad_gates_buffer[:length], grad_own_buffer[:length]
-        for line in reversed(_indices(block, reverse)):
-            if by_parts:
-                total.copy_(grad_corrected[line])
-                if (
-                    visited_next is not None
-                ):  # its gradients stay where they are until this line's are known
-                    _add_products(total.view(rows, C), visited_next.to(product_dtype), parts, batch)
-            else:
-                torch.add(grad_corrected[line].to(state), sent_back[..., C : 2 * C], out=total)
-                total[:-1] += sent_back[1:, :, :C]
-                total[1:] += sent_back[:-1, :, 2 * C :]
-            g, g_own = grad_gates[line - block.start], grad_own[line - block.start]
-            if keep_first and line == first_visited:
-                g.zero_()
-                g_own.copy_(total)
-                continue
-            saved = gates[line].view(num_positions, batch, 4 * C)
-            candidate_own, r, z, n = saved.split(C, dim=-1)
-            g_candidate_own, g_r, g_z, g_n = g.split(C, dim=-1)
-            torch.mul(total, z, out=g_own)
-            torch.sub(lines[line], n, out=g_z).mul_(total)
-            torch.ops.aten.tanh_backward.grad_input(total.sub_(g_own), n, grad_input=g_n)
-            torch.mul(g_n, r, out=g_candidate_own)
-            torch.mul(g_n, candidate_own, out=g_r)
-            g_rz = g[..., C : 3 * C]
-            torch.ops.aten.sigmoid_backward.grad_input(g_rz, saved[..., C : 3 * C], grad_input=g_rz)
-            visited_next = g.view(rows, 4 * C)[:, C:]
-            if line != first_visited and not by_parts:
-                torch.mm(visited_next.to(product_dtype), w_ih, out=sent_back.view(rows, 3 * C))
-
-        flat = grad_gates.view(-1, 4 * C)
-        grad_bias += flat.sum(0)
-        flat = flat.to(product_dtype)
-        _add_product(grad_own.view(-1, C), flat[:, : 3 * C], w_own)
-        grad_lines[block] = grad_own
-        _add_product(
-            grad_w_own, flat[:, : 3 * C].t(), lines[block].reshape(-1, C).to(product_dtype)
-        )
-        # The lines of the block that have a previous line, and those previous lines.
-        shift = 1 if reverse else -1
-        start, stop = max(block.start, -shift), min(block.stop, num_lines - shift)
-        neighbours = neighbours_buffer[: stop - start]
-        _gather_neighbours(corrected[start + shift : stop + shift], out=neighbours)
-        flat = flat[(start - block.start) * rows : (stop - block.start) * rows, C:]
-        _add_product(grad_w_ih, flat.t(), neighbours.view(-1, 3 * C))
-
-    grad_candidate_own, grad_rz = grad_w_own.split([C, 2 * C])
-    return (
-        grad_lines,
-        grad_w_ih.to(weight_ih.dtype),
-        torch.cat([grad_rz, grad_candidate_own]).to(weight_hh.dtype),
-        grad_bias[C:].to(weight_ih.dtype, copy=True),
-        torch.cat([grad_bias[C : 3 * C], grad_bias[:C]]).to(weight_hh.dtype),
-    )
+        return importlib.import_module(".sweeps", __package__)
+    # A copy that is not part of a package: its folder becomes one, of which this module is a part.
+    package = types.ModuleType(f"_package_of_{__name__}")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    sys.modules[f"{package.__name__}.nn"] = sys.modules[__name__]
+    return importlib.import_module(f"{package.__name__}.sweeps")
 
 
 def _features_dtype(lines: Tensor) -> torch.dtype:
-    """Of a sweep's result."""
+    """The type of a sweep's result."""
     return torch.float32 if _autocasts(lines) and lines.dtype == torch.float64 else lines.dtype
 
 
-def _state_dtype(lines: Tensor) -> torch.dtype:
-    """Of what the `torch` backend computes between products, and of the gates that it keeps."""
-    return torch.promote_types(lines.dtype, torch.float32)
-
-
 def _autocasts(lines: Tensor) -> bool:
-    return not lines.is_meta and torch.is_autocast_enabled(
-        lines.device.type
-    )  # tensors without content have none
+    # Tensors without content (the device meta) have no autocast.
+    return not lines.is_meta and torch.is_autocast_enabled(lines.device.type)
+
+
+def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The tensor in a memory format; as it is inside a transform of `torch.func`."""
+    if torch._C._are_functorch_transforms_active():
+        return x
+    return x.contiguous(memory_format=memory_format)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
     """The memory format that a convolution's output would have."""
+    if torch._C._are_functorch_transforms_active():  # whose tensors cannot be asked
+        return torch.contiguous_format
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _candidate_first(weight_hh: Tensor) -> Tensor:
-    """The rows of the gates r, z, n in the order n, r, z."""
-    rz, n = weight_hh.split([2 * weight_hh.shape[1], weight_hh.shape[1]])
-    return torch.cat([n, rz])
-
-
-def _blocks(lines: Tensor, reverse: bool) -> list[slice]:
-    """Runs of lines, in the order of visiting, that are long enough for matrix products to be
-    efficient."""
-    num_lines, num_positions, batch, _ = lines.shape
-    rows = BLOCK_ROWS_CPU if lines.device.type == "cpu" else BLOCK_ROWS_GPU
-    length = min(num_lines, max(1, rows // max(1, num_positions * batch)))
-    blocks = [slice(start, min(start + length, num_lines)) for start in range(0, num_lines, length)]
-    return blocks[::-1] if reverse else blocks
-
-
-def _indices(block: slice, reverse: bool) -> range:
-    """The lines of a block in the order of visiting."""
-    return range(block.stop - 1, block.start - 1, -1) if reverse else range(block.start, block.stop)
-
-
-def _gather_neighbours(previous: Tensor, out: Tensor) -> None:
-    """Writes [p[j-1], p[j], p[j+1]] for lines [line, position, batch, C]; beyond the edges `out`
-    stays as it is."""
-    C = previous.shape[-1]
-    out[:, 1:, :, :C] = previous[:, :-1]
-    out[..., C : 2 * C] = previous
-    out[:, :-1, :, 2 * C :] = previous[:, 1:]
-
-
-def _by_parts(lines: Tensor) -> bool:
-    """Whether the three neighbours are multiplied one after another, instead of being gathered for
-    one product: on a CPU the copies take longer than the sums, on a GPU two more launches do."""
-    return lines.device.type == "cpu"
-
-
-def _add_products(
-    accumulator: Tensor, previous: Tensor, parts: Sequence[Tensor], batch: int
-) -> None:
-    """Adds products of the neighbours j-1, j, j+1 of a line, rows (position, image), with a factor
-    for each."""
-    before, same, after = parts
-    _add_product(accumulator, previous, same)
-    _add_product(accumulator[batch:], previous[: len(previous) - batch], before)
-    _add_product(accumulator[: len(previous) - batch], previous[batch:], after)
-
-
-def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """`accumulator += a @ b` in place; the accumulator's type may be wider than the factors'."""
-    if a.dtype == accumulator.dtype:
-        accumulator.addmm_(a, b)
-    else:
-        accumulator += a @ b
 
 
 def make_convolution(
@@ -854,3 +431,6 @@ def _check_input(x: Tensor, channels: int, convolution: nn.Conv2d | nn.ConvTrans
             raise ValueError(
                 f"input must be at least {smallest} high and wide for this kernel, got {list(x.shape)}"
             )
+
+
+_SWEEPS = _import_sweeps()
