@@ -33,7 +33,7 @@ from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.files import folder_for_one, remove_partial_files
 from lib.models import VAE, build_model
-from lib.sweeps import triton_backend as sweep_triton
+from lib.sweeps.preflight import why_no_triton
 from lib.training.callbacks import ImageGrids, MetricsLog
 from lib.training.checkpoints import (
     Checkpoints,
@@ -194,16 +194,13 @@ def choose_devices(config: TrainConfig) -> dict[str, Any]:
 def how_to_compile(config: TrainConfig, devices: dict[str, Any]) -> dict[str, Any]:
     """Options of torch.compile.
 
-    Where the sweeps' kernels cannot run, as on a V100, a GPU mostly waits for the launches of the
+    Where Triton cannot run, as on a V100, a GPU mostly waits for the launches of the
     sweeps' loops: the model's passes are replayed as CUDA graphs. Gradients that live in a graph's
     memory cannot be added up over batches, so that with accumulated batches they are not.
     """
-    loops = (
-        config.backend == "torch"
-        or config.backend == "auto"
-        and sweep_triton.available() is not None
-    )
-    replayed = devices["accelerator"] == "gpu" and loops and config.accumulate_grad_batches == 1
+    on_gpu = devices["accelerator"] == "gpu"
+    loops = on_gpu and (config.backend == "torch" or why_no_triton(torch.device("cuda")))
+    replayed = loops and config.accumulate_grad_batches == 1
     return {"backend": "cudagraphs", "dynamic": False} if replayed else {}
 
 
