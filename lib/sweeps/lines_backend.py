@@ -87,6 +87,8 @@ def sweep_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of lines, weight_ih, weight_hh, bias_ih and bias_hh; `corrected` is the result of
     :func:`sweep`, and `coefficients` what it wrote."""
+    if grad_corrected.stride() != lines.stride():
+        grad_corrected = torch.empty_like(lines).copy_(grad_corrected)
     tensors = (grad_corrected, lines, weight_ih, weight_hh, bias_ih, bias_hh, corrected)
     options = (reverse, keep_first, product_dtype)
     if coefficients is not None:

@@ -85,7 +85,7 @@ def correct(
     value = h if keep else n + z * (h - n)
     corrected[line] = value
     if coefficients is not None:
-        coefficients[line] = _coefficients(h, *gates, keep).view(-1, 5 * C)
+        coefficients[line] = _coefficients(h, *gates, keep).reshape(-1, 5 * C)
     columns = u.view(num_positions, batch, 3 * C)
     columns[1:, :, :C] = value[:-1]
     columns[..., C : 2 * C] = value
@@ -148,7 +148,7 @@ def coefficients(
         return
     gates = _gates(from_neighbours[:rows], own[:rows], bias, h.shape)
     is_kept = (torch.arange(num_lines, device=h.device) == kept).view(-1, 1, 1, 1)
-    coefficients[:rows] = _coefficients(h, *gates, is_kept).view(rows, 5 * C)
+    coefficients[:rows] = _coefficients(h, *gates, is_kept).reshape(rows, 5 * C)
 
 
 def gradients(
@@ -198,7 +198,7 @@ def gradients(
     total[1:] += sent[:-1, :, 2 * C :]
     parts = coefficients[block_line].view(num_positions, batch, 5, C).float()
     grad_lines[line] = total * parts[:, :, 4]
-    grad_gates[block_line] = (total[:, :, None] * parts[:, :, :4]).view(-1, 4 * C)
+    grad_gates[block_line] = (total[:, :, None] * parts[:, :, :4]).reshape(-1, 4 * C)
 
 
 def _in_triton(tensor: Tensor) -> bool:
