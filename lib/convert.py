@@ -66,7 +66,7 @@ def convert(
     if not found:
         raise ValueError(f"no convolution matches where={where!r}")
     layer_class = ResSDNLayer if residual else SDNLayer
-    for number, (name, convolution) in enumerate(found):
+    for number, (_, convolution) in enumerate(found):
         layer = layer_class(
             **_arguments_of(convolution),
             dirs=in_turn[number % len(in_turn)],
@@ -114,7 +114,7 @@ def _start_as(layer: ResSDNLayer, convolution: nn.Conv2d) -> None:
 
 
 def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, name, new)
+    for name, child in list(module.named_modules(remove_duplicate=False)):
+        if child is old:
+            parent, _, own = name.rpartition(".")
+            setattr(module.get_submodule(parent), own, new)
