@@ -84,6 +84,11 @@ def is_small(lines: Tensor) -> bool:
     return lines.numel() <= LARGEST
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, by whomever."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def replayed(
     function: Function, tensors: Sequence[Tensor], options: Sequence[object]
 ) -> tuple[Tensor, ...]:
@@ -91,7 +96,7 @@ def replayed(
     device, for sweeps that are not large, and outside of any other capture."""
     if (
         not tensors[0].is_cuda
-        or torch.cuda.is_current_stream_capturing()
+        or is_capturing(tensors[0].device)
         or not is_small(tensors[0])
         or not tensors[0].numel()
     ):

@@ -38,12 +38,6 @@ def unsupported(lines: Tensor, product_dtype: torch.dtype) -> str | None:
     return None
 
 
-def keeps(lines: Tensor) -> bool:
-    """Whether :func:`sweep` takes memory in which to keep coefficients for the backward sweep: not
-    if it is replayed."""
-    return not graphs.is_small(lines)
-
-
 def sweep(
     lines: Tensor,
     weight_ih: Tensor,

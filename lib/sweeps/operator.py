@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import products, selection, torch_backend
+from . import graphs, products, selection, torch_backend
 from .checking import backend_module
 
-# What may be kept for a backward sweep on a GPU without a look at its memory, and the part of the
-# free memory that the rest may take: a network has many sweeps.
-SMALL_BYTES = 2**26
+# The part of a GPU's free memory that one sweep may keep for its backward sweep: a network has many.
 FREE_PART = 1 / 16
 
 
@@ -53,7 +51,7 @@ def correct_lines(
     differentiable = torch.is_grad_enabled() and any(
         each.requires_grad for each in (lines, *parameters)
     )
-    keeps = differentiable and _may_keep(lines, product_dtype)
+    keeps = differentiable and _should_keep(lines, product_dtype)
     corrected, _ = SWEEP(lines, *parameters, reverse, keep_first, product_dtype, keeps, backend)
     return corrected
 
@@ -66,16 +64,19 @@ def _needs_reference() -> bool:
     )
 
 
-def _may_keep(lines: Tensor, product_dtype: torch.dtype) -> bool:
-    """Whether there is memory to keep what the backward sweep could compute again. Traced programs
-    assume so."""
+def _should_keep(lines: Tensor, product_dtype: torch.dtype) -> bool:
+    """Whether a sweep keeps what the backward sweep could compute again: always on a CPU, and on a
+    GPU where there is memory, but not for sweeps that are replayed as graphs, out of which it would
+    have to be copied."""
+    if lines.device.type == "cpu":
+        return True
+    if graphs.is_small(lines):
+        return graphs.is_capturing(lines.device)
     if lines.device.type != "cuda" or torch.compiler.is_compiling():
         return True
-    needed = 5 * lines.numel() * product_dtype.itemsize
-    if needed < SMALL_BYTES:
-        return True
     total = torch.cuda.get_device_properties(lines.device).total_memory
-    return needed <= FREE_PART * (total - torch.cuda.memory_allocated(lines.device))
+    free = total - torch.cuda.memory_allocated(lines.device)
+    return 5 * lines.numel() * product_dtype.itemsize <= FREE_PART * free
 
 
 def _kept(
@@ -113,9 +114,8 @@ def _sweep(
 
 def _uses(module, lines, product_dtype, kept) -> bool:
     """Whether a backend writes and reads what is kept."""
-    if kept.dim() == 1 or not module.keeps(lines):
-        return False
-    return (kept.shape, kept.dtype) == module.kept(lines, product_dtype)
+    what = module.kept(lines, product_dtype) if hasattr(module, "kept") else None
+    return (kept.shape, kept.dtype) == what
 
 
 def _sweep_shapes(lines, *arguments):

@@ -12,11 +12,6 @@ def unsupported(lines: Tensor, product_dtype: torch.dtype) -> str | None:
     return None
 
 
-def keeps(lines: Tensor) -> bool:
-    """Whether :func:`sweep` takes memory in which to keep something for the backward sweep."""
-    return False
-
-
 def sweep(
     lines: Tensor,
     weight_ih: Tensor,

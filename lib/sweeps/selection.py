@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import graphs
 from .checking import backend_module, both, difference, example
 
 CANDIDATES = ("cluster", "lines", "torch")  # unmeasured, the first that is right is taken
@@ -118,7 +119,7 @@ def _choose(case: Case, lines: Tensor, product_dtype: torch.dtype) -> Choice:
         for name in CANDIDATES
         if backend_module(name).unsupported(lines, product_dtype) is None
     ]
-    if _is_capturing(lines.device):
+    if graphs.is_capturing(lines.device):
         known = (name for name in possible if _verdicts.get(_verdict_key(name, case), "") is None)
         return Choice(next(known, "torch"), "inside a capture")
     with torch.inference_mode(False), torch.no_grad():
@@ -138,10 +139,6 @@ def _choose(case: Case, lines: Tensor, product_dtype: torch.dtype) -> Choice:
         choice = Choice(min(times, key=times.__getitem__), "the fastest", times)
         _write_cache(case.key(), {"backend": choice.backend, "milliseconds": times})
         return choice
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _verdict_key(name: str, case: Case) -> tuple:
@@ -178,7 +175,7 @@ def _measure(names: list[str], lines: Tensor, product_dtype: torch.dtype) -> dic
             module = backend_module(name)
 
             arguments = (module, features, parameters, features, product_dtype)
-            options = dict(reverse=False, keep_first=False, keeps=module.keeps(features))
+            options = dict(reverse=False, keep_first=False, keeps=not graphs.is_small(features))
             step = functools.partial(both, *arguments, **options)
             step()
             taken = [_seconds(step, lines.device) for _ in range(3)]
