@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from endings import Ending, assert_refused, assert_told, ending_of, generated, leaving_files_alone
 from helpers import GOLDEN, TINY
@@ -35,7 +36,7 @@ FRACTIONS = st.floats(0, 1, exclude_max=True)
 def folder(tmp_path, monkeypatch):
     """With an experiment called tiny, whose checkpoint the tests write, and where training itself
     is left out."""
-    monkeypatch.setattr(train.pl.Trainer, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints/tiny").mkdir(parents=True)
     return tmp_path

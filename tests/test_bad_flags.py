@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 from endings import assert_refused, assert_told, ending_of, generated, leaving_files_alone
 from helpers import TINY, TINY_BETA
 from hypothesis import example, given
@@ -92,7 +93,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def until_training(monkeypatch):
     """Everything happens but the training itself."""
-    monkeypatch.setattr(train.pl.Trainer, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *_, **__: None)
 
 
 def flag_and_values(name: str, data: st.DataObject) -> list[str]:

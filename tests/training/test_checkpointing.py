@@ -17,9 +17,8 @@ from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
 
 import train
 from lib.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from lib.files import folder_for_one, second_name, whole_file
-from lib.training.checkpoints import newest_checkpoint, step_checkpoints
-from lib.training.position import Position
+from lib.files import exclusive_folder, link_or_copy, whole_file
+from lib.training.resume import Position, newest_checkpoint, step_checkpoints
 
 CONTENT = {"state_dict": {"w": torch.arange(1000.0)}, "hyper_parameters": {}, "global_step": 3}
 
@@ -72,23 +71,23 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
 
 
-def test_a_second_name_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
+def test_a_link_or_copy_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("new")
     (tmp_path / "b").write_text("old")
-    second_name(tmp_path / "a", tmp_path / "b")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "a").samefile(tmp_path / "b")
 
     def no_links(*paths: Path) -> None:
         raise PermissionError("no hard links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    second_name(tmp_path / "a", tmp_path / "c")
+    link_or_copy(tmp_path / "a", tmp_path / "c")
     assert (tmp_path / "c").read_text() == "new" and not (tmp_path / "a").samefile(tmp_path / "c")
 
 
 def test_a_folder_is_for_one_process(tmp_path):
-    with folder_for_one(tmp_path / "new/run", "in use"):
-        other = f"from lib.files import *; folder_for_one(Path({str(tmp_path / 'new/run')!r}), 'in use').__enter__()"
+    with exclusive_folder(tmp_path / "new/run", "in use"):
+        other = f"from lib.files import *; exclusive_folder(Path({str(tmp_path / 'new/run')!r}), 'in use').__enter__()"
         done = subprocess.run(
             [sys.executable, "-c", other], cwd=REPOSITORY, capture_output=True, text=True
         )
@@ -101,8 +100,8 @@ def test_children_do_not_hold_the_folder_of_a_dead_process(tmp_path):
     code = f"""
 import os, time
 from pathlib import Path
-from lib.files import folder_for_one
-with folder_for_one(Path({str(tmp_path)!r}), "in use"):
+from lib.files import exclusive_folder
+with exclusive_folder(Path({str(tmp_path)!r}), "in use"):
     if os.fork():
         time.sleep(1)
         os._exit(0)
@@ -110,7 +109,7 @@ with folder_for_one(Path({str(tmp_path)!r}), "in use"):
 """
     begin = time.monotonic()
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
-    with folder_for_one(tmp_path, "in use"):
+    with exclusive_folder(tmp_path, "in use"):
         assert time.monotonic() - begin < 20, "the child is still there"
 
 
@@ -201,7 +200,7 @@ def test_only_damaged_checkpoints_are_an_error(kept, tmp_path, images):
 def test_a_second_run_in_a_folder_is_refused(kept, images):
     folder = kept / "checkpoints/sdn"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with folder_for_one(folder, ""):
+    with exclusive_folder(folder, ""):
         done = run("train.py", *flags(images, kept, "--iters", 12))
     assert_one_line_error(done, "is in use by another run", "--exp_name")
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -275,7 +274,7 @@ def test_rows_that_do_not_fit_on_the_disk_are_written_later(tmp_path, capfd):
     code = f"""
 import resource, signal
 from pathlib import Path
-from lib.training.callbacks import CsvFile
+from lib.training.metrics_log import CsvFile
 file = CsvFile(Path({str(tmp_path / "x.csv")!r}), ["step", "value"], 0)
 file.append([dict(step=0, value=1)])
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

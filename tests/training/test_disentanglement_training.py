@@ -19,7 +19,7 @@ from lib.models import build_model
 from lib.nn import SDNLayer
 from lib.training.base import annealed_beta, objective
 from lib.training.checkpoints import Checkpoints
-from lib.training.processes import StopSignals
+from lib.training.signals import StopSignals
 
 
 def test_beta_rises_linearly_to_its_final_value():
@@ -158,8 +158,8 @@ def test_options_run(flags, tmp_path):
 def test_all_steps_up_to_a_checkpoint_are_logged(tmp_path):
     """Killed right after the checkpoint was written, with no validation until then."""
     code = (
-        "import os, lib.training.checkpoints, train; "
-        "lib.training.checkpoints.RunProgress.on_train_epoch_start = lambda *a: a[1].current_epoch == 1 and os._exit(9); "
+        "import os, lib.training.resume, train; "
+        "lib.training.resume.RunProgress.on_train_epoch_start = lambda *a: a[1].current_epoch == 1 and os._exit(9); "
         "train.main()"
     )
     command = [sys.executable, "-c", code, *TINY_BETA, "--make_checkpoint", "--iters", "8"]

@@ -321,14 +321,15 @@ def test_a_loader_worker_that_dies_is_one_line(tmp_path, images):
 
 
 DIES = """
-import os, signal, sys, time
+import multiprocessing, os, signal, sys, time
 from torch.utils.data import DataLoader
-from lib.training.processes import watched_loaders
-with watched_loaders():
+from lib.training.processes import LoaderWatch
+with LoaderWatch() as watch:
     batches = iter(DataLoader(range(100), num_workers=2, timeout=600))
     next(batches)
+    watch.start()
     try:
-        os.kill(batches._workers[1].pid, signal.SIGKILL)
+        os.kill(multiprocessing.active_children()[1].pid, signal.SIGKILL)
         time.sleep(20)
     except Exception:
         print("taken for something else")
@@ -348,14 +349,14 @@ def test_a_loader_worker_that_dies_is_never_taken_for_another_fault():
 
 
 HANGS = """
-import os, signal, time
+import multiprocessing, os, signal, time
 import torch
 from data.datamodule import BatchLoader, IndexedImages
 images = IndexedImages(torch.zeros(2000, 3, 32, 32, dtype=torch.uint8), augment=False, flip=False, seed=0)
-batches = iter(loader := BatchLoader(images, 100, num_workers=2, timeout=2, persistent_workers=True))
+batches = iter(BatchLoader(images, 100, num_workers=2, timeout=2, persistent_workers=True))
 next(batches)
 time.sleep(1)
-for worker in loader._iterator._workers:
+for worker in multiprocessing.active_children():
     os.kill(worker.pid, signal.SIGSTOP)
 for batch in batches:
     pass

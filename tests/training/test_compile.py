@@ -11,12 +11,13 @@ from helpers import SMALL_SDN, TINY, csv_rows, relative_error, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train
 from lib import nn as sdn
 from lib.config import TrainConfig
 from lib.DensityVAE import DensityVAE
 from lib.DisentanglementVAE.model import DisentanglementVAE
+from lib.sweeps import triton_backend
 from lib.training.base import objective
+from lib.training.run import compile_options
 from lib.utils import keyed_noise
 
 LOW = SMALL_SDN | dict(depth=1, ds_list=[0])  # compiling takes seconds for each layer
@@ -37,9 +38,9 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def step(model, x, noise=None, autocast=False) -> dict[str, torch.Tensor]:
@@ -171,13 +172,13 @@ def test_graphs_are_replayed_where_the_kernels_cannot_run(monkeypatch):
     """torch's backend "cudagraphs" runs the same graph step by step where there is no GPU."""
     gpu, cpu = {"accelerator": "gpu"}, {"accelerator": "cpu"}
     replayed = {"backend": "cudagraphs", "dynamic": False}
-    monkeypatch.setattr(train.sweep_triton, "available", lambda: "of the test")
-    assert train.how_to_compile(TrainConfig(), gpu) == replayed
-    assert train.how_to_compile(TrainConfig(), cpu) == {}
-    assert train.how_to_compile(TrainConfig(accumulate_grad_batches=2), gpu) == {}
-    monkeypatch.setattr(train.sweep_triton, "available", lambda: None)
-    assert train.how_to_compile(TrainConfig(), gpu) == {}
-    assert train.how_to_compile(TrainConfig(backend="torch"), gpu) == replayed
+    monkeypatch.setattr(triton_backend, "available", lambda: "of the test")
+    assert compile_options(TrainConfig(), gpu) == replayed
+    assert compile_options(TrainConfig(), cpu) == {}
+    assert compile_options(TrainConfig(accumulate_grad_batches=2), gpu) == {}
+    monkeypatch.setattr(triton_backend, "available", lambda: None)
+    assert compile_options(TrainConfig(), gpu) == {}
+    assert compile_options(TrainConfig(backend="torch"), gpu) == replayed
 
     model, x, noise = build("density")
     expected = step(model, x, noise)
