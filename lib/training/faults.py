@@ -26,8 +26,7 @@ def faults_in_one_line() -> Iterator[None]:
         return
     except Stopped as stopped:
         log_rank_zero(f"train.py: {stopped}")
-        # Lightning kills a main process of which a child ended with a status before it ended
-        # itself.
+        # The main process takes one that Lightning started for dead if it ends with a status.
         launched = "LOCAL_RANK" in os.environ and not (
             dist.is_torchelastic_launched() or SLURMEnvironment.detect()
         )
@@ -57,6 +56,9 @@ def known_fault(error: RuntimeError) -> str | None:
         return f"the loader gave no batch for {float(timeout[1]):g} s"
     if re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", text):
         return worker_death(last)
+    if "EADDRINUSE" in text:
+        port = os.environ.get("MASTER_PORT", "of MASTER_PORT")
+        return f"port {port}, at which the processes of this run were to meet, is in use"
     if isinstance(error, dist.DistError) or re.search(r"gloo|nccl|by peer", last, re.IGNORECASE):
         return "lost contact with another process of this run"
     return None

@@ -24,13 +24,19 @@ def keep_own_signal_handlers(trainer: pl.Trainer) -> None:
     trainer._signal_connector.register_signal_handlers = lambda: None
 
 
-def launched_processes(trainer: pl.Trainer) -> list[subprocess.Popen]:
-    """The processes of this machine that Lightning started for the other ranks.
+def take_over_processes(trainer: pl.Trainer) -> list[subprocess.Popen]:
+    """The processes of this machine that Lightning started for other ranks since the last call,
+    which it watches no longer.
 
-    The list is empty until the Trainer starts them, and stays empty where torchrun or SLURM starts
-    the processes. Lightning offers no way to ask whether one of them has died.
+    There are none until the Trainer begins to fit, and never any where torchrun or SLURM starts the
+    processes. Lightning looks every five seconds whether one of its list has died, and then kills
+    the main process without a word; its own list is emptied, so that `watch_ranks` can say what has
+    happened.
     """
-    return getattr(trainer.strategy.launcher, "procs", [])
+    listed = getattr(trainer.strategy.launcher, "procs", [])
+    processes = list(listed)
+    del listed[: len(processes)]
+    return processes
 
 
 def validate_after_batch(trainer: pl.Trainer, batch: int) -> None:

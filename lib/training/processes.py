@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from ..files import exclusive_folder, remove_partial_files
-from .lightning_internals import launched_processes
+from .lightning_internals import take_over_processes
 from .signals import FAILED, exit_at_once, write_line
 
 RESUME_HINT = "--use_checkpoint goes on from the last checkpoint"
@@ -81,10 +82,12 @@ def watch_ranks(trainer: pl.Trainer) -> Iterator[None]:
     ended = threading.Event()
     parent = os.getppid()
     is_child = "LOCAL_RANK" in os.environ and not trainer.is_global_zero
+    processes: list[subprocess.Popen] = []
 
     def watch() -> None:
         while not ended.wait(1):
-            for rank, process in enumerate(launched_processes(trainer), start=1):
+            processes.extend(take_over_processes(trainer))
+            for rank, process in enumerate(processes, start=1):
                 # Two seconds for this rank to say the same itself.
                 if process.poll() and not ended.wait(2):
                     how = f"status {process.returncode}"
@@ -97,7 +100,7 @@ def watch_ranks(trainer: pl.Trainer) -> Iterator[None]:
 
     def end(reason: str, status: int) -> None:
         write_line(fatal_line(f"{reason}, so this run ends"))
-        for process in launched_processes(trainer):
+        for process in processes:
             process.kill()
         exit_at_once(status)
 

@@ -6,7 +6,6 @@ the run trains; `find_checkpoint` chooses the file from which a run goes on.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import re
@@ -258,13 +257,9 @@ def check_nothing_is_lost(config: TrainConfig, folder: Path) -> None:
     A run that was killed before its first checkpoint starts again with the same flags, and logs the
     same.
     """
-    try:
-        with (folder / "steps.csv").open(newline="") as file:
-            rows = next(csv.DictReader(file), None)
-    except FileNotFoundError:
-        return
-    if rows is None:
-        return
+    steps = folder / "steps.csv"
+    if not steps.is_file() or len(steps.read_bytes().splitlines()) < 2:
+        return  # not even a step
     try:
         before = TrainConfig.from_dict(json.loads((folder / RUN_FILE).read_text())["config"])
         same = before.make_checkpoint and not changed_fields(config, before)

@@ -34,8 +34,8 @@ class StopSignals:
     """A context in which signals that ask a run to stop are noted in `received`, where the run
     looks when it can.
 
-    Before `training` is set, and at the second Ctrl-C, they end the process at once. A signal that
-    the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
+    Before `training` is set, and at the second Ctrl-C, they end the process at once. A SIGHUP that
+    the process was started to ignore, by `nohup`, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class StopSignals:
             self._before = {
                 signum: signal.signal(signum, self._note)
                 for signum in EXIT_STATUS
-                if signal.getsignal(signum) is not signal.SIG_IGN
+                if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN
             }
         return self
 

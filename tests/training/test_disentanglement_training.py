@@ -14,31 +14,10 @@ import train
 from lib.checkpoint import read_checkpoint
 from lib.config import ConfigError, TrainConfig
 from lib.DensityVAE import DensityVAE
-from lib.DisentanglementVAE import DisentanglementVAE
 from lib.models import build_model
 from lib.nn import SDNLayer
-from lib.training.base import annealed_beta, objective
 from lib.training.checkpoints import Checkpoints
 from lib.training.signals import StopSignals
-
-
-def test_beta_rises_linearly_to_its_final_value():
-    """The paper: from 0 over the first 100,000 iterations; a rate of 1 is no annealing."""
-    betas = [annealed_beta(500, 1e-5, step) for step in (0, 1, 50_000, 100_000, 300_000)]
-    assert betas == pytest.approx([0, 0.005, 250, 500, 500])
-    assert [annealed_beta(32, 1.0, step) for step in (0, 1, 2)] == [32, 32, 32]
-    assert [annealed_beta(32, 0.5, step) for step in (0, 1, 2, 3)] == [0, 16, 32, 32]
-
-
-def test_the_objective_weighs_the_kl_in_nats():
-    model = DisentanglementVAE(z_size=3)
-    output = model(
-        model.observation.encode(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
-    )
-    distortion, rates = output.distortion.mean(), output.rates.mean(0)
-    torch.testing.assert_close(objective(output, beta=32), distortion + 32 * rates.sum())
-    torch.testing.assert_close(objective(output, beta=32, free_bits=1e9), distortion + 32 * 3e9)
-    assert objective(output).item() == pytest.approx(-output.elbo.mean().item(), rel=1e-6)
 
 
 def test_a_run_logs_the_parts_of_the_elbo_and_draws_grids(beta_run):
