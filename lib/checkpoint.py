@@ -88,18 +88,16 @@ def check_sums(path: Path) -> None:
     Raises:
         CheckpointError: if they differ.
     """
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            if file.read(4) == ZIP_START:
-                raise CheckpointError(f"{path} is not a checkpoint, or is cut off")
-        return
+    with path.open("rb") as file:
+        is_archive = file.read(len(ZIP_START)) == ZIP_START
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except OSError:
-        raise
     except Exception as error:  # what a damaged directory of the archive leads to
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__})") from None
+        if not is_archive:
+            return
+        kind = type(error).__name__
+        raise CheckpointError(f"{path} is not a checkpoint, or is cut off ({kind})") from None
     if damaged:
         raise CheckpointError(f"{path} is damaged: the checksum of {ascii(damaged)} differs")
 

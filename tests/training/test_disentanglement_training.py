@@ -137,9 +137,9 @@ def test_options_run(flags, tmp_path):
 def test_all_steps_up_to_a_checkpoint_are_logged(tmp_path):
     """Killed right after the checkpoint was written, with no validation until then."""
     code = (
-        "import os, lib.training.resume, train; "
-        "lib.training.resume.RunProgress.on_train_epoch_start = lambda *a: a[1].current_epoch == 1 and os._exit(9); "
-        "train.main()"
+        "import os, train; from lib.training.resume import RunProgress; "
+        "die = lambda progress, trainer, *_: trainer.current_epoch == 1 and os._exit(9); "
+        "RunProgress.on_train_epoch_start = die; train.main()"
     )
     command = [sys.executable, "-c", code, *TINY_BETA, "--make_checkpoint", "--iters", "8"]
     command += ["--check_val_every_n_epoch", "9", "--output_dir", str(tmp_path)]
