@@ -21,6 +21,7 @@ from ..files import exclusive_folder, remove_partial_files
 from .lightning_internals import take_over_processes
 from .signals import FAILED, exit_at_once, write_line
 
+MAIN_PROCESS = "SDN_MAIN_PROCESS"
 RESUME_HINT = "--use_checkpoint goes on from the last checkpoint"
 
 
@@ -80,8 +81,10 @@ def watch_ranks(trainer: pl.Trainer) -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    parent = os.getppid()
     is_child = "LOCAL_RANK" in os.environ and not trainer.is_global_zero
+    if not is_child:
+        os.environ[MAIN_PROCESS] = str(os.getpid())  # for those that Lightning starts
+    main = int(os.environ.get(MAIN_PROCESS, os.getppid()))
     processes: list[subprocess.Popen] = []
 
     def watch() -> None:
@@ -95,7 +98,7 @@ def watch_ranks(trainer: pl.Trainer) -> Iterator[None]:
                         how = signal.Signals(-process.returncode).name
                     status = max(process.returncode, FAILED)
                     end(f"process {rank} of this machine died ({how})", status)
-            if is_child and os.getppid() != parent and not ended.wait(2):
+            if is_child and os.getppid() != main and not ended.wait(2):
                 end("the main process died", FAILED)
 
     def end(reason: str, status: int) -> None:
