@@ -15,7 +15,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.profilers import SimpleProfiler
 
 from ..config import ConfigError, TrainConfig
-from ..sweeps import triton_backend
+from ..sweeps.preflight import why_no_triton
 from .base import VAETraining
 from .checkpoints import Checkpoints
 from .faults import faults_in_one_line
@@ -216,14 +216,13 @@ def training_precision(config: TrainConfig, devices: dict[str, Any]) -> str:
 def compile_options(config: TrainConfig, devices: dict[str, Any]) -> dict[str, Any]:
     """Options of torch.compile.
 
-    Where the sweeps' kernels cannot run, as on a V100, a GPU mostly waits for the launches of the
+    Where Triton cannot run, as on a V100, a GPU mostly waits for the launches of the
     sweeps' loops: the model's passes are replayed as CUDA graphs. Gradients that live in a graph's
     memory cannot be added up over batches, so that with accumulated batches they are not.
     """
-    loops = config.backend == "torch"
-    if config.backend == "auto":
-        loops = triton_backend.available() is not None
-    replayed = devices["accelerator"] == "gpu" and loops and config.accumulate_grad_batches == 1
+    on_gpu = devices["accelerator"] == "gpu"
+    loops = on_gpu and (config.backend == "torch" or why_no_triton(torch.device("cuda")))
+    replayed = loops and config.accumulate_grad_batches == 1
     return {"backend": "cudagraphs", "dynamic": False} if replayed else {}
 
 

@@ -4,6 +4,7 @@ gradients."""
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,11 +12,10 @@ from helpers import SMALL_SDN, TINY, csv_rows, relative_error, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lib import nn as sdn
 from lib.config import TrainConfig
 from lib.DensityVAE import DensityVAE
 from lib.DisentanglementVAE.model import DisentanglementVAE
-from lib.sweeps import triton_backend
+from lib.sweeps import torch_backend
 from lib.training.base import objective
 from lib.training.run import compile_options
 from lib.utils import keyed_noise
@@ -159,12 +159,11 @@ def test_a_sweep_stays_on_its_device(reverse, product_dtype):
     with torch.device("meta"), torch.no_grad(), Devices() as devices:
         lines, cell = torch.zeros(4, 5, 3, 6), torch.nn.GRUCell(18, 6)
         weights = (cell.weight_ih, cell.weight_hh)
-        corrected, gates = sdn._sweep_torch(
-            lines, *weights, cell.bias_ih, cell.bias_hh, reverse, False, product_dtype, True
-        )
-        sdn._sweep_backward_torch(
-            corrected, lines, *weights, corrected, gates, reverse, False, product_dtype
-        )
+        shape, dtype = torch_backend.kept(lines, product_dtype)
+        gates = torch.empty(shape, dtype=dtype)
+        biases, how = (cell.bias_ih, cell.bias_hh), (reverse, False, product_dtype)
+        corrected = torch_backend.sweep(lines, *weights, *biases, *how, gates)
+        torch_backend.sweep_backward(corrected, lines, *weights, *biases, corrected, *how, gates)
     assert devices.calls > 100 and devices.elsewhere == []
 
 
@@ -172,11 +171,12 @@ def test_graphs_are_replayed_where_the_kernels_cannot_run(monkeypatch):
     """torch's backend "cudagraphs" runs the same graph step by step where there is no GPU."""
     gpu, cpu = {"accelerator": "gpu"}, {"accelerator": "cpu"}
     replayed = {"backend": "cudagraphs", "dynamic": False}
-    monkeypatch.setattr(triton_backend, "available", lambda: "of the test")
+    module = sys.modules["lib.training.run"]  # the package's `run` is the function
+    monkeypatch.setattr(module, "why_no_triton", lambda device: "of the test")
     assert compile_options(TrainConfig(), gpu) == replayed
     assert compile_options(TrainConfig(), cpu) == {}
     assert compile_options(TrainConfig(accumulate_grad_batches=2), gpu) == {}
-    monkeypatch.setattr(triton_backend, "available", lambda: None)
+    monkeypatch.setattr(module, "why_no_triton", lambda device: None)
     assert compile_options(TrainConfig(), gpu) == {}
     assert compile_options(TrainConfig(backend="torch"), gpu) == replayed
 
