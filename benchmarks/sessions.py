@@ -20,7 +20,7 @@ from typing import Any
 
 import train
 from lib.training.base import VAETraining
-from lib.training.checkpoints import RunProgress
+from lib.training.resume import RunProgress
 
 REPOSITORY = Path(__file__).parent.parent
 EVERY = 10  # optimizer steps between checkpoints

@@ -35,7 +35,7 @@ from typing import Any
 from benchmarks.common import stamp, write
 from benchmarks.runs_compared import differences
 from benchmarks.sessions import EVERY, FLAGS, Session, fault_at, in_peace
-from lib.training.checkpoints import step_checkpoints
+from lib.training.resume import step_checkpoints
 
 # How a run is ended, how often by comparison, and its exit status then.
 ENDS = {

@@ -10,31 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY, TINY, csv_rows, run
+from helpers import REPOSITORY, csv_rows, resumable, run
 from torch import nn
 
 import train
 from lib.checkpoint import read_checkpoint
 from lib.training.base import VAETraining
 from lib.training.non_finite import all_finite
-
-
-def flags(images: Path, folder: Path, *more: object) -> list[str]:
-    given = [
-        *TINY,
-        "--root",
-        images,
-        "--output_dir",
-        folder,
-        "--make_checkpoint",
-        "--use_checkpoint",
-        *more,
-    ]
-    return list(map(str, given))
 
 
 @pytest.fixture
@@ -67,9 +54,9 @@ def spoil(monkeypatch):
 )
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, images, spoil, what, value):
     """Weights, moments and average after it are those before it; it is counted and logged."""
-    train.main(flags(images, tmp_path, "--iters", 3, "--exp_name", "before"))
+    train.main(resumable(images, tmp_path, "--iters", 3, "--exp_name", "before"))
     spoil({3}, what, value)
-    train.main(flags(images, tmp_path, "--iters", 4, "--exp_name", "spoiled"))
+    train.main(resumable(images, tmp_path, "--iters", 4, "--exp_name", "spoiled"))
     before, after = (
         read_checkpoint(tmp_path / f"checkpoints/{name}/last.ckpt")
         for name in ("before", "spoiled")
@@ -92,7 +79,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, images, spoil, what
 
 def test_accumulated_batches_are_skipped_together(tmp_path, images, spoil):
     spoil({1}, "loss")
-    train.main(flags(images, tmp_path, "--iters", 4, "--accumulate_grad_batches", 2))
+    train.main(resumable(images, tmp_path, "--iters", 4, "--accumulate_grad_batches", 2))
     rows = csv_rows(tmp_path / "checkpoints/sdn/steps.csv")
     assert [row["skipped"] for row in rows] == ["0", "1", "0", "0"]
     assert all_finite(read_checkpoint(tmp_path / "checkpoints/sdn/last.ckpt")["state_dict"])
@@ -121,7 +108,7 @@ def test_a_run_goes_back_with_a_lower_rate_and_stops_at_last(
             "--checkpoint_every_n_steps",
             2,
         ]
-        train.main(flags(images, tmp_path, *more, "--lrate_decay", 1))
+        train.main(resumable(images, tmp_path, *more, "--lrate_decay", 1))
     assert stop.value.code == 1
     errors = capfd.readouterr().err
     assert "Traceback" not in errors
@@ -150,7 +137,7 @@ def test_a_run_that_went_back_recovers(tmp_path, images, spoil):
     spoil(set(range(4, 7)), "output", math.inf)
     more = ["--max_skipped", 3, "--checkpoint_every_n_steps", 2, "--lrate_decay", 1]
     for iters in (7, 10):
-        train.main(flags(images, tmp_path, *more, "--iters", iters))
+        train.main(resumable(images, tmp_path, *more, "--iters", iters))
     folder = tmp_path / "checkpoints/sdn"
     rows = csv_rows(folder / "steps.csv")
     assert [int(row["skipped"]) for row in rows] == [0] * 4 + [1] * 3 + [0] * 3
@@ -164,7 +151,7 @@ def test_many_skipped_steps_with_good_ones_between(tmp_path, images, spoil, capf
     """More than half of the last 100, although never many in a row."""
     spoil({step for step in range(200) if step % 5 > 1}, "loss")
     train.main(
-        flags(
+        resumable(
             images, tmp_path, "--iters", 100, "--lrate_decay", 1, "--checkpoint_every_n_steps", 50
         )
     )
@@ -180,7 +167,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path, images, s
         train.main(
             [
                 flag
-                for flag in flags(images, tmp_path, "--max_skipped", 2)
+                for flag in resumable(images, tmp_path, "--max_skipped", 2)
                 if flag != "--make_checkpoint"
             ]
         )
@@ -192,7 +179,9 @@ def test_gradients_are_clipped(tmp_path, images):
     """Logged before clipping; Adamax is insensitive to a constant factor, but not to a changing
     one."""
     for name, clip in (("free", 0), ("clipped", 1e-3)):
-        train.main(flags(images, tmp_path, "--iters", 4, "--exp_name", name, "--grad_clip", clip))
+        train.main(
+            resumable(images, tmp_path, "--iters", 4, "--exp_name", name, "--grad_clip", clip)
+        )
     free, clipped = (tmp_path / f"checkpoints/{name}" for name in ("free", "clipped"))
     first = [float(csv_rows(folder / "steps.csv")[0]["grad_norm"]) for folder in (free, clipped)]
     assert first[0] == first[1] > 1
@@ -213,13 +202,14 @@ def test_finite_values_in_nested_outputs():
     assert not all_finite(nn.ReLU()(nan))
 
 
-def start(images: Path, folder: Path, *more: object) -> subprocess.Popen:
+TRAIN = (sys.executable, "train.py")
+
+
+def start(
+    images: Path, folder: Path, *more: object, program: Sequence[str] = TRAIN
+) -> subprocess.Popen:
     """A run that does not end by itself; returns when it has a checkpoint."""
-    command = [
-        sys.executable,
-        "train.py",
-        *flags(images, folder, "--checkpoint_every_n_steps", 1, *more),
-    ]
+    command = [*program, *resumable(images, folder, "--checkpoint_every_n_steps", 1, *more)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, text=True, stderr=subprocess.PIPE
@@ -231,9 +221,10 @@ def start(images: Path, folder: Path, *more: object) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
-)
+SIGNALS = [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize(("signum", "status"), SIGNALS)
 def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, images, signum, status):
     """To all processes of the job, loader workers among them, as a terminal or SLURM sends it."""
     process = start(images, tmp_path, "--num_workers", 2)
@@ -250,6 +241,35 @@ def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, images, signum, stat
     assert [int(row["step"]) for row in csv_rows(tmp_path / "checkpoints/sdn/steps.csv")] == list(
         range(1, step + 1)
     )
+
+
+@pytest.mark.parametrize(("signum", "status"), SIGNALS)
+def test_a_signal_during_the_imports_ends_the_program(tmp_path, images, signum, status):
+    """A job that is stopped so early is to be queued again like any other."""
+    command = [sys.executable, "train.py", *resumable(images, tmp_path)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, text=True, stderr=subprocess.PIPE)
+    while not handles(process.pid, signal.SIGHUP):  # the last that is set
+        assert process.poll() is None
+    process.send_signal(signum)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == status and errors == ""
+
+
+def handles(pid: int, signum: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", text)[1], 16) >> signum - 1 & 1)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path, images):
+    process = start(images, tmp_path, program=("nohup", *TRAIN))
+    step = read_checkpoint(tmp_path / "checkpoints/sdn/last.ckpt")["global_step"]
+    process.send_signal(signal.SIGHUP)
+    while read_checkpoint(tmp_path / "checkpoints/sdn/last.ckpt")["global_step"] <= step + 1:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    assert "SIGHUP" not in process.communicate()[1]
 
 
 def test_the_second_interrupt_stops_at_once(tmp_path, images):
@@ -278,14 +298,14 @@ import os, signal, train
 from lib.training.base import VAETraining
 before = VAETraining.validation_step
 def step(self, batch, batch_idx):
-    if self.global_step == 8 and batch_idx == 0 and not self.trainer.sanity_checking and not os.environ.get("AGAIN"):
+    if self.global_step == 8 and batch_idx == 0 and not self.trainer.sanity_checking:
         os.kill(os.getpid(), signal.SIGTERM)
     return before(self, batch, batch_idx)
 VAETraining.validation_step = step
 train.main()
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    more = flags(images, tmp_path, "--iters", 12, "--batch_val", 4)
+    more = resumable(images, tmp_path, "--iters", 12, "--batch_val", 4)
     done = subprocess.run(
         [sys.executable, "-c", code, *more],
         cwd=REPOSITORY,
@@ -321,14 +341,15 @@ def test_a_loader_worker_that_dies_is_one_line(tmp_path, images):
 
 
 DIES = """
-import os, signal, sys, time
+import multiprocessing, os, signal, sys, time
 from torch.utils.data import DataLoader
-from lib.training.processes import watched_loaders
-with watched_loaders():
+from lib.training.processes import LoaderWatch
+with LoaderWatch() as watch:
     batches = iter(DataLoader(range(100), num_workers=2, timeout=600))
     next(batches)
+    watch.start()
     try:
-        os.kill(batches._workers[1].pid, signal.SIGKILL)
+        os.kill(multiprocessing.active_children()[1].pid, signal.SIGKILL)
         time.sleep(20)
     except Exception:
         print("taken for something else")
@@ -348,14 +369,15 @@ def test_a_loader_worker_that_dies_is_never_taken_for_another_fault():
 
 
 HANGS = """
-import os, signal, time
+import multiprocessing, os, signal, time
 import torch
 from data.datamodule import BatchLoader, IndexedImages
-images = IndexedImages(torch.zeros(2000, 3, 32, 32, dtype=torch.uint8), augment=False, flip=False, seed=0)
-batches = iter(loader := BatchLoader(images, 100, num_workers=2, timeout=2, persistent_workers=True))
+images = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)
+images = IndexedImages(images, augment=False, flip=False, seed=0)
+batches = iter(BatchLoader(images, 100, num_workers=2, timeout=2, persistent_workers=True))
 next(batches)
 time.sleep(1)
-for worker in loader._iterator._workers:
+for worker in multiprocessing.active_children():
     os.kill(worker.pid, signal.SIGSTOP)
 for batch in batches:
     pass
@@ -378,7 +400,7 @@ def test_a_loader_that_hangs_ends_the_run():
 
 def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path, images):
     """Its output goes to a full disk."""
-    command = [sys.executable, "train.py", *flags(images, tmp_path, "--iters", 3)]
+    command = [sys.executable, "train.py", *resumable(images, tmp_path, "--iters", 3)]
     with open("/dev/full", "w") as full:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=full, stderr=full)

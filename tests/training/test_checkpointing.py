@@ -1,9 +1,11 @@
-"""Checkpoint files: whole or not at all, known by their hash, the last few and the best; what a
-full disk costs."""
+"""Checkpoint files: whole or not at all, checked for damage, the last few and the best; what a full
+disk costs."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -13,54 +15,69 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
+from helpers import REPOSITORY, assert_one_line_error, csv_rows, resumable, run
 
 import train
 from lib.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from lib.files import folder_for_one, second_name, whole_file
-from lib.training.checkpoints import newest_checkpoint, step_checkpoints
-from lib.training.position import Position
+from lib.files import exclusive_folder, link_or_copy, whole_file
+from lib.training.resume import Position, newest_checkpoint, step_checkpoints
 
 CONTENT = {"state_dict": {"w": torch.arange(1000.0)}, "hyper_parameters": {}, "global_step": 3}
 
 
-def flags(images: Path, folder: Path, *more: object) -> list[str]:
-    given = [
-        *TINY,
-        "--root",
-        images,
-        "--output_dir",
-        folder,
-        "--make_checkpoint",
-        "--use_checkpoint",
-        *more,
-    ]
-    return list(map(str, given))
+def seal(path: Path) -> None:
+    """Adds what earlier versions put at the end of a checkpoint: its SHA-256 as the archive's
+    comment."""
+    content = path.read_bytes()[:-2]
+    comment = b"sha256=" + hashlib.sha256(content).hexdigest().encode()
+    path.write_bytes(content + len(comment).to_bytes(2, "little") + comment)
 
 
-def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path):
+@pytest.mark.parametrize("sealed", [False, True])
+def test_every_changed_byte_of_a_tensor_is_noticed(tmp_path, sealed):
+    """No change of another byte gives other content; files of earlier versions are read, too."""
     path = tmp_path / "x.ckpt"
-    write_checkpoint(CONTENT, path)
+    write_checkpoint(CONTENT | {"sealed": True} if sealed else CONTENT, path)
+    if sealed:
+        seal(path)
     assert torch.equal(read_checkpoint(path)["state_dict"]["w"], CONTENT["state_dict"]["w"])
     whole = path.read_bytes()
-    for place in [*range(0, len(whole), 97), len(whole) - 90, len(whole) - 80, len(whole) - 1]:
+    tensor = CONTENT["state_dict"]["w"].numpy().tobytes()
+    begin = whole.index(tensor)
+    data = range(begin, begin + len(tensor))
+    unnoticed = []
+    for place in [*data[::41], data[-1], *range(0, begin, 3), *range(data[-1] + 1, len(whole))]:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(CheckpointError, match=r"x\.ckpt is (damaged|not a checkpoint)"):
-            read_checkpoint(path)
-        path.write_bytes(whole[:place])
+        try:
+            content = read_checkpoint(path)
+        except CheckpointError as error:
+            assert re.search(r"x\.ckpt is (damaged|not a checkpoint)", str(error))
+            continue
+        assert torch.equal(content["state_dict"]["w"], CONTENT["state_dict"]["w"]), place
+        assert content["global_step"] == 3 and content["hyper_parameters"] == {}
+        unnoticed.append(place)
+    assert not set(data) & set(unnoticed)
+
+
+def test_a_checkpoint_that_is_cut_off_anywhere_is_noticed(tmp_path):
+    path = tmp_path / "x.ckpt"
+    write_checkpoint(CONTENT, path)
+    whole = path.read_bytes()
+    for size in [*range(0, len(whole), 97), *range(len(whole) - 90, len(whole))]:
+        path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match=r"x\.ckpt is (damaged|not a checkpoint)"):
             read_checkpoint(path)
 
 
-def test_a_checkpoint_is_still_a_file_of_torch(tmp_path):
-    """The hash is the comment of the ZIP archive; torch reads it as before, and files without one
-    are read."""
+def test_a_checkpoint_is_a_file_of_torch(tmp_path):
+    """torch reads ours, and ours are read however torch.save wrote them."""
     write_checkpoint(CONTENT, tmp_path / "x.ckpt")
     for mmap in (False, True):
         loaded = torch.load(tmp_path / "x.ckpt", weights_only=True, mmap=mmap)
         assert torch.equal(loaded["state_dict"]["w"], CONTENT["state_dict"]["w"])
-    torch.save(CONTENT, tmp_path / "y.ckpt")
-    assert read_checkpoint(tmp_path / "y.ckpt")["global_step"] == 3
+    for as_zip in (True, False):
+        torch.save(CONTENT, tmp_path / "y.ckpt", _use_new_zipfile_serialization=as_zip)
+        assert read_checkpoint(tmp_path / "y.ckpt")["global_step"] == 3
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
@@ -72,23 +89,24 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
 
 
-def test_a_second_name_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
+def test_a_link_or_copy_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("new")
     (tmp_path / "b").write_text("old")
-    second_name(tmp_path / "a", tmp_path / "b")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "a").samefile(tmp_path / "b")
 
     def no_links(*paths: Path) -> None:
         raise PermissionError("no hard links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    second_name(tmp_path / "a", tmp_path / "c")
+    link_or_copy(tmp_path / "a", tmp_path / "c")
     assert (tmp_path / "c").read_text() == "new" and not (tmp_path / "a").samefile(tmp_path / "c")
 
 
 def test_a_folder_is_for_one_process(tmp_path):
-    with folder_for_one(tmp_path / "new/run", "in use"):
-        other = f"from lib.files import *; folder_for_one(Path({str(tmp_path / 'new/run')!r}), 'in use').__enter__()"
+    with exclusive_folder(tmp_path / "new/run", "in use"):
+        folder = f"Path({str(tmp_path / 'new/run')!r})"
+        other = f"from lib.files import *; exclusive_folder({folder}, 'in use').__enter__()"
         done = subprocess.run(
             [sys.executable, "-c", other], cwd=REPOSITORY, capture_output=True, text=True
         )
@@ -101,8 +119,8 @@ def test_children_do_not_hold_the_folder_of_a_dead_process(tmp_path):
     code = f"""
 import os, time
 from pathlib import Path
-from lib.files import folder_for_one
-with folder_for_one(Path({str(tmp_path)!r}), "in use"):
+from lib.files import exclusive_folder
+with exclusive_folder(Path({str(tmp_path)!r}), "in use"):
     if os.fork():
         time.sleep(1)
         os._exit(0)
@@ -110,7 +128,7 @@ with folder_for_one(Path({str(tmp_path)!r}), "in use"):
 """
     begin = time.monotonic()
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
-    with folder_for_one(tmp_path, "in use"):
+    with exclusive_folder(tmp_path, "in use"):
         assert time.monotonic() - begin < 20, "the child is still there"
 
 
@@ -143,7 +161,7 @@ def kept(tmp_path_factory, images):
     """A finished run of 10 steps, 8 to an epoch, that keeps three checkpoints beside the best."""
     folder = tmp_path_factory.mktemp("kept")
     more = ["--iters", 10, "--checkpoint_every_n_steps", 3, "--keep_last", 3]
-    done = run("train.py", *flags(images, folder, *more))
+    done = run("train.py", *resumable(images, folder, *more))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -182,7 +200,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(kept, tmp_path, images, cap
         errors.count("trying the one before it") == 2
         and "step_0000010.ckpt is not a checkpoint" in errors
     )
-    train.main(flags(images, tmp_path, "--iters", 9))
+    train.main(resumable(images, tmp_path, "--iters", 9))
     assert [int(row["step"]) for row in csv_rows(folder / "steps.csv")] == list(range(1, 10))
 
 
@@ -191,7 +209,7 @@ def test_only_damaged_checkpoints_are_an_error(kept, tmp_path, images):
     for path in (tmp_path / "checkpoints/sdn").glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:-1000])
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints/sdn").iterdir()}
-    done = run("train.py", *flags(images, tmp_path, "--iters", 12))
+    done = run("train.py", *resumable(images, tmp_path, "--iters", 12))
     assert_one_line_error(
         done, "step_0000010.ckpt is not a checkpoint, or is cut off", "more are damaged, too"
     )
@@ -201,8 +219,8 @@ def test_only_damaged_checkpoints_are_an_error(kept, tmp_path, images):
 def test_a_second_run_in_a_folder_is_refused(kept, images):
     folder = kept / "checkpoints/sdn"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with folder_for_one(folder, ""):
-        done = run("train.py", *flags(images, kept, "--iters", 12))
+    with exclusive_folder(folder, ""):
+        done = run("train.py", *resumable(images, kept, "--iters", 12))
     assert_one_line_error(done, "is in use by another run", "--exp_name")
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -212,7 +230,7 @@ def test_fewer_epochs_than_there_are_is_one_line(kept, tmp_path, images):
     path = tmp_path / "checkpoints/sdn/step_0000011.ckpt"
     content = read_checkpoint(step_checkpoints(path.parent)[0])
     write_checkpoint(content | {"epoch": 5}, path)
-    done = run("train.py", *flags(images, tmp_path, "--max_epochs", 3))
+    done = run("train.py", *resumable(images, tmp_path, "--max_epochs", 3))
     assert_one_line_error(done, "--max_epochs 3: ", "step_0000011.ckpt has 5 epochs already")
 
 
@@ -234,7 +252,7 @@ def without(content: dict, name: str) -> dict:
 def test_a_checkpoint_that_lacks_something_is_one_line(kept, tmp_path, images, change, message):
     path = tmp_path / "checkpoints/sdn/last.ckpt"
     write_checkpoint(change(read_checkpoint(step_checkpoints(kept / "checkpoints/sdn")[0])), path)
-    assert_one_line_error(run("train.py", *flags(images, tmp_path, "--iters", 12)), message)
+    assert_one_line_error(run("train.py", *resumable(images, tmp_path, "--iters", 12)), message)
 
 
 def limited(limit: int, *arguments: str) -> subprocess.CompletedProcess:
@@ -253,7 +271,7 @@ def test_a_full_disk_costs_neither_the_run_nor_older_checkpoints(kept, tmp_path,
     shutil.copytree(kept / "checkpoints", tmp_path / "checkpoints")
     folder = tmp_path / "checkpoints/sdn"
     before = {path.name: path.read_bytes() for path in folder.glob("*.ckpt")}
-    done = limited(100_000, *flags(images, tmp_path, "--iters", 20, "--keep_last", 3))
+    done = limited(100_000, *resumable(images, tmp_path, "--iters", 20, "--keep_last", 3))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert (
         "note: no checkpoint of step 16: " in done.stderr
@@ -265,7 +283,7 @@ def test_a_full_disk_costs_neither_the_run_nor_older_checkpoints(kept, tmp_path,
     assert [int(row["step"]) for row in csv_rows(folder / "steps.csv")] == list(range(1, 21)), (
         "training went on"
     )
-    done = run("train.py", *flags(images, tmp_path, "--iters", 20))
+    done = run("train.py", *resumable(images, tmp_path, "--iters", 20))
     assert done.returncode == 0, done.stderr
     assert read_checkpoint(folder / "last.ckpt")["global_step"] == 20
 
@@ -275,7 +293,7 @@ def test_rows_that_do_not_fit_on_the_disk_are_written_later(tmp_path, capfd):
     code = f"""
 import resource, signal
 from pathlib import Path
-from lib.training.callbacks import CsvFile
+from lib.training.metrics_log import CsvFile
 file = CsvFile(Path({str(tmp_path / "x.csv")!r}), ["step", "value"], 0)
 file.append([dict(step=0, value=1)])
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -11,9 +11,12 @@ from data.get_dataset import get_dataset
 from data.histogram import histogram_bits_per_dim
 
 SMALL = (
-    "--dataset Photos32 --batch 16 --batch_val 64 --depth 2 --ds_list 1 --downsample_first --h_size 24 --z_size 4 "
-    "--post_model IsoGaussian --mix_components 2 --sdn_nfeat_0 24 --sdn_num_dirs 1 --num_workers 0 --gpus 0 "
-    "--logger none --figsize 2 --iters 150 --lrate 0.005 --lrate_decay 1 --ema_coef 0.95 --random_seed 1"
+    "--dataset Photos32 --batch 16 --batch_val 64 --depth 2 --ds_list 1 --downsample_first "
+    "--h_size 24 --z_size 4 "
+    "--post_model IsoGaussian --mix_components 2 --sdn_nfeat_0 24 --sdn_num_dirs 1 --num_workers "
+    "0 --gpus 0 "
+    "--logger none --figsize 2 --iters 150 --lrate 0.005 --lrate_decay 1 --ema_coef 0.95 "
+    "--random_seed 1"
 ).split()
 
 

@@ -6,16 +6,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shutil
 import sys
 
 import pytest
 import torch
-from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
+from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, resumable, run
 
 import train
 from lib.checkpoint import read_checkpoint
 from lib.config import ConfigError, TrainConfig
+from lib.flags import flag_table
 from lib.training import loggers as dashboard
+from lib.training.resume import step_checkpoints
 
 
 def test_a_run_leaves_metrics_pictures_and_a_safe_checkpoint(finished):
@@ -52,7 +55,8 @@ def test_the_average_follows_the_weights(tmp_path, images):
     evaluation uses."""
     for decay in ("0", "0.5"):
         done = run(
-            "train.py", *TINY, "--root", images, "--exp_name", decay, "--iters", 3, "--make_checkpoint",
+            "train.py", *TINY, "--root", images, "--exp_name", decay, "--iters", 3,
+            "--make_checkpoint",
             "--output_dir", tmp_path, "--ema_coef", decay,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -170,7 +174,8 @@ def test_a_resumed_run_takes_the_learning_rate_of_its_flags(tmp_path, images):
 
 def test_two_processes_train_together(tmp_path, images):
     done = run(
-        "train.py", *TINY, "--root", images, "--exp_name", "pair", "--iters", 4, "--num_processes", 2,
+        "train.py", *TINY, "--root", images, "--exp_name", "pair", "--iters", 4,
+        "--num_processes", 2,
         "--make_checkpoint", "--output_dir", tmp_path, "--accumulate_grad_batches", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -307,44 +312,54 @@ def test_missing_data_say_which_command_gets_them(tmp_path):
 
 def test_an_experiment_is_neither_overwritten_nor_mixed_up(finished, images):
     before = (finished / "checkpoints/tiny/last.ckpt").read_bytes()
-    again = [
-        *TINY,
-        "--root",
-        images,
-        "--exp_name",
-        "tiny",
-        "--make_checkpoint",
-        "--output_dir",
-        finished,
-    ]
-    assert_one_line_error(
-        run("train.py", *again), "holds a run already", "--use_checkpoint", "--exp_name"
-    )
-    other = run("train.py", *again, "--use_checkpoint", "--h_size", 16)
-    assert_one_line_error(other, "is of another model: --h_size 16 (there 8)", "--exp_name")
+    again = [*TINY, "--root", images, "--exp_name", "tiny", "--output_dir", finished]
+    done = run("train.py", *again, "--make_checkpoint")
+    assert_one_line_error(done, "holds a run already", "--use_checkpoint", "--exp_name")
+    for flags, message in (
+        (["--h_size", 16], "is of another model: --h_size 16 (there 8)"),
+        (["--dataset", "Photos32"], "--dataset Photos32 (there ImageNet32)"),
+    ):
+        other = run("train.py", *again, "--use_checkpoint", *flags)
+        assert_one_line_error(other, message, "--exp_name")
     assert (finished / "checkpoints/tiny/last.ckpt").read_bytes() == before
 
 
-def test_another_data_set_is_not_a_continuation(finished, images):
-    other = [
-        *TINY,
-        "--exp_name",
-        "tiny",
-        "--output_dir",
-        finished,
-        "--use_checkpoint",
-        "--dataset",
-        "Photos32",
-    ]
-    assert_one_line_error(run("train.py", *other), "--dataset Photos32 (there ImageNet32)")
+def test_a_run_goes_on_from_the_best_checkpoint_if_it_is_the_only_one(finished, images, tmp_path):
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    folder = tmp_path / "checkpoints/tiny"
+    for path in (folder / "last.ckpt", *step_checkpoints(folder)):
+        path.unlink()
+    done = run("train.py", *resumable(images, tmp_path, "--exp_name", "tiny", "--iters", 8))
+    assert done.returncode == 0 and "starts anew" not in done.stderr, done.stderr
+    assert [int(row["step"]) for row in csv_rows(folder / "steps.csv")] == list(range(1, 9))
+    assert read_checkpoint(folder / "last.ckpt")["global_step"] == 8
 
 
-def test_metrics_of_a_run_without_checkpoints_are_kept(tmp_path, images):
+def test_logs_of_a_run_without_a_checkpoint_are_not_overwritten(tmp_path, images):
+    """Whether or not that run is asked to go on; the same run before its first checkpoint is."""
     once = [*TINY, "--root", images, "--iters", 1, "--output_dir", tmp_path]
     assert run("train.py", *once).returncode == 0
-    before = (tmp_path / "checkpoints/sdn/steps.csv").read_text()
+    steps, description = (
+        tmp_path / f"checkpoints/sdn/{name}" for name in ("steps.csv", "run.json")
+    )
+    before = steps.read_bytes(), description.read_bytes()
     assert_one_line_error(run("train.py", *once), "holds a run already")
-    assert (tmp_path / "checkpoints/sdn/steps.csv").read_text() == before
+    for flags in ([], ["--random_seed", 7], ["--make_checkpoint", "--h_size", 16]):
+        done = run("train.py", *once, "--use_checkpoint", *flags)
+        assert_one_line_error(done, "holds the logs of a run without a checkpoint", "--exp_name")
+    assert (steps.read_bytes(), description.read_bytes()) == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path, images):
+    flags = resumable(images, tmp_path, "--iters", 2)
+    assert run("train.py", *flags).returncode == 0
+    folder = tmp_path / "checkpoints/sdn"
+    rows = [row["neg_elbo"] for row in csv_rows(folder / "steps.csv")]
+    for path in folder.glob("*.ckpt"):
+        path.unlink()
+    done = run("train.py", *flags)
+    assert done.returncode == 0 and "so this run starts anew" in done.stderr, done.stderr
+    assert [row["neg_elbo"] for row in csv_rows(folder / "steps.csv")] == rows
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -415,18 +430,8 @@ def test_wandb_never_asks_for_a_login(tmp_path, images):
     pytest.importorskip("wandb")
     tiny = [flag if flag != "none" else "wandb" for flag in TINY]
     environment = {"HOME": str(tmp_path), "WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc")}
-    done = run(
-        "train.py",
-        *tiny,
-        "--root",
-        images,
-        "--iters",
-        1,
-        "--output_dir",
-        tmp_path,
-        **environment,
-        timeout=240,
-    )
+    first = ["--root", images, "--iters", 1, "--output_dir", tmp_path, "--make_checkpoint"]
+    done = run("train.py", *tiny, *first, **environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert f"wandb logs offline to {tmp_path}/checkpoints/sdn/wandb (no API key)" in done.stderr
     again = ["--root", images, "--iters", 2, "--output_dir", tmp_path, "--use_checkpoint"]
@@ -437,18 +442,8 @@ def test_wandb_never_asks_for_a_login(tmp_path, images):
     }
 
     environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = run(
-        "train.py",
-        *tiny,
-        "--root",
-        images,
-        "--iters",
-        1,
-        "--output_dir",
-        tmp_path / "key",
-        **environment,
-        timeout=240,
-    )
+    other = ["--root", images, "--iters", 1, "--output_dir", tmp_path / "key"]
+    done = run("train.py", *tiny, *other, **environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "(127.0.0.1 cannot be reached)" in done.stderr
 
@@ -485,8 +480,8 @@ def test_help_groups_the_flags_with_their_defaults(capsys):
 
 def test_readme_table_of_flags_matches_the_parser():
     readme = (REPOSITORY / "README.md").read_text()
-    assert train.flag_table() in readme, (
-        'paste what `python -c "import train; print(train.flag_table())"` prints'
+    assert flag_table() in readme, (
+        'paste what `python -c "from lib.flags import flag_table; print(flag_table())"` prints'
     )
 
 

@@ -4,6 +4,7 @@ gradients."""
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from helpers import SMALL_SDN, TINY, csv_rows, relative_error, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train
-from lib import nn as sdn
 from lib.config import TrainConfig
 from lib.DensityVAE import DensityVAE
 from lib.DisentanglementVAE.model import DisentanglementVAE
+from lib.sweeps import torch_backend
 from lib.training.base import objective
+from lib.training.run import compile_options
 from lib.utils import keyed_noise
 
 LOW = SMALL_SDN | dict(depth=1, ds_list=[0])  # compiling takes seconds for each layer
@@ -37,9 +38,9 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def step(model, x, noise=None, autocast=False) -> dict[str, torch.Tensor]:
@@ -158,12 +159,11 @@ def test_a_sweep_stays_on_its_device(reverse, product_dtype):
     with torch.device("meta"), torch.no_grad(), Devices() as devices:
         lines, cell = torch.zeros(4, 5, 3, 6), torch.nn.GRUCell(18, 6)
         weights = (cell.weight_ih, cell.weight_hh)
-        corrected, gates = sdn._sweep_torch(
-            lines, *weights, cell.bias_ih, cell.bias_hh, reverse, False, product_dtype, True
-        )
-        sdn._sweep_backward_torch(
-            corrected, lines, *weights, corrected, gates, reverse, False, product_dtype
-        )
+        shape, dtype = torch_backend.kept(lines, product_dtype)
+        gates = torch.empty(shape, dtype=dtype)
+        biases, how = (cell.bias_ih, cell.bias_hh), (reverse, False, product_dtype)
+        corrected = torch_backend.sweep(lines, *weights, *biases, *how, gates)
+        torch_backend.sweep_backward(corrected, lines, *weights, *biases, corrected, *how, gates)
     assert devices.calls > 100 and devices.elsewhere == []
 
 
@@ -171,13 +171,14 @@ def test_graphs_are_replayed_where_the_kernels_cannot_run(monkeypatch):
     """torch's backend "cudagraphs" runs the same graph step by step where there is no GPU."""
     gpu, cpu = {"accelerator": "gpu"}, {"accelerator": "cpu"}
     replayed = {"backend": "cudagraphs", "dynamic": False}
-    monkeypatch.setattr(train.sweep_triton, "available", lambda: "of the test")
-    assert train.how_to_compile(TrainConfig(), gpu) == replayed
-    assert train.how_to_compile(TrainConfig(), cpu) == {}
-    assert train.how_to_compile(TrainConfig(accumulate_grad_batches=2), gpu) == {}
-    monkeypatch.setattr(train.sweep_triton, "available", lambda: None)
-    assert train.how_to_compile(TrainConfig(), gpu) == {}
-    assert train.how_to_compile(TrainConfig(backend="torch"), gpu) == replayed
+    module = sys.modules["lib.training.run"]  # the package's `run` is the function
+    monkeypatch.setattr(module, "why_no_triton", lambda device: "of the test")
+    assert compile_options(TrainConfig(), gpu) == replayed
+    assert compile_options(TrainConfig(), cpu) == {}
+    assert compile_options(TrainConfig(accumulate_grad_batches=2), gpu) == {}
+    monkeypatch.setattr(module, "why_no_triton", lambda device: None)
+    assert compile_options(TrainConfig(), gpu) == {}
+    assert compile_options(TrainConfig(backend="torch"), gpu) == replayed
 
     model, x, noise = build("density")
     expected = step(model, x, noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
+from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, resumable, run
 
 from lib.checkpoint import read_checkpoint
 
@@ -250,22 +251,15 @@ def workers_of(process: subprocess.Popen) -> list[int]:
     """The other training processes, which `process` started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [
-        int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        int(pid) for pid in children if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
     ]
 
 
 @pytest.mark.parametrize("victim", ["child", "main"])
 def test_a_dead_process_ends_the_run_with_a_message(tmp_path, images, victim):
-    flags = [
-        *TINY,
-        *common(tmp_path, images),
-        "--num_processes",
-        3,
-        "--make_checkpoint",
-        "--checkpoint_every_n_steps",
-        1,
-    ]
-    process = start("train.py", *flags)
+    """Each process has loader workers, which end with it."""
+    flags = ["--num_processes", 3, "--num_workers", 2, "--checkpoint_every_n_steps", 1]
+    process = start("train.py", *resumable(images, tmp_path, *flags))
     wait_for_steps(tmp_path, "sdn", process)
     children = workers_of(process)
     assert len(children) == 2
@@ -273,13 +267,23 @@ def test_a_dead_process_ends_the_run_with_a_message(tmp_path, images, victim):
     begin = time.monotonic()
     _, errors = process.communicate(timeout=60)  # until all of them have closed stderr
     assert time.monotonic() - begin < 60
-    assert process.returncode != 0 and "Traceback" not in errors, errors
-    assert (
-        "lost contact with another process" in errors
-        or "died (SIGKILL)" in errors
-        or "main process died" in errors
+    assert process.returncode == (1 if victim == "child" else -signal.SIGKILL), errors
+    assert "Traceback" not in errors, errors
+    assert re.search(
+        r"lost contact with another process|died \(SIGKILL\)|the main process died", errors
     )
     assert not any(Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid) for pid in children)
+
+
+def test_a_port_in_use_is_one_line(tmp_path, images):
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        flags = [*TINY, *common(tmp_path, images), "--num_processes", 2]
+        done = run("train.py", *flags, MASTER_PORT=port)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"error: port {port}, at which the processes of this run were to meet" in done.stderr
 
 
 def state_of(pid: int) -> str:

@@ -14,31 +14,10 @@ import train
 from lib.checkpoint import read_checkpoint
 from lib.config import ConfigError, TrainConfig
 from lib.DensityVAE import DensityVAE
-from lib.DisentanglementVAE import DisentanglementVAE
 from lib.models import build_model
 from lib.nn import SDNLayer
-from lib.training.base import annealed_beta, objective
 from lib.training.checkpoints import Checkpoints
-from lib.training.processes import StopSignals
-
-
-def test_beta_rises_linearly_to_its_final_value():
-    """The paper: from 0 over the first 100,000 iterations; a rate of 1 is no annealing."""
-    betas = [annealed_beta(500, 1e-5, step) for step in (0, 1, 50_000, 100_000, 300_000)]
-    assert betas == pytest.approx([0, 0.005, 250, 500, 500])
-    assert [annealed_beta(32, 1.0, step) for step in (0, 1, 2)] == [32, 32, 32]
-    assert [annealed_beta(32, 0.5, step) for step in (0, 1, 2, 3)] == [0, 16, 32, 32]
-
-
-def test_the_objective_weighs_the_kl_in_nats():
-    model = DisentanglementVAE(z_size=3)
-    output = model(
-        model.observation.encode(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
-    )
-    distortion, rates = output.distortion.mean(), output.rates.mean(0)
-    torch.testing.assert_close(objective(output, beta=32), distortion + 32 * rates.sum())
-    torch.testing.assert_close(objective(output, beta=32, free_bits=1e9), distortion + 32 * 3e9)
-    assert objective(output).item() == pytest.approx(-output.elbo.mean().item(), rel=1e-6)
+from lib.training.signals import StopSignals
 
 
 def test_a_run_logs_the_parts_of_the_elbo_and_draws_grids(beta_run):
@@ -158,9 +137,9 @@ def test_options_run(flags, tmp_path):
 def test_all_steps_up_to_a_checkpoint_are_logged(tmp_path):
     """Killed right after the checkpoint was written, with no validation until then."""
     code = (
-        "import os, lib.training.checkpoints, train; "
-        "lib.training.checkpoints.RunProgress.on_train_epoch_start = lambda *a: a[1].current_epoch == 1 and os._exit(9); "
-        "train.main()"
+        "import os, train; from lib.training.resume import RunProgress; "
+        "die = lambda progress, trainer, *_: trainer.current_epoch == 1 and os._exit(9); "
+        "RunProgress.on_train_epoch_start = die; train.main()"
     )
     command = [sys.executable, "-c", code, *TINY_BETA, "--make_checkpoint", "--iters", "8"]
     command += ["--check_val_every_n_epoch", "9", "--output_dir", str(tmp_path)]

@@ -16,7 +16,7 @@ from helpers import REPOSITORY, TINY, TINY_BETA, csv_rows, run
 
 from benchmarks.runs_compared import differences, same
 from lib.checkpoint import read_checkpoint
-from lib.training.checkpoints import step_checkpoints
+from lib.training.resume import step_checkpoints
 
 ONE_THREAD = os.environ | {
     "OMP_NUM_THREADS": "1"
@@ -27,17 +27,18 @@ def run_and_die(hook: str, step: int, *arguments: object) -> None:
     """Runs train.py and kills it with SIGKILL when a hook (or function) `MODULE.CLASS.NAME` is
     called after `step`."""
     code = f"""
-import os, signal, sys, train, lib.training.callbacks, lib.training.checkpoints, lib.checkpoint, lib.files
+import os, signal, sys, train, lib.training.metrics_log, lib.training.checkpoints, lib.files
+import pytorch_lightning as pl
 owner, name = {hook.rsplit(".", 1)!r}
 owner = eval(owner)
 before = getattr(owner, name)
 trainer = None
-Trainer = train.pl.Trainer
+Trainer = pl.Trainer
 def made(*args, **options):
     global trainer
     trainer = Trainer(*args, **options)
     return trainer
-train.pl.Trainer = made
+pl.Trainer = made
 def killed(*args, **options):
     if trainer is not None and not trainer.sanity_checking and trainer.global_step >= {step}:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -53,17 +54,17 @@ train.main(sys.argv[1:])
 
 
 MOMENTS = [
-    ("lib.training.callbacks.MetricsLog.on_train_batch_end", 1),
-    ("lib.training.callbacks.MetricsLog.on_before_optimizer_step", 5),
+    ("lib.training.metrics_log.MetricsLog.on_train_batch_end", 1),
+    ("lib.training.metrics_log.MetricsLog.on_before_optimizer_step", 5),
     ("lib.training.checkpoints.Checkpoints.on_train_batch_end", 8),
-    ("lib.training.callbacks.MetricsLog.on_validation_end", 8),
+    ("lib.training.metrics_log.MetricsLog.on_validation_end", 8),
     ("lib.training.checkpoints.Checkpoints.on_train_epoch_end", 8),
-    ("lib.training.checkpoints.second_name", 8),  # of the best
+    ("lib.training.checkpoints.link_or_copy", 8),  # of the best
     ("lib.files.sync", 9),
-    ("lib.training.checkpoints.second_name", 12),
+    ("lib.training.checkpoints.link_or_copy", 12),
     ("lib.files.sync", 16),  # of a picture
     ("lib.training.checkpoints.Checkpoints.on_train_epoch_end", 19),
-    ("lib.training.checkpoints.second_name", 19),
+    ("lib.training.checkpoints.link_or_copy", 19),
 ]
 
 
