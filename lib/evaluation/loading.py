@@ -51,11 +51,13 @@ def find_checkpoint(name: str | None, path: str | None, folder: Path) -> tuple[P
         folder: Where checkpoints are.
 
     Raises:
-        CheckpointError: if there is none of that name.
+        CheckpointError: if there is none of that name, or the name leads out of the folder.
     """
     if path:
         found = Path(path)
-        return found, found.resolve().parent.name if found.stem in ("best", "last") else found.stem
+        name = found.resolve().parent.name if found.stem in ("best", "last") else found.stem
+        return found, _name_inside(name or "checkpoint")
+    _name_inside(name)
     candidates = [
         folder / f"{name}.ckpt",
         folder / f"{name}/best.ckpt",
@@ -72,6 +74,13 @@ def find_checkpoint(name: str | None, path: str | None, folder: Path) -> tuple[P
     raise CheckpointError(
         f"--model {name}: none of {', '.join(map(str, candidates))} exists; known: {known}"
     )
+
+
+def _name_inside(name: str) -> str:
+    """The name of a folder of results, if it leads to one inside `figs/`."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts or Path(name) == Path():
+        raise CheckpointError(f"a model's name must be that of a folder inside figs/; got {name!r}")
+    return name
 
 
 def load_model(
@@ -120,6 +129,9 @@ def load_model(
         step, remarks = checkpoint["global_step"], []
         if type(step) is not int or step < 0:
             raise CheckpointError(f"{path}: its global_step cannot be {ascii(step)[:60]}")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: its weights {name} are not finite: did training diverge?")
     model.eval()
     return LoadedModel(
         model, config, step, released is not None, remarks, _fingerprint(model.state_dict(), config)

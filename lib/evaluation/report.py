@@ -14,68 +14,8 @@ from typing import Any
 
 from ..DisentanglementVAE.metrics import TITLES
 from ..files import whole_file
+from .registry import evaluations
 
-# title, place in the paper, what it is
-TASKS = {
-    "elbo": (
-        "Negative ELBO",
-        "Tables 1 and 4",
-        "The upper bound on −log p(x) that training minimizes, averaged over validation images: distortion (describing "
-        "an image given its latents) plus rate (describing the latents); less is better.",
-    ),
-    "likelihood": (
-        "Importance-weighted likelihood",
-        "Table 1",
-        "A tighter upper bound on −log p(x) than the negative ELBO, from many weighted posterior samples for each "
-        "validation image (Burda et al. 2015); less is better.",
-    ),
-    "disentanglement": (
-        "Disentanglement",
-        "Figure 7",
-        "How well the posterior means separate the factors that the scenes were made from, 1 being best and, for "
-        "BetaVAE and FactorVAE, one over the number of factors chance (Locatello et al. 2019).",
-    ),
-    "traversal": (
-        "Latent traversals",
-        "",
-        "What a latent dimension means: it alone changes along a row, the others stay at the image's posterior means.",
-    ),
-    "sampling": (
-        "Samples",
-        "Figures 6 (left) and 10",
-        "Images drawn from the model's prior; a lower temperature stays nearer to the prior's mean, so that images "
-        "become smoother and more generic.",
-    ),
-    "interpolation": (
-        "Interpolation between validation images",
-        "Figure 5",
-        "The latents of the two images at the ends of a row are mixed linearly in the top layers, and the layers below "
-        "are drawn from the prior.",
-    ),
-    "neighborhood": (
-        "Neighbourhood of validation images",
-        "Figures 6 (right) and 11",
-        "The reconstruction of an image in the centre of a 3 × 3 grid, and around it images that share its latents in "
-        "the top layers while the layers below are drawn from the prior.",
-    ),
-    "reconstruction": (
-        "Reconstructions",
-        "",
-        "Validation images, each beside what the decoder makes of latents drawn from its posterior.",
-    ),
-    "overfitting": (
-        "Nearest training images",
-        "Figure 9",
-        "Samples or given images, each followed by the training images that are nearest to it in mean squared error: "
-        "samples of a model that has memorized its training images would be copies of them.",
-    ),
-    "latents": (
-        "Information in each layer",
-        "the second observation at Figure 11",
-        "How the rate (the KL divergence from posterior to prior) is spread over the layers; the paper finds most of "
-        "the information in the topmost ones.",
-    ),
-}
 PROVENANCE = {
     "dataset": "data set",
     "checkpoint": "checkpoint",
@@ -192,26 +132,29 @@ def write_report(
 def _summary(results: Mapping[str, Mapping[str, Any]]) -> Table | None:
     """The main numbers; None if there are none."""
     rows = []
-    for task, name in (("elbo", "−ELBO"), ("likelihood", "−log p(x)")):
+    for task, evaluation in evaluations().items():
         entry = results.get(task, {})
-        if "bits_per_dim" in entry:
+        if evaluation.symbol and "bits_per_dim" in entry:
             error = entry.get("standard_error")
             value = _bits(entry["bits_per_dim"])
             value = (value, f"± {_bits(error)}") if error is not None else value
-            rows.append((name, value, _count(entry.get("images")), _count(entry.get("samples"))))
+            rows.append((evaluation.symbol, value, _count(entry.get("images")), _count(entry.get("samples"))))
     head = ("quantity", "bits/dim ± standard error", "images", "importance samples")
     return Table("", head, rows) if rows else None
 
 
 def _sections(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Section]:
-    sections, anchors = [], set(ANCHORS)
+    sections, anchors, known = [], set(ANCHORS), evaluations()
     for task, entry in results.items():
         anchor = re.sub(r"[^a-z0-9]+", "-", task.lower()).strip("-") or "result"
         while anchor in anchors:
             anchor += "-result"
         anchors.add(anchor)
         name = task.replace("_", " ").capitalize()
-        section = Section(anchor, *TASKS.get(task, (name, "", "")))
+        evaluation = known.get(task)
+        section = Section(anchor, name, "", "")
+        if evaluation:
+            section = Section(anchor, evaluation.title, evaluation.paper, evaluation.explanation)
         section.tables = _tables(entry)
         section.pictures = [
             _picture(folder, picture, task) for picture in entry.get("pictures", ())
@@ -308,9 +251,13 @@ def _picture(folder: Path, picture: Mapping[str, str], task: str) -> Picture:
         raise ReportError(
             f"the results of {task} name a picture without a file; evaluate.py --{task} makes them again"
         )
-    path = folder / picture["file"]
+    path = folder / str(picture["file"])
     again = f"evaluate.py --{task} makes it again"
     try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ReportError(f"the results of {task} name a picture outside {folder}: {path}")
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise ReportError(f"the picture {path} is not a file; {again}")
         content = path.read_bytes()
     except FileNotFoundError:
         raise ReportError(f"the picture {path} is missing; {again}") from None
@@ -422,7 +369,9 @@ FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "output": ("pixels", _words),
     "layers": ("top layers", _shown),
     "frames": ("images in a row", _shown),
-    "mse": ("mean squared error of levels 0 to 255", _error),
+    "nbits": ("bits of the model's images", _count),
+    "mse": ("mean squared error to the images in the model's bits, levels 0 to 255", _error),
+    "mse_8_bits": ("mean squared error to the 8-bit originals, levels 0 to 255", _error),
     "searched": ("training images searched", _count),
     "mirrored_too": ("compared with their mirror images, too", _shown),
     "nearest_mse": ("smallest mean squared error, levels 0 to 255", _error),
