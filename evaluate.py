@@ -4,8 +4,6 @@ a report."""
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import shlex
 import sys
 from collections.abc import Iterable
@@ -23,18 +21,21 @@ from data.get_dataset import DATASETS, get_dataset
 from lib.checkpoint import CheckpointError
 from lib.cli import one_line_errors
 from lib.config import ConfigError
-from lib.DisentanglementVAE import DisentanglementVAE
 from lib.DisentanglementVAE.metrics import MetricError
-from lib.evaluation.importance import LikelihoodError, memory_ran_out, pick_chunk
+from lib.evaluation.importance import LikelihoodError, memory_ran_out
 from lib.evaluation.ledger import LedgerError
-from lib.evaluation.loading import LoadedModel, find_checkpoint, load_model
+from lib.evaluation.loading import LoadedModel, choose_device, find_checkpoint, load_model
 from lib.evaluation.options import check, make_parser
-from lib.evaluation.registry import Context, Evaluation, check_package
+from lib.evaluation.registry import Context, Evaluation, evaluations, prepare
 from lib.evaluation.report import ReportError, write_report
-from lib.evaluation.results import add_result, own_folder, read_results, results_folder
+from lib.evaluation.results import (
+    add_result,
+    own_folder,
+    provenance,
+    read_results,
+    results_folder,
+)
 from lib.models import VAE
-
-LARGEST_BATCH = 32
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,9 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         except RuntimeError as error:
             if not memory_ran_out(error):
                 raise
-            raise ConfigError(
-                f"out of memory on {device}: use a smaller --batch (now {flags.batch})"
-            ) from None
+            advice = f"use a smaller --batch (now {flags.batch})"
+            raise ConfigError(f"out of memory on {device}: {advice}") from None
         except OSError as error:
             raise ConfigError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
         except KeyboardInterrupt:
@@ -85,31 +85,19 @@ def run(
     prepare(asked, context)
     if asked:
         with own_folder(figs, name, weights) as context.folder:
-            evaluate(asked, context, about(context, path, command))
+            evaluate(asked, context, provenance(context, path, command))
     if flags.report:
         results = read_results(context.folder / "results.json")
-        print(f"report: {report(results, loaded, context.folder)}")
-
-
-def prepare(asked: list[Evaluation], context: Context) -> None:
-    """Checks what depends on the model and the data, before anything is computed."""
-    flags, loaded = context.flags, context.loaded
-    for evaluation in asked:
-        if evaluation.only_disentanglement and not isinstance(loaded.model, DisentanglementVAE):
-            raise ConfigError(
-                f"--{evaluation.name} is for models of --task disentanglement; this one is of "
-                f"{loaded.config.task}"
-            )
-        for package in evaluation.packages:
-            check_package(evaluation.name, package)
-    if flags.report:
-        check_package("report", "jinja2")
-    if flags.batch is None and any(evaluation.uses_batch for evaluation in asked):
-        flags.batch = min(LARGEST_BATCH, pick_chunk(loaded.model))
-    for evaluation in asked:
-        for need in evaluation.needs:
-            getattr(context, need)
-        evaluation.prepare(context)
+        if not results:
+            raise ConfigError(f"--report: {context.folder} holds no results of these weights yet")
+        order = [evaluation for evaluation in evaluations() if evaluation in results]
+        path = write_report(
+            context.folder / "report.html",
+            title=name,
+            results={task: results[task] for task in order},
+            config=loaded.config.to_dict(),
+        )
+        print(f"report: {path}")
 
 
 def evaluate(asked: list[Evaluation], context: Context, about: dict[str, Any]) -> None:
@@ -125,19 +113,25 @@ def evaluate(asked: list[Evaluation], context: Context, about: dict[str, Any]) -
     print(f"numbers in {path}")
 
 
-def about(context: Context, path: Path, command: str) -> dict[str, Any]:
-    """Where results are from."""
-    device = context.model.device
-    return {
-        "checkpoint": path.name,
-        "weights": context.loaded.fingerprint,
-        "step": context.loaded.step,
-        "dataset": context.loaded.config.dataset,
-        "seed": context.flags.seed,
-        "batch": context.flags.batch,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-    }
+def open_model(path: Path, backend: str, device: torch.device | str) -> LoadedModel:
+    image_sizes = {name: spec.shape[1:] for name, spec in DATASETS.items()}
+    return load_model(path, image_sizes, backend, device)
+
+
+def open_in_worker(path: Path, backend: str, root: str, device: str) -> tuple[VAE, Dataset]:
+    """What a process that computes likelihoods needs."""
+    loaded = open_model(path, backend, device)
+    return loaded.model, get_dataset(loaded.config.dataset, root, "validation")
+
+
+def in_batches(
+    dataset: Dataset, limit: int, batch: int, *, num_workers: int
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """The first `limit` images, nothing augmented: (uint8 images [B, 3, H, W], their indices
+    [B])."""
+    images = Subset(IndexedImages(dataset, augment=False, flip=False, seed=0), range(limit))
+    return BatchLoader(images, batch, num_workers=num_workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,9 +27,7 @@ class Reconstruction(Evaluation):
         images = torch.stack([context.validation[index] for index in indices])
         reconstructions = reconstruct(context.model, images, indices=indices, **context.noise)
         pairs = side_by_side(images, reconstructions)
-        path = save_grid(
-            pairs, context.folder / "reconstructions.png", 2 * square(len(images) / 2)
-        )
+        path = save_grid(pairs, context.folder / "reconstructions.png", 2 * square(len(images) / 2))
         observation = context.model.observation
         seen = observation.to_uint8(observation.encode(images))
         return {
@@ -37,9 +35,7 @@ class Reconstruction(Evaluation):
             "nbits": context.loaded.config.nbits,
             "mse": _mean_squared_error(seen, reconstructions),
             "mse_8_bits": _mean_squared_error(images, reconstructions),
-            "pictures": [
-                context.entry(path, "Validation images, each beside its reconstruction")
-            ],
+            "pictures": [context.entry(path, "Validation images, each beside its reconstruction")],
         }
 
 

@@ -22,10 +22,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..config import ConfigError
+from ..DisentanglementVAE import DisentanglementVAE
 from ..models import VAE
+from .importance import pick_chunk
 from .loading import LoadedModel
 
 LARGEST_NUMBER = 10**9
+LARGEST_BATCH = 32  # unless `--batch` is given
 PIP_NAMES = {"sklearn": "scikit-learn"}
 
 Result = dict[str, Any]
@@ -217,7 +220,28 @@ def markdown_table() -> str:
     return "\n".join(rows)
 
 
-def check_package(name: str, package: str) -> None:
+def prepare(asked: Sequence[Evaluation], context: Context) -> None:
+    """Checks what depends on the model and the data, before anything is computed."""
+    flags, loaded = context.flags, context.loaded
+    for evaluation in asked:
+        if evaluation.only_disentanglement and not isinstance(loaded.model, DisentanglementVAE):
+            raise ConfigError(
+                f"--{evaluation.name} is for models of --task disentanglement; this one is of "
+                f"{loaded.config.task}"
+            )
+        for package in evaluation.packages:
+            _check_package(evaluation.name, package)
+    if flags.report:
+        _check_package("report", "jinja2")
+    if flags.batch is None and any(evaluation.uses_batch for evaluation in asked):
+        flags.batch = min(LARGEST_BATCH, pick_chunk(loaded.model))
+    for evaluation in asked:
+        for need in evaluation.needs:
+            getattr(context, need)
+        evaluation.prepare(context)
+
+
+def _check_package(name: str, package: str) -> None:
     """Raises ConfigError if a package that flag `name` needs is missing."""
     if not importlib.util.find_spec(package):
         pip_name = PIP_NAMES.get(package, package)

@@ -80,7 +80,6 @@ def write_report(
     title: str,
     results: Mapping[str, Mapping[str, Any]],
     config: Mapping[str, Any],
-    ignored: Sequence[str] = (),
 ) -> Path:
     """Writes the page, which then needs no other file and no network; an old page is replaced as a
     whole or not at all.
@@ -91,7 +90,6 @@ def write_report(
         results: What each task found, as in `results.json`, in the order of the page. Tasks and
             entries that are not known here are shown under their own names.
         config: Of the run.
-        ignored: Remarks on results that the page leaves out, one line each.
 
     Raises:
         ReportError: if a picture is missing or damaged, or the page cannot be written.
@@ -119,7 +117,6 @@ def write_report(
         common=common,
         differing=differing,
         commands=_commands(results, sections),
-        ignored=ignored,
     )
     try:
         with whole_file(path) as partial:
@@ -138,7 +135,14 @@ def _summary(results: Mapping[str, Mapping[str, Any]]) -> Table | None:
             error = entry.get("standard_error")
             value = _bits(entry["bits_per_dim"])
             value = (value, f"± {_bits(error)}") if error is not None else value
-            rows.append((evaluation.symbol, value, _count(entry.get("images")), _count(entry.get("samples"))))
+            rows.append(
+                (
+                    evaluation.symbol,
+                    value,
+                    _count(entry.get("images")),
+                    _count(entry.get("samples")),
+                )
+            )
     head = ("quantity", "bits/dim ± standard error", "images", "importance samples")
     return Table("", head, rows) if rows else None
 

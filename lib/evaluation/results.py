@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from ..config import ConfigError
 from ..files import PARTIAL, whole_file
+from .registry import Context
 
 OWNER = ".weights"  # the fingerprint of the weights whose results are in the folder
 
@@ -50,6 +55,24 @@ def own_folder(figs: Path, name: str, fingerprint: str) -> Iterator[Path]:
             pass  # another evaluation is at work, or the file system knows no locks
         fcntl.flock(owner, fcntl.LOCK_SH)
         yield folder
+
+
+def provenance(context: Context, checkpoint: Path, command: str) -> dict[str, Any]:
+    """Where results are from."""
+    device = context.model.device
+    return {
+        "checkpoint": checkpoint.name,
+        "weights": context.loaded.fingerprint,
+        "step": context.loaded.step,
+        "dataset": context.loaded.config.dataset,
+        "seed": context.flags.seed,
+        "batch": context.flags.batch,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
 
 
 def read_results(path: Path) -> dict[str, Any]:
