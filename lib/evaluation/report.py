@@ -253,7 +253,8 @@ def _neighbours(queries: Sequence[Sequence[Mapping[str, Any]]]) -> Table:
 def _picture(folder: Path, picture: Mapping[str, str], task: str) -> Picture:
     if not isinstance(picture, Mapping) or "file" not in picture:
         raise ReportError(
-            f"the results of {task} name a picture without a file; evaluate.py --{task} makes them again"
+            f"the results of {task} name a picture without a file; evaluate.py --{task} makes them "
+            "again"
         )
     path = folder / str(picture["file"])
     again = f"evaluate.py --{task} makes it again"

@@ -21,9 +21,9 @@ from lib.evaluation.results import add_result
 from lib.pictures import save_image
 
 EVERYTHING = (
-    "--elbo --likelihood --importance_samples 6 --latents --reconstruction --sampling --interpolation --neighborhood "
-    "--overfitting --report --limit 5 --batch 4 --seed 3 --count 4 --temperatures 0.5 1 --images 2 7 --layers 1 2 "
-    "--frames 3 --neighbors 2"
+    "--elbo --likelihood --importance_samples 6 --latents --reconstruction --sampling "
+    "--interpolation --neighborhood --overfitting --report --limit 5 --batch 4 --seed 3 --count "
+    "4 --temperatures 0.5 1 --images 2 7 --layers 1 2 --frames 3 --neighbors 2"
 ).split()
 PICTURES = {
     "latents": ["latents.png"],
@@ -451,22 +451,22 @@ def test_flags_that_do_not_fit_the_model_or_data_are_one_line(
     assert not (tmp_path / "figs/tiny/results.json").exists()
 
 
-def test_damaged_results_are_not_overwritten(finished, tmp_path, capfd):
-    (tmp_path / "figs/tiny").mkdir(parents=True)
-    (tmp_path / "figs/tiny/results.json").write_text("{")
-    best = str(finished / "checkpoints/tiny/best.ckpt")
-    assert "results.json is damaged" in refused_here(
-        capfd, "--checkpoint", best, "--sampling", "--output_dir", tmp_path
-    )
-    assert (tmp_path / "figs/tiny/results.json").read_text() == "{"
-
-
-@pytest.mark.parametrize("content", ["[]", '{"elbo": 3}'])
-def test_results_of_another_kind_are_not_overwritten(content, finished, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "results.json is damaged"),
+        ("[]", "holds no results"),
+        ('{"elbo": 3}', "holds no results"),
+        ('{"elbo": {"rate": NaN}}', "NaN is no number"),
+        ("[" * 100_000, "results.json is damaged"),
+    ],
+    ids=["cut", "list", "number", "nan", "deep"],
+)
+def test_damaged_results_are_not_overwritten(content, message, finished, tmp_path, capfd):
     (tmp_path / "figs/tiny").mkdir(parents=True)
     (tmp_path / "figs/tiny/results.json").write_text(content)
     best = finished / "checkpoints/tiny/best.ckpt"
-    assert "holds no results" in refused_here(
+    assert message in refused_here(
         capfd, "--checkpoint", best, "--sampling", "--output_dir", tmp_path
     )
     assert (tmp_path / "figs/tiny/results.json").read_text() == content

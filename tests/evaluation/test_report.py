@@ -329,6 +329,22 @@ def test_a_missing_or_damaged_picture(tmp_path):
     assert (tmp_path / "report.html").read_bytes() == old
 
 
+@pytest.mark.parametrize("kind", ["above", "absolute", "link", "pipe"])
+def test_pictures_outside_the_folder_and_pipes_are_not_read(kind, tmp_path):
+    folder = tmp_path / "figs"
+    folder.mkdir()
+    outside = picture(tmp_path, "secret.png", (1, 2, 3))["file"]
+    name = {"above": f"../{outside}", "absolute": str(tmp_path / outside)}.get(kind, "here.png")
+    if kind == "link":
+        (folder / name).symlink_to(tmp_path / outside)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    message = r"here.png is not a file" if kind == "pipe" else "name a picture outside"
+    with pytest.raises(ReportError, match=message):
+        report(folder, results={"sampling": {"pictures": [{"file": name, "caption": ""}]}})
+    assert not (folder / "report.html").exists()
+
+
 def test_an_interrupted_write_leaves_the_old_page(tmp_path, monkeypatch):
     report(tmp_path)
     old, names = (tmp_path / "report.html").read_bytes(), sorted(os.listdir(tmp_path))
