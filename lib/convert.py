@@ -66,7 +66,7 @@ def convert(
     if not found:
         raise ValueError(f"no convolution matches where={where!r}")
     layer_class = ResSDNLayer if residual else SDNLayer
-    for number, (name, convolution) in enumerate(found):
+    for number, (_, convolution) in enumerate(found):
         layer = layer_class(
             **_arguments_of(convolution),
             dirs=in_turn[number % len(in_turn)],
@@ -74,7 +74,7 @@ def convert(
             dtype=convolution.weight.dtype,
             **options,
         )
-        if keep_function:
+        if isinstance(layer, ResSDNLayer) and keep_function:
             _start_as(layer, convolution)
         layer.train(convolution.training)
         _replace(module, convolution, layer)
@@ -103,18 +103,18 @@ def _start_as(layer: ResSDNLayer, convolution: nn.Conv2d) -> None:
     Both halves of project-out start at zero, but for the bias of the gate: then s = 0, g is the
     same everywhere, and c is the convolution divided by g.
     """
-    project_out = layer.sdn.project_out_stage
     with torch.no_grad():
-        project_out.weight.zero_()
-        project_out.bias.zero_()
-        project_out.bias[layer.out_channels :] = OPEN
+        for parameter in layer.sdn.project_out_stage.parameters():
+            parameter.zero_()
+        bias = layer.sdn.project_out_stage.get_parameter("bias")
+        bias[layer.out_channels :] = OPEN
         layer.cnn.load_state_dict(convolution.state_dict())
         for parameter in layer.cnn.parameters():
             parameter.div_(torch.sigmoid(torch.tensor(OPEN, dtype=torch.float64)).item())
 
 
 def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, name, new)
+    for name, child in list(module.named_modules(remove_duplicate=False)):
+        if child is old:
+            parent, _, own = name.rpartition(".")
+            setattr(module.get_submodule(parent), own, new)

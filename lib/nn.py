@@ -6,7 +6,7 @@ Image Modeling", ICLR 2021, section 2 and Algorithm 1.
 
 This file needs PyTorch and the standard library only and works as a single copied file, in which
 the sweeps run as an open loop over the lines of a map. With the folder `sweeps/` beside it they run
-by faster implementations of the same equations::
+by faster implementations of the same equations. MIT licence, (c) 2026 The SDN developers::
 
     from nn import SDNLayer
 
@@ -55,8 +55,6 @@ CONVOLUTION_ATTRIBUTES = (
 class _Layer(nn.Module):
     """What :class:`SDNLayer` and :class:`ResSDNLayer` share: their arguments, and the attributes of
     a convolution."""
-
-    _convolution: nn.Conv2d | nn.ConvTranspose2d  # the one with the kernel
 
     @overload
     def __init__(
@@ -118,6 +116,11 @@ class _Layer(nn.Module):
         memory_format = _memory_format(x)
         x = _laid_out(x, torch.channels_last)  # which the sweeps need: converted once
         return _laid_out(self._computed(x, output_size), memory_format)  # [B, out_channels, H', W']
+
+    @property
+    def _convolution(self) -> nn.Conv2d | nn.ConvTranspose2d:
+        """The one with the kernel."""
+        raise NotImplementedError
 
     def _computed(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
         raise NotImplementedError
@@ -190,12 +193,12 @@ class SDNLayer(_Layer):
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
         options = self._options
-        self.project_in_stage = options.convolution(options.num_features)
+        self.project_in_stage = options.convolution(options.features)
         self.sdn_correction_stage = nn.ModuleList(
-            Sweep(options.num_features, direction, **options.of_sweeps) for direction in self.dirs
+            Sweep(options.features, direction, **options.of_sweeps) for direction in self.dirs
         )
         self.project_out_stage = nn.Conv2d(
-            options.num_features, self.out_channels, kernel_size=1, **options.factory
+            options.features, self.out_channels, kernel_size=1, **options.factory
         )
 
     @property
@@ -223,7 +226,8 @@ class ResSDNLayer(_Layer):
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
         options = self._options
-        self.sdn = SDNLayer(**vars(options) | {"out_channels": 2 * self.out_channels})
+        changes = {"out_channels": 2 * self.out_channels, "num_features": options.features}
+        self.sdn = SDNLayer(**dataclasses.asdict(options) | changes)
         self.cnn = options.convolution(self.out_channels)
 
     @property
@@ -511,8 +515,9 @@ class _Options:
     def __post_init__(self) -> None:
         self.in_channels = _integer("in_channels", self.in_channels)
         self.out_channels = _integer("out_channels", self.out_channels)
-        features = self.out_channels if self.num_features is None else self.num_features
-        self.num_features = _integer("num_features", features)
+        self.features = _integer(
+            "num_features", self.out_channels if self.num_features is None else self.num_features
+        )
         self.dirs = _checked_directions(self.dirs)
         for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
             value = getattr(self, name)
@@ -533,9 +538,8 @@ class _Options:
                 "upsample=True needs stride >= 2 (kernel_size=4, stride=2, padding=1 doubles the "
                 "scale)"
             )
-        for kernel, stride, padding in zip(
-            self.kernel_size, self.stride, self.padding, strict=True
-        ):
+        sizes = (_pair("", size, 0) for size in (self.kernel_size, self.stride, self.padding))
+        for kernel, stride, padding in zip(*sizes, strict=True):
             if kernel < stride:
                 raise ValueError(
                     "upsample=True needs kernel_size >= stride, or some outputs see no input at "

@@ -22,6 +22,7 @@ MOST_GRAPHS = 64  # the one that was not used for longest makes room
 
 Function = Callable[..., tuple[Tensor, ...]]
 _graphs: OrderedDict[tuple, Recording] = OrderedDict()
+_pools: dict[tuple[int, int], tuple[int, int]] = {}  # by device and stream
 _lock = threading.Lock()  # data-parallel threads, and autograd's, share the graphs
 
 
@@ -58,15 +59,22 @@ class Recording:
 
 
 def captured(function: Callable[[], None]) -> Callable[[], None]:
-    """Captures a function as a CUDA graph and returns what replays it."""
+    """Captures a function as a CUDA graph and returns what replays it.
+
+    The graphs of a stream share the memory of their intermediate results, as they run one after
+    another.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()  # compiles kernels and loads libraries, which a capture must not
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.current_stream().synchronize()
+    here = (torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
+    if here not in _pools:
+        _pools[here] = torch.cuda.graph_pool_handle()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=_pools[here], capture_error_mode="thread_local"):
         function()
     return graph.replay
 
@@ -89,7 +97,8 @@ def replayed(
     ):
         return function(*tensors, *options)
     device = tensors[0].device
-    with _lock, torch.cuda.device(device):
+    # Buffers made in inference mode could not be written outside of it.
+    with _lock, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
         stream = torch.cuda.current_stream().cuda_stream
         layouts = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
         key = (function, device, stream, layouts, tuple(options), _precision())

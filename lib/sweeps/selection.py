@@ -121,7 +121,7 @@ def _choose(case: Case, lines: Tensor, product_dtype: torch.dtype) -> Choice:
     if _is_capturing(lines.device):
         known = (name for name in possible if _verdicts.get(_verdict_key(name, case), "") is None)
         return Choice(next(known, "torch"), "inside a capture")
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         remembered = _read_cache().get(case.key())
         if isinstance(remembered, dict) and remembered.get("backend") in possible:
             name = remembered["backend"]
@@ -200,6 +200,7 @@ def _seconds(function: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+@functools.cache
 def device_name(device: torch.device) -> str:
     """What a device calls itself: two of one name run at one speed."""
     if device.type == "cuda":
