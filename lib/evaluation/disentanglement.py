@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..DisentanglementVAE import DisentanglementVAE
-from ..DisentanglementVAE.metrics import METRICS, FactorData, MetricError, encode_all, factor_sizes
+from ..DisentanglementVAE.metrics import (
+    METRICS,
+    TITLES,
+    FactorData,
+    MetricError,
+    encode_all,
+    factor_sizes,
+)
 from .registry import Context, Evaluation, Flag, Result, register
+from .tables import Table, as_bits, as_text, as_words
 
 DEFAULT_METRICS = ["beta_vae", "factor_vae", "mig", "sap"]  # without dci, which takes minutes
+
+
+def _score_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row for each metric: its score, and what else it found."""
+    rows = []
+    for name, values in metrics.items():
+        others = ", ".join(
+            f"{as_words(key)} {as_text(value)}" for key, value in values.items() if key != "score"
+        )
+        score = as_bits(values.get("score"))
+        rows.append((TITLES.get(name, name), (score, others) if others else score))
+    return Table("Scores", ("metric", "score"), rows)
 
 
 @register
@@ -51,6 +71,14 @@ class Disentanglement(Evaluation):
         "best and, for BetaVAE and FactorVAE, one over the number of factors chance (Locatello et "
         "al. 2019)."
     )
+    facts = {
+        "levels": ("levels of each factor", as_text),
+        "seconds_per_metric": (
+            "seconds",
+            lambda times: ", ".join(f"{as_words(k)} {v:g}" for k, v in times.items()),
+        ),
+    }
+    tables = {"scores": _score_table}
 
     def prepare(self, context: Context) -> None:
         scenes, levels = context.training, context.flags.levels

@@ -16,6 +16,7 @@ from ..utils import keyed_noise, nats_to_bits_per_dim
 from .importance import LikelihoodError
 from .options import LIMIT
 from .registry import Context, Evaluation, Result, register
+from .tables import as_bits, as_error
 
 Progress = Callable[[int, str], None]
 
@@ -34,6 +35,11 @@ class Elbo(Evaluation):
         "distortion (describing an image given its latents) plus rate (describing the latents); "
         "less is better."
     )
+    facts = {
+        "nats": ("nats for each image", as_error),
+        "distortion": ("distortion, bits/dim", as_bits),
+        "rate": ("rate, bits/dim", as_bits),
+    }
     symbol = "−ELBO"
 
     def compute(self, context: Context) -> Result:

@@ -28,6 +28,7 @@ from .importance import ImportanceSampler, LikelihoodError, pick_chunk
 from .ledger import Ledger
 from .options import LIMIT
 from .registry import Context, Evaluation, Flag, Result, register
+from .tables import as_count
 
 OpenModel = Callable[[str], tuple[VAE, Sequence[Tensor]]]
 
@@ -51,6 +52,11 @@ class Likelihood(Evaluation):
         "A tighter upper bound on −log p(x) than the negative ELBO, from many weighted posterior "
         "samples for each validation image (Burda et al. 2015); less is better."
     )
+    facts = {
+        "samples": ("importance samples for each image", as_count),
+        "computed": ("images computed by this command", as_count),
+        "chunk": ("samples computed at a time", as_count),
+    }
     symbol = "−log p(x)"
 
     def check(self, flags: argparse.Namespace) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -13,8 +16,22 @@ from .nearest import Neighbours, nearest_images
 from .options import COUNT, OUTPUT, SAMPLING_TEMPERATURES, TEMPERATURES
 from .registry import Context, Evaluation, Flag, Result, register
 from .sampling import samples_name
+from .tables import Table, as_count, as_error, as_text
 
 SEARCH_BATCH = 256  # training images, which pass through no model
+
+
+def _neighbour_table(queries: Sequence[Sequence[Mapping[str, Any]]]) -> Table:
+    ranks = range(1, max(map(len, queries), default=0) + 1)
+    rows = []
+    for number, neighbours in enumerate(queries, 1):
+        cells = [
+            (str(n["index"]), as_error(n["mse"]) + (", mirrored" if n["mirrored"] else ""))
+            for n in neighbours
+        ]
+        rows.append([str(number), *cells, *[""] * (len(ranks) - len(cells))])
+    head = ["query", *("nearest" if rank == 1 else f"number {rank}" for rank in ranks)]
+    return Table("Index of each training image, and mean squared error", head, rows)
 
 
 @register
@@ -42,6 +59,13 @@ class Overfitting(Evaluation):
         "mean squared error: samples of a model that has memorized its training images would be "
         "copies of them."
     )
+    facts = {
+        "searched": ("training images searched", as_count),
+        "mirrored_too": ("compared with their mirror images, too", as_text),
+        "nearest_mse": ("smallest mean squared error, levels 0 to 255", as_error),
+        "median_mse": ("median of the nearest images' errors", as_error),
+    }
+    tables = {"neighbours": _neighbour_table}
 
     def prepare(self, context: Context) -> None:
         there, count = len(context.training), context.flags.neighbors

@@ -8,6 +8,7 @@ from ..pictures import save_grid, side_by_side, square
 from ..synthesis import reconstruct
 from .options import COUNT
 from .registry import Context, Evaluation, Result, register
+from .tables import as_count, as_error
 
 
 @register
@@ -21,6 +22,11 @@ class Reconstruction(Evaluation):
     explanation = (
         "Validation images, each beside what the decoder makes of latents drawn from its posterior."
     )
+    facts = {
+        "nbits": ("bits of the model's images", as_count),
+        "mse": ("mean squared error to the images in the model's bits, levels 0 to 255", as_error),
+        "mse_8_bits": ("mean squared error to the 8-bit originals, levels 0 to 255", as_error),
+    }
 
     def compute(self, context: Context) -> Result:
         indices = range(min(context.flags.count, len(context.validation)))

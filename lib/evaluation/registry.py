@@ -10,7 +10,7 @@ import argparse
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..DisentanglementVAE import DisentanglementVAE
 from ..models import VAE
 from .importance import pick_chunk
 from .loading import LoadedModel
+from .tables import Facts, Table
 
 LARGEST_NUMBER = 10**9
 LARGEST_BATCH = 32  # unless `--batch` is given
@@ -159,6 +160,8 @@ class Evaluation:
         only_disentanglement: Whether it is for models of `--task disentanglement` alone.
         uses_batch: Whether it computes `--batch` images at a time.
         title, paper, explanation: Of its section of the report.
+        facts: Label, and what makes a text of the value, of results that are not in `tables.FACTS`.
+        tables: What makes a table of a result, by the result's key.
         symbol: Of its `bits_per_dim` among the report's main numbers; empty if it is none of them.
     """
 
@@ -173,6 +176,8 @@ class Evaluation:
     title: str
     paper = ""
     explanation = ""
+    facts: Facts = {}
+    tables: Mapping[str, Callable[[Any], Table]] = {}
     symbol = ""
 
     def check(self, flags: argparse.Namespace) -> None:

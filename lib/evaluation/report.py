@@ -4,17 +4,25 @@ versions, commands."""
 from __future__ import annotations
 
 import base64
-import json
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..DisentanglementVAE.metrics import TITLES
 from ..files import whole_file
-from .registry import evaluations
+from .registry import Evaluation, evaluations
+from .tables import (
+    FACTS,
+    Table,
+    as_bits,
+    as_count,
+    as_text,
+    as_words,
+    dimension_rates,
+    layer_rates,
+)
 
 PROVENANCE = {
     "dataset": "data set",
@@ -37,20 +45,6 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 class ReportError(Exception):
     """A report that cannot be written; the message is one line that names the file."""
-
-
-@dataclass
-class Table:
-    """Rows of text whose first cell is the row's heading; a cell is a text, or a text with a remark
-    to it.
-
-    bars: For each row the length of a bar behind it, in 0 ... 1; empty for a table without bars.
-    """
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str | tuple[str, str]]]
-    bars: Sequence[float] = ()
 
 
 @dataclass
@@ -112,7 +106,7 @@ def write_report(
         config=Table(
             "",
             ["setting", "value"],
-            [(name, _shown(value, repr)) for name, value in config.items()],
+            [(name, as_text(value, repr)) for name, value in config.items()],
         ),
         common=common,
         differing=differing,
@@ -133,14 +127,14 @@ def _summary(results: Mapping[str, Mapping[str, Any]]) -> Table | None:
         entry = results.get(task, {})
         if evaluation.symbol and "bits_per_dim" in entry:
             error = entry.get("standard_error")
-            value = _bits(entry["bits_per_dim"])
-            value = (value, f"± {_bits(error)}") if error is not None else value
+            value = as_bits(entry["bits_per_dim"])
+            value = (value, f"± {as_bits(error)}") if error is not None else value
             rows.append(
                 (
                     evaluation.symbol,
                     value,
-                    _count(entry.get("images")),
-                    _count(entry.get("samples")),
+                    as_count(entry.get("images")),
+                    as_count(entry.get("samples")),
                 )
             )
     head = ("quantity", "bits/dim ± standard error", "images", "importance samples")
@@ -159,7 +153,7 @@ def _sections(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Se
         section = Section(anchor, name, "", "")
         if evaluation:
             section = Section(anchor, evaluation.title, evaluation.paper, evaluation.explanation)
-        section.tables = _tables(entry)
+        section.tables = _tables(entry, evaluation)
         section.pictures = [
             _picture(folder, picture, task) for picture in entry.get("pictures", ())
         ]
@@ -167,8 +161,10 @@ def _sections(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Se
     return sections
 
 
-def _tables(entry: Mapping[str, Any]) -> list[Table]:
-    """Everything in a task's entry but its pictures and where it is from."""
+def _tables(entry: Mapping[str, Any], evaluation: Evaluation | None) -> list[Table]:
+    """Everything in an evaluation's entry but its pictures and where it is from."""
+    labels = FACTS | dict(evaluation.facts if evaluation else {})
+    own = evaluation.tables if evaluation else {}
     facts, tables = [], []
     for key, value in entry.items():
         if (
@@ -178,76 +174,16 @@ def _tables(entry: Mapping[str, Any]) -> list[Table]:
         ):
             continue
         if key == "rate_per_layer":
-            tables.append(
-                _layers(value, entry.get("share_per_layer"), entry.get("scale_per_layer"))
-            )
+            shares, scales = entry.get("share_per_layer"), entry.get("scale_per_layer")
+            tables.append(layer_rates(value, shares, scales))
         elif key == "rate_per_dimension":
-            tables.append(_dimensions(value))
-        elif key == "scores":
-            tables.append(_scores(value))
-        elif key == "neighbours":
-            tables.append(_neighbours(value))
+            tables.append(dimension_rates(value))
+        elif key in own:
+            tables.append(own[key](value))
         else:
-            label, shown = FACTS.get(key, (key.replace("_", " "), _shown))
-            facts.append((label, shown(value)))
+            label, as_shown = labels.get(key, (as_words(key), as_text))
+            facts.append((label, as_shown(value)))
     return [Table("", (), facts), *tables] if facts else tables
-
-
-def _layers(
-    rates: Sequence[float], shares: Sequence[float] | None, scales: Sequence[Sequence[int]] | None
-) -> Table:
-    """The rate of each layer, topmost first, as a number and as a share of the total; its height
-    and width if known."""
-    total = sum(rates)
-    shares = shares or [rate / total if total else 0.0 for rate in rates]
-    columns = {
-        "layer, from the top": [
-            f"{i} (topmost)" if i == 1 else str(i) for i in range(1, len(rates) + 1)
-        ],
-        "scale": ["×".join(map(str, scale)) for scale in scales or ()],
-        "bits/dim": [_bits(rate) for rate in rates],
-        "share": [f"{share:.1%}" for share in shares],
-    }
-    columns = {name: cells for name, cells in columns.items() if cells}
-    return Table(
-        "Rate of each layer", list(columns), list(zip(*columns.values(), strict=True)), shares
-    )
-
-
-def _dimensions(rates: Sequence[float]) -> Table:
-    """The rate of each latent dimension, as a number and as a share of the total."""
-    total = sum(rates)
-    shares = [rate / total if total else 0.0 for rate in rates]
-    rows = [
-        (f"z{i}", _bits(rate), f"{share:.1%}")
-        for i, (rate, share) in enumerate(zip(rates, shares, strict=True))
-    ]
-    return Table("Rate of each latent dimension", ("dimension", "bits/dim", "share"), rows, shares)
-
-
-def _scores(metrics: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each metric: its score, and what else it found."""
-    rows = []
-    for name, values in metrics.items():
-        others = ", ".join(
-            f"{_words(key)} {_shown(value)}" for key, value in values.items() if key != "score"
-        )
-        score = _bits(values.get("score"))
-        rows.append((TITLES.get(name, name), (score, others) if others else score))
-    return Table("Scores", ("metric", "score"), rows)
-
-
-def _neighbours(queries: Sequence[Sequence[Mapping[str, Any]]]) -> Table:
-    ranks = range(1, max(map(len, queries), default=0) + 1)
-    rows = []
-    for number, neighbours in enumerate(queries, 1):
-        cells = [
-            (str(n["index"]), _error(n["mse"]) + (", mirrored" if n["mirrored"] else ""))
-            for n in neighbours
-        ]
-        rows.append([str(number), *cells, *[""] * (len(ranks) - len(cells))])
-    head = ["query", *("nearest" if rank == 1 else f"number {rank}" for rank in ranks)]
-    return Table("Index of each training image, and mean squared error", head, rows)
 
 
 def _picture(folder: Path, picture: Mapping[str, str], task: str) -> Picture:
@@ -285,7 +221,7 @@ def _provenance(
     values = {}
     for key, label in PROVENANCE.items():
         if any(key in entry for entry in results.values()):
-            shown = _count if key == "step" else _shown
+            shown = as_count if key == "step" else as_text
             values[label] = [shown(entry.get(key)) for entry in results.values()]
     shared = {label: texts[0] for label, texts in values.items() if len(set(texts)) == 1}
     different = {label: texts for label, texts in values.items() if label not in shared}
@@ -308,77 +244,3 @@ def _commands(
         if "command" in entry:
             made.setdefault(entry["command"], []).append(section)
     return list(made.items())
-
-
-def _shown(value: Any, number: Callable[[float], str] = "{:.6g}".format) -> str:
-    """Any value of JSON as text."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, list | tuple) and not any(
-        isinstance(item, list | tuple | dict) for item in value
-    ):
-        return ", ".join(_shown(item, number) for item in value) or "–"
-    return (
-        json.dumps(value, ensure_ascii=False)
-        if isinstance(value, list | tuple | dict)
-        else str(value)
-    )
-
-
-def _bits(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _error(value: float) -> str:
-    return f"{value:.1f}"
-
-
-def _count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else _shown(value)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _words(value: str) -> str:
-    return value.replace("_", " ")
-
-
-# label and format of what is known of the tasks' entries
-FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "bits_per_dim": ("bits/dim", _bits),
-    "standard_error": ("standard error over images", _bits),
-    "nats": ("nats for each image", _error),
-    "levels": ("levels of each factor", _shown),
-    "seconds_per_metric": (
-        "seconds",
-        lambda times: ", ".join(f"{_words(k)} {v:g}" for k, v in times.items()),
-    ),
-    "distortion": ("distortion, bits/dim", _bits),
-    "rate": ("rate, bits/dim", _bits),
-    "images": ("images", _count),
-    "samples": ("importance samples for each image", _count),
-    "computed": ("images computed by this command", _count),
-    "chunk": ("samples computed at a time", _count),
-    "seconds": ("time", _duration),
-    "temperatures": ("temperatures", _shown),
-    "count": ("samples at each temperature", _count),
-    "output": ("pixels", _words),
-    "layers": ("top layers", _shown),
-    "frames": ("images in a row", _shown),
-    "nbits": ("bits of the model's images", _count),
-    "mse": ("mean squared error to the images in the model's bits, levels 0 to 255", _error),
-    "mse_8_bits": ("mean squared error to the 8-bit originals, levels 0 to 255", _error),
-    "searched": ("training images searched", _count),
-    "mirrored_too": ("compared with their mirror images, too", _shown),
-    "nearest_mse": ("smallest mean squared error, levels 0 to 255", _error),
-    "median_mse": ("median of the nearest images' errors", _error),
-}

@@ -47,6 +47,7 @@ class Brightness(Evaluation):
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """One file more in the folder of evaluations."""
+    evaluations()  # those that stay
     (tmp_path / "more").mkdir()
     (tmp_path / "more/brightness.py").write_text(TOY)
     path = [*lib.evaluation.__path__, str(tmp_path / "more")]
