@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..DisentanglementVAE import DisentanglementVAE
 from ..DisentanglementVAE.metrics import (
@@ -86,7 +85,7 @@ class Disentanglement(Evaluation):
 
     def compute(self, context: Context) -> Result:
         scenes = context.kept["scenes"]
-        with tqdm(total=math.prod(scenes.factor_sizes), unit="image", desc="encoded") as bar:
+        with context.bar(math.prod(scenes.factor_sizes), "encoded") as bar:
             result = disentanglement_scores(
                 context.model,
                 scenes,

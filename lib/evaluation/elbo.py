@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..DisentanglementVAE import DisentanglementVAE
 from ..models import VAE
@@ -56,7 +56,7 @@ def validation_elbo(context: Context) -> Result:
     """What `negative_elbo` finds on the validation images, computed once for a command."""
     if "elbo" not in context.kept:
         limit = context.limit
-        with tqdm(total=limit, unit="image", desc="-ELBO") as bar:
+        with context.bar(limit, "-ELBO") as bar:
             batches = context.in_batches(context.validation, limit, context.flags.batch)
             context.kept["elbo"] = negative_elbo(
                 context.model, batches, seed=context.flags.seed, progress=shown_on(bar)
@@ -64,7 +64,7 @@ def validation_elbo(context: Context) -> Result:
     return dict(context.kept["elbo"])
 
 
-def shown_on(bar: tqdm) -> Progress:
+def shown_on(bar: Any) -> Progress:
     """Shows on a bar how many images are done and the running estimate."""
 
     def advance(images: int, estimate: str) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config import ConfigError
 from ..models import VAE
@@ -78,7 +77,7 @@ class Likelihood(Evaluation):
                 for i in range(flags.processes)
             ]
         name = f"{loaded.fingerprint}_seed{flags.seed}_samples{flags.importance_samples}"
-        with tqdm(total=context.limit, unit="image", desc="-log p(x)", smoothing=0) as bar:
+        with context.bar(context.limit, "-log p(x)") as bar:
             return negative_log_likelihood(
                 open_model,
                 range(context.limit),

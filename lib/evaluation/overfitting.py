@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config import ConfigError
 from ..pictures import load_image, save_table
@@ -89,7 +88,7 @@ class Overfitting(Evaluation):
                 for temperature in context.track(temperatures, "samples")
             }
         size = len(context.training)
-        with tqdm(total=size, unit="image", desc="training images") as bar:
+        with context.bar(size, "training images") as bar:
             found = nearest_images(
                 torch.cat(list(queries.values())),
                 context.in_batches(context.training, size, SEARCH_BATCH),

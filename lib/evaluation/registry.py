@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..config import ConfigError
 from ..DisentanglementVAE import DisentanglementVAE
@@ -139,7 +138,15 @@ class Context:
 
     def track(self, loop: Iterable[Any], title: str) -> Iterable[Any]:
         """The loop, with its progress shown under a title."""
+        from tqdm import tqdm
+
         return tqdm(loop, desc=title)
+
+    def bar(self, images: int, title: str) -> Any:
+        """A bar of the progress over so many images; a context manager."""
+        from tqdm import tqdm
+
+        return tqdm(total=images, unit="image", desc=title, smoothing=0)
 
     def entry(self, path: Path, caption: str) -> dict[str, str]:
         """A picture as results name it."""

@@ -86,32 +86,35 @@ def write_report(
         config: Of the run.
 
     Raises:
-        ReportError: if a picture is missing or damaged, or the page cannot be written.
+        ReportError: if a picture is missing, damaged or outside the folder, a value is of the
+            wrong kind, or the page cannot be written.
     """
     import jinja2
 
     path = Path(path)
-    sections = _sections(results, path.parent)
-    common, differing = _provenance(results, sections)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     )
-    page = template.render(
-        title=title,
-        summary=_summary(results),
-        sections=sections,
-        config=Table(
-            "",
-            ["setting", "value"],
-            [(name, as_text(value, repr)) for name, value in config.items()],
-        ),
-        common=common,
-        differing=differing,
-        commands=_commands(results, sections),
-    )
+    settings = [(name, as_text(value, repr)) for name, value in config.items()]
+    try:
+        sections = _sections(results, path.parent)
+        common, differing = _provenance(results, sections)
+        page = template.render(
+            title=title,
+            summary=_summary(results),
+            sections=sections,
+            config=Table("", ["setting", "value"], settings),
+            common=common,
+            differing=differing,
+            commands=_commands(results, sections),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ReportError(
+            f"{path.parent / 'results.json'} holds values of the wrong kind ({error}): move it away"
+        ) from None
     try:
         with whole_file(path) as partial:
             partial.write_text(page, encoding="utf-8")

@@ -138,7 +138,9 @@ def context_of(nbits: int, images: torch.Tensor, folder, **flags) -> Context:
 
 
 @pytest.mark.parametrize("nbits", [3, 5, 8])
-def test_the_error_of_a_reconstruction_is_in_the_models_bits(nbits, noise_images, tmp_path, monkeypatch):
+def test_the_error_of_a_reconstruction_is_in_the_models_bits(
+    nbits, noise_images, tmp_path, monkeypatch
+):
     """A perfect reconstruction has none, however few bits the model sees."""
     context = context_of(nbits, noise_images, tmp_path, count=6)
     observation = context.model.observation

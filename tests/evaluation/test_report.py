@@ -345,6 +345,22 @@ def test_pictures_outside_the_folder_and_pipes_are_not_read(kind, tmp_path):
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"bits_per_dim": "three"},
+        {"pictures": 3},
+        {"rate_per_layer": [None]},
+        {"seconds": []},
+        {"command": {"a": []}},
+    ],
+    ids=lambda entry: next(iter(entry)),
+)
+def test_values_of_the_wrong_kind_are_one_line(entry, tmp_path):
+    with pytest.raises(ReportError, match=r"results\.json holds values of the wrong kind \(.*\)"):
+        report(tmp_path, results={"elbo": entry})
+
+
 def test_an_interrupted_write_leaves_the_old_page(tmp_path, monkeypatch):
     report(tmp_path)
     old, names = (tmp_path / "report.html").read_bytes(), sorted(os.listdir(tmp_path))
