@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,14 +15,15 @@ from PIL import Image
 import evaluate
 from data.get_dataset import get_dataset
 from lib.checkpoint import write_checkpoint
-from lib.evaluation.options import ONLY_DISENTANGLEMENT
+from lib.evaluation.elbo import Elbo
+from lib.evaluation.registry import evaluations
 from lib.evaluation.results import add_result
 from lib.pictures import save_image
 
 EVERYTHING = (
-    "--elbo --likelihood --importance_samples 6 --latents --reconstruction --sampling --interpolation --neighborhood "
-    "--overfitting --report --limit 5 --batch 4 --seed 3 --count 4 --temperatures 0.5 1 --images 2 7 --layers 1 2 "
-    "--frames 3 --neighbors 2"
+    "--elbo --likelihood --importance_samples 6 --latents --reconstruction --sampling "
+    "--interpolation --neighborhood --overfitting --report --limit 5 --batch 4 --seed 3 --count "
+    "4 --temperatures 0.5 1 --images 2 7 --layers 1 2 --frames 3 --neighbors 2"
 ).split()
 PICTURES = {
     "latents": ["latents.png"],
@@ -60,7 +62,7 @@ def evaluated(finished):
 def test_numbers_are_printed_and_kept(evaluated):
     folder, printed = evaluated
     results = json.loads((folder / "results.json").read_text())
-    expected = [task for task in evaluate.TASKS if task not in ONLY_DISENTANGLEMENT]
+    expected = [name for name, one in evaluations().items() if not one.only_disentanglement]
     assert list(results) == expected, "in the order in which a report shows them"
     elbo, likelihood = results["elbo"], results["likelihood"]
     assert elbo["images"] == likelihood["images"] == 5
@@ -132,24 +134,75 @@ def test_the_report_holds_numbers_and_pictures(evaluated):
     )
 
 
-def test_results_of_other_weights_are_left_out_of_a_report(evaluated, finished, tmp_path, capfd):
+def other_weights(finished, path):
+    """A checkpoint of the same run with other weights, under another path."""
+    checkpoint = torch.load(finished / "checkpoints/tiny/best.ckpt", weights_only=True)
+    checkpoint["state_dict"]["average.module.h"] += 0.125
+    path.parent.mkdir(parents=True)
+    write_checkpoint(checkpoint, path)
+    return path
+
+
+def test_two_checkpoints_of_one_name_have_a_folder_each(finished, tmp_path, capfd):
+    first = tmp_path / "a/run/best.ckpt"
+    first.parent.mkdir(parents=True)
+    shutil.copy(finished / "checkpoints/tiny/best.ckpt", first)
+    second = other_weights(finished, tmp_path / "b/run/best.ckpt")
+    options = ["--output_dir", tmp_path, "--sampling", "--count", 1, "--temperatures", 1]
+    here("--checkpoint", first, *options)
+    folder = tmp_path / "figs/run"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    here("--checkpoint", second, *options, "--report")
+    (other,) = (path for path in (tmp_path / "figs").iterdir() if path != folder)
+    weights = json.loads((other / "results.json").read_text())["sampling"]["weights"]
+    assert other.name == f"run-{weights}"
+    assert f"{folder} holds another checkpoint's results: using {other}" in capfd.readouterr().err
+    assert (other / "report.html").is_file() and (other / "samples_t1.00/0000.png").is_file()
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    here("--checkpoint", first, *options)
+    assert len(list((tmp_path / "figs").iterdir())) == 2
+
+
+def test_folders_of_earlier_versions_are_known_by_their_results(evaluated, finished, tmp_path):
     folder, _ = evaluated
-    mine = tmp_path / "figs/tiny"
-    mine.mkdir(parents=True)
-    results = json.loads((folder / "results.json").read_text())
-    results["elbo"]["weights"] = "0" * 12
-    (mine / "results.json").write_text(
-        json.dumps({task: results[task] for task in ("elbo", "likelihood")})
-    )
+    (tmp_path / "figs/tiny").mkdir(parents=True)
+    shutil.copy(folder / "results.json", tmp_path / "figs/tiny")
+    second = other_weights(finished, tmp_path / "tiny/best.ckpt")
+    here("--checkpoint", second, "--output_dir", tmp_path, "--elbo", "--limit", 1)
+    assert len(list((tmp_path / "figs").iterdir())) == 2
+    assert (tmp_path / "figs/tiny/results.json").read_bytes() == (
+        folder / "results.json"
+    ).read_bytes()
+
+
+def test_a_report_needs_results(finished, tmp_path, capfd):
     best = finished / "checkpoints/tiny/best.ckpt"
-    here("--checkpoint", best, "--output_dir", tmp_path, "--report")
-    page = (mine / "report.html").read_text()
-    assert f"{results['likelihood']['bits_per_dim']:.4f}" in page
-    assert f"{results['elbo']['bits_per_dim']:.4f}" not in page
-    assert "elbo is left out: it is of other weights" in page
-    (mine / "results.json").unlink()
     refusal = refused_here(capfd, "--checkpoint", best, "--output_dir", tmp_path, "--report")
-    assert "--report: there are no results of these weights" in refusal
+    assert "--report: " in refusal and "holds no results of these weights yet" in refusal
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_command_left_half_written_goes(finished, tmp_path):
+    """But not what a training writes at the same time."""
+    left = ["results.json.99.partial", "samples_t1.00/0000.png.99.partial"]
+    kept = "samples_0000012.png.99.partial"
+    for name in (*left, kept):
+        (tmp_path / "figs/tiny" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "figs/tiny" / name).touch()
+    best = finished / "checkpoints/tiny/best.ckpt"
+    here("--checkpoint", best, "--output_dir", tmp_path, "--elbo", "--limit", 1)
+    partial = {path.name for path in (tmp_path / "figs").rglob("*.partial")}
+    assert partial == {kept}
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", ".", "a/../../x"])
+def test_names_that_lead_outside_are_refused(name, finished, tmp_path, capfd):
+    (tmp_path / "x").mkdir()
+    shutil.copy(finished / "checkpoints/tiny/best.ckpt", tmp_path / "x/best.ckpt")
+    folder = tmp_path / "out/deep"
+    refusal = refused_here(capfd, "--model", name, "--output_dir", folder, "--sampling")
+    assert "a model's name must be that of a folder inside figs/" in refusal
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
 
 def test_the_batch_changes_no_number_and_other_results_stay(evaluated, finished, tmp_path):
@@ -240,7 +293,7 @@ def test_what_cannot_be_is_found_before_anything_is_computed(
     finished, tmp_path, capfd, monkeypatch
 ):
     best = finished / "checkpoints/tiny/best.ckpt"
-    monkeypatch.setattr(evaluate, "validation_elbo", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(Elbo, "compute", lambda *_: pytest.fail("computed"))
     for flags in (["--overfitting", "--queries", "absent.png"], ["--neighborhood", "--images", 99]):
         refused_here(capfd, "--checkpoint", best, "--output_dir", tmp_path, "--elbo", *flags)
 
@@ -264,6 +317,9 @@ def test_given_pictures_are_searched_for(finished, images, tmp_path, capfd):
         "neighbours"
     ]
     assert nearest == {"index": 17, "mse": 0.0, "mirrored": False}
+    os.mkfifo(tmp_path / "pipe.png")
+    refusal = refused_here(capfd, *command, tmp_path / "pipe.png")
+    assert "pipe.png cannot be read as a picture: it is not a file" in refusal
     wrong = save_image(training[17][:, :20], tmp_path / "wrong.png")
     assert "wrong.png has 32x20 pixels" in refused_here(capfd, *command, wrong)
 
@@ -395,22 +451,22 @@ def test_flags_that_do_not_fit_the_model_or_data_are_one_line(
     assert not (tmp_path / "figs/tiny/results.json").exists()
 
 
-def test_damaged_results_are_not_overwritten(finished, tmp_path, capfd):
-    (tmp_path / "figs/tiny").mkdir(parents=True)
-    (tmp_path / "figs/tiny/results.json").write_text("{")
-    best = str(finished / "checkpoints/tiny/best.ckpt")
-    assert "results.json is damaged" in refused_here(
-        capfd, "--checkpoint", best, "--sampling", "--output_dir", tmp_path
-    )
-    assert (tmp_path / "figs/tiny/results.json").read_text() == "{"
-
-
-@pytest.mark.parametrize("content", ["[]", '{"elbo": 3}'])
-def test_results_of_another_kind_are_not_overwritten(content, finished, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "results.json is damaged"),
+        ("[]", "holds no results"),
+        ('{"elbo": 3}', "holds no results"),
+        ('{"elbo": {"rate": NaN}}', "NaN is no number"),
+        ("[" * 100_000, "results.json is damaged"),
+    ],
+    ids=["cut", "list", "number", "nan", "deep"],
+)
+def test_damaged_results_are_not_overwritten(content, message, finished, tmp_path, capfd):
     (tmp_path / "figs/tiny").mkdir(parents=True)
     (tmp_path / "figs/tiny/results.json").write_text(content)
     best = finished / "checkpoints/tiny/best.ckpt"
-    assert "holds no results" in refused_here(
+    assert message in refused_here(
         capfd, "--checkpoint", best, "--sampling", "--output_dir", tmp_path
     )
     assert (tmp_path / "figs/tiny/results.json").read_text() == content
@@ -424,15 +480,16 @@ def test_folders_that_cannot_be_written_are_one_line(finished, tmp_path, capfd):
         assert "Not a directory" in refused_here(capfd, "--checkpoint", best, task, *options)
 
 
-def test_weights_that_are_not_numbers_are_one_line(finished, tmp_path, capfd):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite_are_refused(value, finished, tmp_path, capfd):
     checkpoint = torch.load(finished / "checkpoints/tiny/best.ckpt", weights_only=True)
-    checkpoint["state_dict"]["average.module.h"].fill_(float("nan"))
+    checkpoint["state_dict"]["average.module.h"].view(-1)[1] = float(value)
     write_checkpoint(checkpoint, tmp_path / "diverged.ckpt")
-    for task, quantity in (("--elbo", "ELBO"), ("--likelihood", "log-likelihood")):
-        options = ["--output_dir", tmp_path, "--limit", 2, "--importance_samples", 2]
-        refusal = refused_here(capfd, "--checkpoint", tmp_path / "diverged.ckpt", task, *options)
-        assert f"the {quantity} of image 0 is nan" in refusal and "did training diverge?" in refusal
-    assert not (tmp_path / "figs/diverged/results.json").exists()
+    for task in ("--elbo", "--likelihood", "--sampling"):
+        command = ["--checkpoint", tmp_path / "diverged.ckpt", "--output_dir", tmp_path]
+        refusal = refused_here(capfd, *command, task)
+        assert "its weights h are not finite: did training diverge?" in refusal
+    assert not (tmp_path / "figs").exists()
 
 
 class NotPlain:

@@ -1,31 +1,32 @@
-"""The importance-weighted likelihood: its value, resumption, several workers, and memory that runs
-out."""
+"""The importance-weighted likelihood: its value, resumption, and several processes."""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import resource
+import signal
 import statistics
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL_SDN
-from test_workers import assert_ended, in_another_process
+from helpers import REPOSITORY, SMALL_SDN
 
 from data.errors import DataError
 from lib.DensityVAE import DensityVAE
-from lib.evaluation import likelihood
-from lib.evaluation.importance import Group, ImportanceSampler, LikelihoodError
+from lib.evaluation.importance import ImportanceSampler, LikelihoodError
 from lib.evaluation.ledger import Ledger, LedgerError
 from lib.evaluation.likelihood import negative_log_likelihood
 from lib.utils import keyed_noise
 
 IDENTITY = {"weights": "abc", "dataset": "random"}
-OPTIONS = dict(samples=6, seed=0, identity=IDENTITY, chunk=12)
+OPTIONS = dict(image_shape=(3, 8, 8), samples=6, seed=0, identity=IDENTITY, chunk=4)
 
 
 def open_small(device: str = "cpu", count: int = 8, image_size=8, dtype=torch.float32, **changes):
@@ -37,20 +38,22 @@ def open_small(device: str = "cpu", count: int = 8, image_size=8, dtype=torch.fl
 
 
 class Trap:
-    """Images of which one is damaged."""
+    """Images of which one is damaged, or kills the process that reads it."""
 
-    def __init__(self, images, place: int):
-        self.images, self.place = images, place
+    def __init__(self, images, place: int, end: str):
+        self.images, self.place, self.end = images, place, end
 
     def __getitem__(self, index: int):
+        if index == self.place and self.end == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
         if index == self.place:
             raise DataError(f"image {index} is damaged")
         return self.images[index]
 
 
-def open_trap(device: str, place: int):
+def open_trap(device: str, place: int, end: str):
     model, images = open_small(device)
-    return model, Trap(images, place)
+    return model, Trap(images, place, end)
 
 
 @pytest.fixture
@@ -128,6 +131,7 @@ def test_it_is_the_mean_importance_weight_in_bits_per_dimension(tmp_path, obs_mo
     result = negative_log_likelihood(
         open_model,
         [2, 5, 7],
+        image_shape=(3, 8, 12),
         samples=11,
         seed=3,
         ledger=tmp_path / "ledger.csv",
@@ -147,8 +151,7 @@ def test_importance_weighted_bound():
 
     def log_likelihoods(samples: int, seed: int) -> torch.Tensor:
         sampler = ImportanceSampler(model, images, samples=samples, seed=seed, chunk=64)
-        *_, group = sampler(Group((0, 1, 2, 3), 0, (), 64))
-        return torch.tensor(group.log_likelihoods, dtype=torch.float64)
+        return torch.tensor([sampler(image) for image in range(4)], dtype=torch.float64)
 
     with torch.no_grad():
         noise = [eps.double() for eps in keyed_noise(model.latent_shapes, 0, range(4))]
@@ -215,16 +218,19 @@ def test_what_cannot_be_computed_is_refused(tmp_path, changes):
 
 def test_a_likelihood_that_is_not_finite_is_an_error_and_not_kept(tmp_path):
     model, images = open_small()
-    model.observation.log_prob = lambda params, x: torch.where(
-        torch.arange(len(x)) // 6 == 1, math.nan, 0.0
-    )
-    with pytest.raises(
-        LikelihoodError, match="the log-likelihood of image 5 is nan after 6 samples"
-    ):
+    log_prob, calls = model.observation.log_prob, []
+
+    def diverged(params, x):
+        calls.append(len(x))
+        return log_prob(params, x) + (math.nan if len(calls) > 3 else 0.0)
+
+    model.observation.log_prob = diverged
+    message = "the log-likelihood of image 5 is nan after 6 samples: did training diverge"
+    with pytest.raises(LikelihoodError, match=message):
         negative_log_likelihood(
             lambda device: (model, images), range(4, 8), ledger=tmp_path / "l", **OPTIONS
         )
-    assert values_in(tmp_path / "l") == {}
+    assert list(values_in(tmp_path / "l")) == [4]
 
 
 def test_nothing_finished_is_computed_twice(tmp_path, uninterrupted, rows_computed):
@@ -233,21 +239,21 @@ def test_nothing_finished_is_computed_twice(tmp_path, uninterrupted, rows_comput
 
     def interrupt(images: int, estimate: str) -> None:
         told.append((images, estimate))
-        if len(told) == 3:
+        if len(told) == 6:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         negative_log_likelihood(open_small, range(8), ledger=path, progress=interrupt, **OPTIONS)
-    assert [images for images, _ in told] == [2, 2, 2] and len(values_in(path)) == 6
+    assert [images for images, _ in told] == 6 * [1] and len(values_in(path)) == 6
     rows_computed.clear()
 
     told.clear()
     tell = lambda images, estimate: told.append((images, estimate))  # noqa: E731
     result = negative_log_likelihood(open_small, range(8), ledger=path, progress=tell, **OPTIONS)
-    assert result["computed"] == 2 and rows_computed == [12], "the two images that were missing"
+    assert result["computed"] == 2 and rows_computed == [4, 2] * 2, "the two that were missing"
     assert (comparable(result), values_in(path)) == uninterrupted
     shown = f"{result['bits_per_dim']:.4f} +- {result['standard_error']:.4f}"
-    assert [images for images, _ in told] == [6, 2] and told[1][1] == shown != told[0][1]
+    assert [images for images, _ in told] == [6, 1, 1] and told[2][1] == shown != told[0][1]
 
     rows_computed.clear()
     told.clear()
@@ -263,45 +269,61 @@ def test_more_images_build_on_fewer_and_fewer_on_more(tmp_path, uninterrupted):
         result = negative_log_likelihood(open_small, range(count), ledger=path, **OPTIONS)
         computed.append(result["computed"])
     assert computed == [3, 5, 0] and result["images"] == 2
-    assert values_in(path) == pytest.approx(uninterrupted[1], rel=1e-6), (
-        "image 3 was computed without image 2"
-    )
+    assert values_in(path) == uninterrupted[1]
 
 
-def test_an_image_goes_on_from_its_last_chunk(tmp_path, monkeypatch, rows_computed):
-    monkeypatch.setattr(likelihood, "PARTIAL_SECONDS", 0.0)
-    options = OPTIONS | {"samples": 40, "chunk": 7}
-    whole = negative_log_likelihood(open_small, range(3), ledger=tmp_path / "whole.csv", **options)
-    assert rows_computed == 3 * [7, 7, 7, 7, 7, 5]
-    log_sums = ImportanceSampler.log_sums
-
-    def interrupted(self, *arguments):
-        if len(rows_computed) == 9:
-            raise KeyboardInterrupt
-        return log_sums(self, *arguments)
-
-    rows_computed.clear()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ImportanceSampler, "log_sums", interrupted)
-        negative_log_likelihood(open_small, range(3), ledger=tmp_path / "ledger.csv", **options)
-    assert len((tmp_path / "ledger.csv").read_text().splitlines()) == 2 + 9
-    rows_computed.clear()
-    result = negative_log_likelihood(
-        open_small, range(3), ledger=tmp_path / "ledger.csv", **options
-    )
-    assert rows_computed == [7, 7, 5] + [7, 7, 7, 7, 7, 5] and result["computed"] == 2
-    assert comparable(result) == comparable(whole)
-
-
-def test_an_image_is_encoded_once_and_written_once_if_it_is_quick(tmp_path, monkeypatch):
-    path = tmp_path / "ledger.csv"
+def test_an_image_is_encoded_once(tmp_path, monkeypatch):
     batches = []
     bottom_up = DensityVAE.bottom_up
     monkeypatch.setattr(
         DensityVAE, "bottom_up", lambda self, x: batches.append(len(x)) or bottom_up(self, x)
     )
-    negative_log_likelihood(open_small, range(8), ledger=path, **OPTIONS | {"chunk": 2})
-    assert batches == 8 * [1] and len(path.read_text().splitlines()) == 2 + 8
+    negative_log_likelihood(open_small, range(8), ledger=tmp_path / "l", **OPTIONS | {"chunk": 2})
+    assert batches == 8 * [1]
+
+
+def test_rows_of_fewer_samples_which_earlier_versions_wrote_do_not_count(tmp_path, uninterrupted):
+    path = tmp_path / "ledger.csv"
+    negative_log_likelihood(open_small, range(2), ledger=path, **OPTIONS)
+    with path.open("a") as file:
+        file.write("2,1,-99.0\n2,4,-98.0\n")
+    result = negative_log_likelihood(open_small, range(8), ledger=path, **OPTIONS)
+    assert result["computed"] == 6
+    assert (comparable(result), values_in(path)) == uninterrupted
+
+
+def in_another_process(call: str) -> subprocess.Popen:
+    """A process, and group of its own, that calls a function given with its module."""
+    folders = (REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests/evaluation")
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import {call.partition('.')[0]}; {call}"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def assert_ended(processes: list[int]) -> None:
+    """All are gone soon, or wait only for their parent to take note."""
+    deadline = time.monotonic() + 60
+    while left := [pid for pid in processes if state(pid) != "Z"]:
+        assert time.monotonic() < deadline, f"processes {left} do not end"
+        time.sleep(0.02)
+
+
+def state(pid: int) -> str:
+    """One letter, as /proc has it; Z for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="reads /proc")
 
 
 def compute_and_stall(path: str, workers: int) -> None:
@@ -323,8 +345,14 @@ def compute_and_stall(path: str, workers: int) -> None:
     )
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_run_goes_on_and_its_workers_end(tmp_path, uninterrupted, workers, one_thread):
+@needs_proc
+@pytest.mark.parametrize(
+    ("workers", "number"),
+    [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM), (2, signal.SIGINT)],
+)
+def test_a_killed_run_goes_on_and_its_workers_end(
+    tmp_path, uninterrupted, workers, number, one_thread
+):
     path = tmp_path / "ledger.csv"
     with in_another_process(
         f"test_likelihood.compute_and_stall({str(path)!r}, {workers})"
@@ -333,13 +361,16 @@ def test_a_killed_run_goes_on_and_its_workers_end(tmp_path, uninterrupted, worke
         assert word == "stalled" and len(children) == (workers if workers > 1 else 0)
         with pytest.raises(LedgerError, match="in use by another process"):
             negative_log_likelihood(open_small, range(8), ledger=path, **OPTIONS)
-        process.kill()
-        process.wait()
+        if number == signal.SIGINT:  # Ctrl-C reaches them all, and is the parent's to handle
+            for child in children:
+                os.kill(int(child), number)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert stderr.count("Traceback") == (number == signal.SIGINT), stderr
         assert_ended([int(child) for child in children])
-    finished = len(values_in(path))
-    assert finished == 4
+    assert len(values_in(path)) == 4
     result = negative_log_likelihood(open_small, range(8), ledger=path, **OPTIONS)
-    assert result["computed"] == 8 - finished
+    assert result["computed"] == 4
     assert (comparable(result), values_in(path)) == uninterrupted
 
 
@@ -407,17 +438,17 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_written(tmp_path):
     path = tmp_path / "ledger.csv"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Ledger(path, {"samples": 6}) as ledger:
-        ledger.add([0], 6, [-1.5])
+        ledger.add(0, -1.5)
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
         try:
             with pytest.raises(
                 LedgerError, match="cannot write .*ledger.csv .*: what is in it stays; make room"
             ):
-                ledger.add([1], 6, [-2.5])
+                ledger.add(1, -2.5)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     with Ledger(path, {"samples": 6}) as ledger:
-        assert ledger.rows == {0: (6, -1.5)}
+        assert ledger.rows == {0: -1.5}
 
 
 def test_two_workers_find_what_one_finds(tmp_path, one_thread, uninterrupted):
@@ -435,15 +466,23 @@ def test_two_workers_find_what_one_finds(tmp_path, one_thread, uninterrupted):
     assert sum(images for images, _ in told) == result["computed"] == 8
 
 
-def test_a_worker_that_fails_ends_the_run_and_loses_nothing(tmp_path):
+@pytest.mark.parametrize("end", ["raises", "dies"])
+def test_a_worker_that_fails_ends_the_run_and_loses_nothing(tmp_path, end):
     path = tmp_path / "ledger.csv"
-    open_model = partial(open_trap, place=5)
-    with pytest.raises(DataError, match="^image 5 is damaged$"):
+    kind, message = {
+        "raises": (DataError, "^image 5 is damaged$"),
+        "dies": (LikelihoodError, "^a worker process was killed, perhaps .*; what was finished"),
+    }[end]
+    with pytest.raises(kind, match=message):
         negative_log_likelihood(
-            open_model, range(8), ledger=path, devices=["cpu", "cpu"], **OPTIONS
+            partial(open_trap, place=5, end=end),
+            range(8),
+            ledger=path,
+            devices=["cpu", "cpu"],
+            **OPTIONS,
         )
     assert not multiprocessing.active_children()
-    finished = values_in(path)
-    assert finished and not {4, 5} & finished.keys()
+    finished = values_in(path) if path.stat().st_size else {}
+    assert 5 not in finished
     result = negative_log_likelihood(open_small, range(8), ledger=path, **OPTIONS)
     assert result["computed"] == 8 - len(finished)
