@@ -7,6 +7,7 @@ import sys
 
 from helpers import REPOSITORY
 
+# Not Triton: where it is installed, torch's own counter of operations imports it.
 HEAVY = (
     "pytorch_lightning",
     "torchvision",
@@ -15,7 +16,6 @@ HEAVY = (
     "h5py",
     "sklearn",
     "matplotlib",
-    "triton",
     "PIL",
     "tqdm",
     "data",
