@@ -26,8 +26,6 @@ typedef long long i64;
 
 constexpr int THREADS = 256;
 constexpr int ALL_UNITS = C / 8;
-constexpr int TILES = 2 / GROUPS;  // of 64 rows
-constexpr int FIRST_HALF = (UNITS + 1) / 2;
 
 struct ForwardArguments {
     const void* lines;      // features before the sweep
@@ -116,7 +114,10 @@ DEVICE void wait_copies() {
     asm volatile("fence.proxy.async;" ::: "memory");
 }
 
+// What a thread has stored before it arrives is seen by all that wait for it. The second form promises
+// nothing about stores, and waits for none: it says that values have been read, and used.
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+DEVICE void cluster_arrive_read() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 DEVICE void block_barrier() { __syncthreads(); }
 DEVICE void warp_barrier() { __syncwarp(); }
@@ -361,6 +362,7 @@ DEVICE void fill_zeros(u32 address, int bytes, int thread) {
 
 #if !BACKWARD
 
+constexpr int FIRST_HALF = (UNITS + 1) / 2;  // units of the first warpgroup
 // Numbers from a row of the previous line to the next.
 constexpr int ROW = ALL_UNITS % 2 ? C : C + 8;
 constexpr int K_BLOCKS = 3 * ROW / 8;
@@ -458,7 +460,7 @@ DEVICE void sweep_forward(const ForwardArguments& args, u32 weights, u32 bias, u
             if constexpr (COUNT > 0)
                 if (k > 0 || args.continues)
                     multiply<COUNT * 3, K_BLOCKS, STRIDE>(sums, a, weights + FIRST_UNIT * 384, lane);
-            cluster_arrive();  // this thread has read the line visited before
+            cluster_arrive_read();  // the line visited before
 
             u32 packed[2][ROOM];
             float value[2][2 * ROOM];
@@ -597,7 +599,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 constexpr int ROW = UNITS * 24 + (UNITS % 2 ? 0 : 8);
 constexpr int K_BLOCKS = 3 * ROW / 8;
 constexpr int STRIDE = ALL_UNITS * 128;
-constexpr int ITEMS = (TILES * 64 * UNITS + THREADS - 1) / THREADS;  // (row, unit), of a thread
+constexpr int ITEMS = (128 / GROUPS * UNITS + THREADS - 1) / THREADS;  // (row, unit), of a thread
 constexpr int FIRST_BLOCKS = GROUPS == 2 ? (CLUSTER + 1) / 2 : CLUSTER;  // of the first warpgroup
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
@@ -693,7 +695,7 @@ DEVICE void sweep_backward(const BackwardArguments& args, u32 weights, u32 rows)
             clear_padding();
             block_barrier();
         }
-        if (!overlap) cluster_arrive();  // partial sums can be received
+        if (!overlap) cluster_arrive_read();  // partial sums can be received
 
         Item items[ITEMS] = {};
         fetch(args.first, items);
@@ -713,8 +715,8 @@ DEVICE void sweep_backward(const BackwardArguments& args, u32 weights, u32 rows)
 #pragma unroll
                     for (int i = 0; i < COUNT * 4; i++) products[i] = 0;
                     multiply<COUNT, K_BLOCKS, STRIDE>(products, a, weights + FIRST_UNIT * 128, lane);
-                    if (overlap) cluster_arrive();  // this thread has read the rows
-                    cluster_wait();                 // all blocks can receive
+                    if (overlap) cluster_arrive_read();  // the rows
+                    cluster_wait();                      // all blocks can receive
                     for_blocks<BLOCK, END>([&](auto block, auto first_unit) {
                         constexpr int TO = decltype(block)::value;
                         constexpr int UNIT = decltype(first_unit)::value;
@@ -737,7 +739,7 @@ DEVICE void sweep_backward(const BackwardArguments& args, u32 weights, u32 rows)
                         });
                     });
                 } else {
-                    if (overlap) cluster_arrive();
+                    if (overlap) cluster_arrive_read();
                     cluster_wait();
                 }
                 cluster_arrive();  // this thread's partial sums are there
@@ -759,8 +761,6 @@ DEVICE void sweep_backward(const BackwardArguments& args, u32 weights, u32 rows)
                 if (overlap) {
                     block_barrier();  // nobody reads partial sums any more
                     clear_padding();
-                } else {
-                    cluster_arrive();  // the next ones can be received
                 }
             }
 
@@ -789,6 +789,7 @@ DEVICE void sweep_backward(const BackwardArguments& args, u32 weights, u32 rows)
             });
             if (k + 1 < args.num_lines) fetch(line + args.step, items);
             block_barrier();  // the rows are complete
+            if (!overlap && (k > 0 || args.next_gates)) cluster_arrive_read();  // partial sums
         }
         if (!overlap) cluster_wait();
     }
