@@ -17,9 +17,7 @@ VAE = DensityVAE | DisentanglementVAE
 __all__ = ["VAE", "Output", "build_model"]
 
 
-def build_model(
-    config: TrainConfig, image_size: int | Sequence[int], channels: int = 3
-) -> VAE:
+def build_model(config: TrainConfig, image_size: int | Sequence[int], channels: int = 3) -> VAE:
     """The model of a run, with new weights.
 
     Arguments:
@@ -32,7 +30,9 @@ def build_model(
             what is allowed.
     """
     with torch.device("meta"):  # takes no memory
-        needed = sum(parameter.nbytes for parameter in _build(config, image_size, channels).parameters())
+        needed = sum(
+            parameter.nbytes for parameter in _build(config, image_size, channels).parameters()
+        )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise ValueError(

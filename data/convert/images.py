@@ -28,13 +28,13 @@ from lib.cli import OneLineParser, one_line_errors
 from lib.files import exclusive_folder
 from lib.picture_files import FITS
 
+from ..converted import FORMAT
 from ..errors import DataError
 from ..get_dataset import DATASETS
 from .decoding import Decoded, Shape, decode_all
 from .sources import Entry, Source, open_source
 from .storing import FIRST, SPLITS, Progress, Store, partial_folder
 
-FORMAT = 1  # of dataset.json
 SIDES = range(1, 4097)
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from lib.files import PARTIAL, sync, whole_file
 
+from ..converted import DESCRIPTION
 from ..errors import DataError
 from .decoding import DIGEST
 
 SPLITS = ("train", "validation")
-DESCRIPTION = "dataset.json"
 COMMIT_BYTES, COMMIT_ENTRIES = 2**25, 4096  # after so much, what is done is kept
 FIRST = 10  # of what is damaged, that many are named
 

@@ -3,6 +3,7 @@ decoding."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,8 @@ class DensityVAE(nn.Module):
             return Block(block, gated, num_features, dirs, border, backend)
 
         _check_halvings((height, width), downsample_first + len({*ds_list}))
+        if downsample_first and min(height, width) < 2:
+            raise ValueError(f"downsample_first cannot halve images of {height}x{width}")
         scale = (height // 2, width // 2) if downsample_first else (height, width)
         num_features = sdn_nfeat_0
         layers, shapes = [], []
@@ -315,19 +318,30 @@ class DensityVAE(nn.Module):
 
 def _check_halvings(size: tuple[int, int], wanted: int) -> None:
     """Raises ValueError unless a map of this size can be halved so often, or until a side is 1."""
-    halvings, (height, width) = 0, size
-    while halvings < wanted and min(height, width) > 1:
-        if height % 2 or width % 2:
-            factor, rounded = 2**wanted, []
-            for side in size:
-                below = max(side // factor, 1) * factor
-                rounded.append((below, below + factor))
-            fitting = " or ".join(f"{h}x{w}" for h, w in zip(*rounded, strict=True))
-            raise ValueError(
-                f"images of {size[0]}x{size[1]} cannot be halved {wanted} times: choose fewer "
-                f"entries of ds_list, or sides that are multiples of {factor}, such as {fitting}"
-            )
-        height, width, halvings = height // 2, width // 2, halvings + 1
+    if _can_halve(size, wanted):
+        return
+    near = set()
+    for factor in (2**halvings for halvings in range(1, wanted + 1)):
+        sides = [(side // factor * factor, -(-side // factor) * factor) for side in size]
+        near |= {(h, w) for h in sides[0] for w in sides[1] if _can_halve((h, w), wanted)}
+    nearest = sorted(near, key=lambda other: (math.dist(other, size), other))[:3]
+    fitting = " or ".join(f"{h}x{w}" for h, w in nearest)
+    raise ValueError(
+        f"images of {size[0]}x{size[1]} cannot be halved {wanted} times: choose fewer entries of "
+        f"ds_list, or images of {fitting} (height x width)"
+    )
+
+
+def _can_halve(size: tuple[int, int], wanted: int) -> bool:
+    if min(size) < 1:
+        return False
+    for _ in range(wanted):
+        if min(size) == 1:  # such a map stays as it is
+            return True
+        if size[0] % 2 or size[1] % 2:
+            return False
+        size = (size[0] // 2, size[1] // 2)
+    return True
 
 
 def _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl) -> None:

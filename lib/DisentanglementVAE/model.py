@@ -26,6 +26,7 @@ class DisentanglementVAE(nn.Module):
 
     Arguments:
         image_size: (64, 64) or 64.
+        channels: Colours of the images, 3 or 1 (grey).
         z_size: Number of latent dimensions Z.
         obs_model, nbits, mix_components: Observation model "DL" or "DML", bits per colour,
             components of DML.
@@ -42,6 +43,7 @@ class DisentanglementVAE(nn.Module):
         self,
         image_size: int | Sequence[int] = IMAGE_SIZE,
         *,
+        channels: int = 3,
         z_size: int = 10,
         obs_model: str = "DL",
         nbits: int = 8,
