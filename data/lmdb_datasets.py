@@ -105,7 +105,7 @@ class LmdbImages(Dataset):
             environment = lmdb.open(
                 self._key, readonly=True, lock=False, readahead=False, meminit=False, create=False
             )
-            expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            expected = size_in_use(environment)
             actual = (self.path / "data.mdb").stat().st_size
             if actual < expected:  # reading past the end of the file would kill the process
                 environment.close()
@@ -132,3 +132,9 @@ class LmdbImages(Dataset):
             raise DataError(
                 f"{self.path} is damaged ({error}); make it again with: {self.command}"
             ) from None
+
+
+def size_in_use(environment: Any) -> int:
+    """Bytes that the file of an open LMDB must have; reading past the end of a shorter one kills
+    the process."""
+    return (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]

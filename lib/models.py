@@ -43,7 +43,7 @@ def build_model(config: TrainConfig, image_size: int | Sequence[int], channels: 
     return _build(config, image_size, channels)
 
 
-def _build(config: TrainConfig, image_size: int | Sequence[int], channels: int) -> VAE:
+def _build(config: TrainConfig, image_size: int | Sequence[int], channels: int = 3) -> VAE:
     common = dict(channels=channels, backend=config.backend, analytic_kl=config.analytic_kl)
     if config.task == "density_estimation":
         common["checkpoint_activations"] = config.checkpoint_activations

@@ -19,8 +19,8 @@ GAP = 8
 
 
 def save_image(image: Tensor, path: str | Path, enlarge: int = 1) -> Path:
-    """Writes a uint8 image [C, H, W], grey or colour, as PNG, each pixel `enlarge` x `enlarge` large; makes the
-    folder if needed."""
+    """Writes a uint8 image [C, H, W], grey or colour, as PNG, each pixel `enlarge` x `enlarge`
+    large; makes the folder if needed."""
     return _save(_picture(image, enlarge), path)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from lib.picture_files import MOST_BYTES
 
 from ..errors import DataError
+from ..lmdb_datasets import size_in_use
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 IDX = re.compile(r"(train|t10k|test|emnist.*)-images[-.]idx3-ubyte(\.gz)?")
@@ -162,6 +163,7 @@ def _zip(path: Path) -> Source:
 def _tars(paths: list[Path]) -> Source:
     def entries() -> Iterator[Entry]:
         for path in paths:
+            _check_end(path)
             with _whole(path, tarfile.TarError, zlib.error), tarfile.open(path, "r|*") as archive:
                 for member in archive:
                     if member.isfile() and not _hidden(member.name):
@@ -171,6 +173,17 @@ def _tars(paths: list[Path]) -> Source:
                     archive.members = []  # otherwise it remembers all
 
     return Source("TAR archives", _identity(paths), entries)
+
+
+def _check_end(path: Path) -> None:
+    """Raises DataError for a TAR without compression that is cut off between two of its files,
+    which its reader takes for the end."""
+    with path.open("rb") as file:
+        file.seek(257)
+        plain = file.read(5) == b"ustar"
+        file.seek(-512, os.SEEK_END)
+        if plain and any(file.read()):
+            raise DataError(f"{path} is cut off: its last block is not the end mark of a TAR")
 
 
 def _parquet(paths: list[Path]) -> Source:
@@ -245,18 +258,20 @@ def _lmdb(path: Path) -> Source:
         import lmdb
     except ImportError:
         raise DataError("reading an LMDB needs the package lmdb: pip install lmdb") from None
+    file = path / "data.mdb" if path.is_dir() else path
     options = dict(readonly=True, lock=False, readahead=False, subdir=path.is_dir())
 
     def entries() -> Iterator[Entry]:
         with (
             _whole(path, lmdb.Error),
             closing(lmdb.open(str(path), **options)) as environment,
-            environment.begin() as transaction,
         ):
-            for key, value in transaction.cursor():
-                yield Entry(os.fsdecode(key), "", bytes(value))
+            if file.stat().st_size < size_in_use(environment):
+                raise lmdb.Error("the file is cut off")
+            with environment.begin() as transaction:
+                for key, value in transaction.cursor():
+                    yield Entry(os.fsdecode(key), "", bytes(value))
 
-    file = path / "data.mdb" if path.is_dir() else path
     return Source("an LMDB", _identity([file]), entries)
 
 

@@ -197,8 +197,8 @@ def _squared_norms(blocks: Tensor) -> Tensor:
 
 
 def _check_images(images: Tensor, what: str, shape: torch.Size | None = None) -> None:
-    """Raises ValueError unless `images` are uint8 [N, C, H, W] with 1 or 3 channels, of `shape` [C, H, W]
-    if given."""
+    """Raises ValueError unless `images` are uint8 [N, C, H, W] with 1 or 3 channels, and of `shape`
+    [C, H, W] if given."""
     if (
         images.dtype != torch.uint8
         or images.ndim != 4
