@@ -163,14 +163,15 @@ def _zip(path: Path) -> Source:
 def _tars(paths: list[Path]) -> Source:
     def entries() -> Iterator[Entry]:
         for path in paths:
-            _check_end(path)
-            with _whole(path, tarfile.TarError, zlib.error), tarfile.open(path, "r|*") as archive:
-                for member in archive:
-                    if member.isfile() and not _hidden(member.name):
-                        name = member.name if len(paths) == 1 else f"{path.name}/{member.name}"
-                        content = _limited(archive.extractfile(member))
-                        yield Entry(name, _first_folder(member.name), content)
-                    archive.members = []  # otherwise it remembers all
+            with _whole(path, tarfile.TarError, zlib.error):
+                _check_end(path)
+                with tarfile.open(path, "r|*") as archive:
+                    for member in archive:
+                        if member.isfile() and not _hidden(member.name):
+                            name = member.name if len(paths) == 1 else f"{path.name}/{member.name}"
+                            content = _limited(archive.extractfile(member))
+                            yield Entry(name, _first_folder(member.name), content)
+                        archive.members = []  # otherwise it remembers all
 
     return Source("TAR archives", _identity(paths), entries)
 
