@@ -12,9 +12,9 @@ import pytest
 import torch
 from helpers import run
 
-from benchmarks.runs_compared import differences
-from benchmarks.sessions import growth
 from lib.checkpoint import read_checkpoint, write_checkpoint
+from tests.stress.runs_compared import differences
+from tests.stress.sessions import growth
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_growth_finds_a_leak_and_not_what_comes_at_the_start():
 def test_a_short_soak_ends_well(tmp_path):
     output = tmp_path / "soak.json"
     done = run(
-        "-m benchmarks.soak", "--quick", "--output", output, timeout=1800, TMPDIR=str(tmp_path)
+        "-m tests.stress.soak", "--quick", "--output", output, timeout=1800, TMPDIR=str(tmp_path)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(output.read_text())

@@ -1,7 +1,7 @@
 """Training that is killed, stopped and damaged at random, compared bit for bit with the same
 training left in peace.
 
-    python -m benchmarks.soak --minutes 30 --seed 0 --output benchmarks/results/soak_cpu.json
+    python -m tests.stress.soak --minutes 30 --seed 0 --output benchmarks/results/soak_cpu.json
 
 A third of the time goes to a run in peace, whose memory is watched, the rest to a run of the same
 steps, with --use_checkpoint, that is ended again and again: SIGKILL at any moment, SIGKILL of a
@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import stamp, write
-from benchmarks.runs_compared import differences
-from benchmarks.sessions import EVERY, FLAGS, Session, fault_at, in_peace
 from lib.training.resume import step_checkpoints
+from tests.stress.runs_compared import differences
+from tests.stress.sessions import EVERY, FLAGS, Session, fault_at, in_peace
 
 # How a run is ended, how often by comparison, and its exit status then.
 ENDS = {

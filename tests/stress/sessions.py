@@ -22,7 +22,7 @@ import train
 from lib.training.base import VAETraining
 from lib.training.resume import RunProgress
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 EVERY = 10  # optimizer steps between checkpoints
 FLAGS = (
     "--dataset Photos32 --gpus 0 --logger none --make_checkpoint --use_checkpoint --num_workers 2 "
@@ -84,7 +84,7 @@ class Session:
         command = [
             sys.executable,
             "-m",
-            "benchmarks.sessions",
+            "tests.stress.sessions",
             seed,
             self.steps_file,
             *FLAGS.split(),
