@@ -245,7 +245,6 @@ def test_workers_give_the_same_batches():
 def test_training_flips_where_the_registry_says_so_and_validation_never(monkeypatch):
     from dataclasses import replace
 
-
     for flip in (True, False):
         spec = replace(DATASETS["Photos32"], flip=flip)
         monkeypatch.setitem(DATASETS, "Photos32", spec)
