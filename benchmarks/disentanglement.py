@@ -43,10 +43,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import machine
-from data import shapes3d
+from data import scenes
+from data.convert import shapes3d
 from data.datamodule import ImageDataModule
 from data.errors import DataError
-from data.shapes3d_rendered import Shapes3DRendered, blocks
+from data.locks import locked_folder
+from data.sets.shapes3d_rendered import Shapes3DRendered, blocks
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import TrainConfig
 from lib.DisentanglementVAE import DisentanglementVAE
@@ -67,9 +69,9 @@ NOISE, DIMENSIONS = 0.3, 10  # of the codes that metrics are timed on
 def prepare_file(root: Path) -> None:
     """Writes the compressed file, unless it or its copy is there."""
     path = root / "3DShapes" / "3dshapes.h5"
-    if not path.exists() and not shapes3d.uncompressed(path).exists():
-        with shapes3d.alone(path):
-            shapes3d.write_hdf5(path, blocks(shapes3d.SCENES), shapes3d.SCENES, compression="gzip")
+    if not path.exists() and not shapes3d.existing_copy(path):
+        with locked_folder(path.parent, wait=True):
+            shapes3d.write_hdf5(path, blocks(scenes.SCENES), scenes.SCENES, compression="gzip")
 
 
 def open_data(name: str, workers: int, options) -> ImageDataModule:
@@ -108,7 +110,7 @@ def check_loader(name: str, data: ImageDataModule) -> None:
             "single images": (images, torch.stack([dataset[index] for index in indices.tolist()])),
             "the scenes' labels": (
                 dataset.labels(indices),
-                torch.from_numpy(shapes3d.all_labels())[indices],
+                torch.from_numpy(scenes.all_labels())[indices],
             ),
         }
         if name == "3DShapes":  # whose labels are checked where it is opened
@@ -161,7 +163,7 @@ def build(options, *, sdn: bool, backend: str | None = None) -> DisentanglementV
     flags = dict(
         sdn_nfeat_0=options.features, backend=backend or options.backend, **({} if sdn else CNN)
     )
-    return build_model(TrainConfig.for_task(task="disentanglement", **flags), shapes3d.SIZE).to(
+    return build_model(TrainConfig.for_task(task="disentanglement", **flags), scenes.SIZE).to(
         options.device
     )
 

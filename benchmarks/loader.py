@@ -4,7 +4,7 @@ images.
     python -m benchmarks.loader --output benchmarks/results/loader.json
 
 The data are random images that the script writes into a temporary folder, in the formats of the
-real data sets: batches as CIFAR10 is published, LMDBs as data/tfrecords_to_lmdb.py writes them;
+real data sets: batches as CIFAR10 is published, LMDBs as data/convert/tfrecords.py writes them;
 reading does not depend on the content, but they are in the page cache. What is timed is the
 training loader of `ImageDataModule`, shuffled and flipped as for training, over whole epochs after
 one that starts the workers and is not counted. In that one each image is compared with what was

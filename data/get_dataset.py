@@ -1,88 +1,23 @@
-"""The registry of data sets: name -> shape, how to open it, how to get it."""
+"""Data sets by their names: those of `data.sets`, and those that were converted from pictures."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+import pkgutil
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from .cifar10 import Cifar10
+from . import sets
 from .converted import COMMAND, converted_names, read_description
 from .errors import DataError
 from .lmdb_datasets import LmdbImages
-from .photos32 import Photos32
-from .shapes3d import COMMAND as GET_3DSHAPES
-from .shapes3d import Shapes3D
-from .shapes3d_rendered import Shapes3DRendered
+from .registry import DATASETS, SPLITS, DatasetSpec
 
-SPLITS = ("train", "validation")
+__all__ = ["DATASETS", "SPLITS", "DatasetSpec", "dataset_spec", "get_dataset", "is_mirrored"]
 
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """A data set that has a train and a validation split of uint8 images.
-
-    shape: (C, H, W). flip: whether training flips images at random. command: what gets the data.
-    open: (folder of all data sets, split) -> Dataset of uint8 tensors [C, H, W].
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    flip: bool
-    command: str
-    open: Callable[[Path, str], Dataset]
-
-
-def _lmdb(name: str, size: int, flip: bool, script: str) -> DatasetSpec:
-    shape, command = (3, size, size), f"bash data/{name}/{script}"
-
-    def open_split(root: Path, split: str) -> LmdbImages:
-        return LmdbImages(root / name / f"{split}.lmdb", shape, _in_folder(root, command))
-
-    return DatasetSpec(name, shape, flip, command, open_split)
-
-
-def _shapes3d(root: Path, split: str) -> Shapes3D:
-    return Shapes3D(root / "3DShapes" / "3dshapes.h5", split, _in_folder(root, GET_3DSHAPES))
-
-
-def _in_folder(root: Path, command: str) -> str:
-    """The command that puts the data into the folder `root`."""
-    return command if root == Path("data") else f"SDN_DATA_ROOT={shlex.quote(str(root))} {command}"
-
-
-DATASETS: dict[str, DatasetSpec] = {
-    spec.name: spec
-    for spec in (
-        DatasetSpec(
-            "CIFAR10",
-            (3, 32, 32),
-            True,
-            "it is downloaded on first use",
-            lambda r, s: Cifar10(r / "CIFAR10", s),
-        ),
-        _lmdb("ImageNet32", 32, False, "get_imagenet_data.sh"),
-        _lmdb("CelebAHQ256", 256, True, "get_celeb_data.sh"),
-        DatasetSpec(
-            "Photos32",
-            (3, 32, 32),
-            False,
-            "pip install scikit-image scikit-learn",
-            lambda root, split: Photos32(split),
-        ),
-        DatasetSpec("3DShapes", (3, 64, 64), False, GET_3DSHAPES, _shapes3d),
-        DatasetSpec(
-            "Shapes3DRendered",
-            (3, 64, 64),
-            False,
-            "nothing to get",
-            lambda root, split: Shapes3DRendered(split),
-        ),
-    )
-}
+for module in pkgutil.iter_modules(sets.__path__):
+    importlib.import_module(f"{sets.__name__}.{module.name}")
 
 
 def dataset_spec(name: str, root: str | Path = "data") -> DatasetSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import DataError
+
+KINDS = {  # beginnings of values in the LMDBs of other programs
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"RIFF": "a WebP picture",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+}
 
 # LMDB allows a file to be open once in a process and forbids using, after a fork, what was opened
 # before it. So a process shares its environments, and a fork waits for the reads under way and
@@ -53,6 +65,10 @@ class LmdbImages(Dataset):
     def __init__(self, path: str | Path, shape: tuple[int, int, int], command: str):
         self.path, self.shape, self.command = Path(path), shape, command
         self._key = os.path.realpath(path)
+        if self.path.is_file():
+            raise DataError(
+                f"{self.path} is a file; needed is a folder with data.mdb, as from: {command}"
+            )
         if not (self.path / "data.mdb").is_file():
             raise DataError(f"there is no {self.path}; get it with: {command}")
         with _reading, self._damage_in_one_line():
@@ -79,22 +95,41 @@ class LmdbImages(Dataset):
             for image, index in zip(images, indices, strict=True):
                 value = transaction.get(str(index).encode())
                 if value is None:
-                    raise DataError(
-                        f"{self.path} has no image {index}; make it again with: {self.command}"
-                    )
-                if len(value) != len(image):
-                    raise DataError(
+                    problem = f"{self.path} has no image {index}"
+                elif len(value) != len(image):
+                    problem = (
                         f"{self.path}: image {index} has {len(value)} bytes, "
-                        f"{height}x{width}x{channels} has {len(image)}; "
-                        f"make it again with: {self.command}"
+                        f"{height}x{width}x{channels} has {len(image)}"
                     )
-                image[:] = np.frombuffer(value, np.uint8)
+                else:
+                    image[:] = np.frombuffer(value, np.uint8)
+                    continue
+                raise DataError(f"{problem}; {self._remedy(transaction)}")
         # Contiguous as from torch.stack: convolutions would follow another order of dimensions, and
         # round differently.
         return (
             torch.from_numpy(images.reshape(-1, height, width, channels))
             .permute(0, 3, 1, 2)
             .contiguous()
+        )
+
+    def _remedy(self, transaction: Any) -> str:
+        """What to do with a wrong LMDB, and what it is if another project made it."""
+        cursor = transaction.cursor()
+        cursor.first()
+        key, value = bytes(cursor.key()), bytes(cursor.value())
+        again = f"make it again with: {self.command}"
+        kind = next((kind for start, kind in KINDS.items() if value.startswith(start)), "")
+        if key == b"0" and not kind:
+            return again
+        first = f"its first key is {ascii(key[:40])}, its first value {kind or 'something'}"
+        convert = (
+            f"python -m data.convert.images {shlex.quote(str(self.path))} --name NAME --size SIZE"
+        )
+        ways = f"; pictures become a data set with: {convert}" if "picture" in kind else ""
+        return (
+            f"it was made by another program ({first} of {len(value)} bytes), where the keys here "
+            f"are 0, 1, ... and the values raw images{ways}; or {again}"
         )
 
     def _open(self) -> Any:

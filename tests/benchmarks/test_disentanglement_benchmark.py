@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from benchmarks import disentanglement
-from data import shapes3d
+from data import scenes
+from data.convert import shapes3d
 
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("sklearn")
 
 SCENES = 480
-LABELS = shapes3d.all_labels()[:SCENES]
+LABELS = scenes.all_labels()[:SCENES]
 TINY = (
     "--batches 3 --batch 16 --workers 0 --features 4 --steps 1 --points 150 --trees 1 --rounds 1 --device cpu"
 ).split()
@@ -25,8 +26,8 @@ TINY = (
 @pytest.fixture
 def few_scenes(monkeypatch):
     """3D-Shapes ends after 480 scenes, those of the first hues."""
-    monkeypatch.setattr(shapes3d, "SCENES", SCENES)
-    monkeypatch.setattr(shapes3d, "all_labels", lambda: LABELS)
+    monkeypatch.setattr(scenes, "SCENES", SCENES)
+    monkeypatch.setattr(scenes, "all_labels", lambda: LABELS)
 
 
 @pytest.fixture
@@ -115,15 +116,15 @@ def test_refuses_loaders_that_give_something_else(tmp_path, monkeypatch, wrong):
         )
         message = "Shapes3DRendered is not timed: a batch differs from"
     elif wrong == "labels":
-        correct = shapes3d.Scenes.labels
+        correct = scenes.Scenes.labels
         monkeypatch.setattr(
-            shapes3d.Scenes, "labels", lambda self, indices: correct(self, indices).flip(1)
+            scenes.Scenes, "labels", lambda self, indices: correct(self, indices).flip(1)
         )
         message = "Shapes3DRendered is not timed: a batch differs from the scenes' labels"
     else:
         disentanglement.prepare_file(tmp_path)
         shapes3d.convert(path := tmp_path / "3DShapes/3dshapes.h5")
-        with h5py.File(shapes3d.uncompressed(path), "r+") as file:
+        with h5py.File(shapes3d.existing_copy(path), "r+") as file:
             file["images"][:] = file["images"][:][::-1]
         message = "3DShapes is not timed: a batch differs from the file's images"
     with pytest.raises(SystemExit) as refusal:

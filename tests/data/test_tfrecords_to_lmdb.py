@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers import REPOSITORY
 
-from data import tfrecords_to_lmdb
+from data.convert import tfrecords
+from data.convert.tfrecord import masked_crc32c, parse_example, records
+from data.convert.tfrecords import convert, main
 from data.errors import DataError
 from data.lmdb_datasets import LmdbImages
-from data.tfrecord import masked_crc32c, parse_example, records
-from data.tfrecords_to_lmdb import convert, main
 
 lmdb = pytest.importorskip("lmdb")
 pytest.importorskip("google_crc32c")
@@ -44,7 +44,7 @@ def fails(files, tmp_path, formats, capsys, *messages):
         main(["ImageNet32", "--source", str(tmp_path / "bad.tar"), "--target", str(target)])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("data.tfrecords_to_lmdb: error: ")
+    assert line.startswith("data.convert.tfrecords: error: ")
     for message in messages:
         assert message in line
     assert not list(target.glob("train.lmdb*")), "nothing half-written is left"
@@ -249,7 +249,7 @@ def _unchecked(formats, image):
 
 
 def test_the_map_grows(archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(tfrecords_to_lmdb, "BATCH_BYTES", 2**13)  # the map begins with 4 of these
+    monkeypatch.setattr(tfrecords, "BATCH_BYTES", 2**13)  # the map begins with 4 of these
     source, images = archive
     convert("ImageNet32", source, tmp_path / "t")
     assert (tmp_path / "t/train.lmdb/data.mdb").stat().st_size > 5 * 3072
@@ -287,13 +287,13 @@ def test_a_failed_renewal_keeps_the_old_lmdb(archive, tmp_path, formats):
 
 KILLED = """
 import os, signal, sys
-from data import tfrecords_to_lmdb
-whole = tfrecords_to_lmdb.images
+from data.convert import tfrecords
+whole = tfrecords.images
 def then_killed(*arguments):
     yield from list(whole(*arguments))[:3]
     os.kill(os.getpid(), signal.SIGKILL)
-tfrecords_to_lmdb.images, tfrecords_to_lmdb.BATCH_BYTES = then_killed, 3072
-tfrecords_to_lmdb.main(sys.argv[1:])
+tfrecords.images, tfrecords.BATCH_BYTES = then_killed, 3072
+tfrecords.main(sys.argv[1:])
 """
 
 
@@ -325,7 +325,7 @@ def test_a_conversion_that_stops_between_its_two_renamings_keeps_the_old_lmdb(
             raise KeyboardInterrupt
         rename(before, after)
 
-    monkeypatch.setattr(tfrecords_to_lmdb.os, "rename", stop_before_the_second)
+    monkeypatch.setattr(tfrecords.os, "rename", stop_before_the_second)
     with pytest.raises(KeyboardInterrupt):
         convert("ImageNet32", source, tmp_path / "t", force=True)
     monkeypatch.undo()
@@ -351,7 +351,7 @@ def test_wrong_flags_are_one_line(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main(command)
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and line.startswith("data.tfrecords_to_lmdb: error: ")
+    assert stop.value.code == 2 and line.startswith("data.convert.tfrecords: error: ")
     assert ("CIFAR10" if "CIFAR10" in command else "--target") in line
 
 
@@ -464,9 +464,7 @@ def test_sources_that_are_no_archive(tmp_path):
 
 
 def test_too_little_room_is_said_before_anything_is_written(archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        tfrecords_to_lmdb.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})
-    )
+    monkeypatch.setattr(tfrecords.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(DataError, match="GB free, the conversion needs about"):
         convert("ImageNet32", archive[0], tmp_path / "t")
     assert not list((tmp_path / "t").iterdir())

@@ -1,7 +1,7 @@
 """Converts Glow's TFRecord archives to train.lmdb and validation.lmdb; neither TensorFlow nor
 unpacking is needed.
 
-python -m data.tfrecords_to_lmdb {CelebAHQ256,ImageNet32} --source TAR_OR_FOLDER --target FOLDER
+python -m data.convert.tfrecords {CelebAHQ256,ImageNet32} --source TAR_OR_FOLDER --target FOLDER
   [--force]
 
 A split is written as NAME.lmdb.partial and renamed when it is complete: a NAME.lmdb is always a
@@ -12,7 +12,6 @@ unless `--force` is given.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -25,15 +24,15 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from lib.cli import OneLineParser, one_line_errors
+from lib.files import sync
 
-from .errors import DataError
-from .get_dataset import DATASETS, SPLITS
+from ..errors import DataError
+from ..locks import locked_folder
+from ..registry import DATASETS, SPLITS
+from ..sets import glow  # noqa: F401 - registers the two data sets
 from .tfrecord import parse_example, records
 
-RESOLUTION_LEVELS = {
-    "CelebAHQ256": 8,
-    "ImageNet32": 5,
-}  # shard names hold the base-2 logarithm of the image's side
+RESOLUTION_LEVELS = {"CelebAHQ256": 8, "ImageNet32": 5}  # log2 of the side, in names of shards
 PAGE = 4096
 BATCH_BYTES = 2**25
 
@@ -75,8 +74,7 @@ def convert(
         return {}
     with find_shards(name, source) as all_shards:
         shards = {split: check_complete(name, split, all_shards[split], source) for split in wanted}
-        target.mkdir(parents=True, exist_ok=True)
-        with exclusive(target):
+        with locked_folder(target, wait=False):
             for split in wanted:  # of an interrupted conversion
                 final, partial, old = _paths(target, split)
                 shutil.rmtree(partial, ignore_errors=True)
@@ -166,23 +164,6 @@ def check_complete(
     return shards
 
 
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Keeps a second conversion away from the folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot lock
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"another process is converting to {folder}; let it finish"
-                ) from None
-        yield
-    finally:
-        os.close(handle)
-
-
 def check_room(name: str, target: Path, shard_bytes: int) -> None:
     """Whether the LMDB fits on the disk: a value takes whole pages, its record about as much as the
     raw image."""
@@ -211,7 +192,7 @@ def convert_split(name: str, split: str, shards: list[Shard], target: Path) -> i
     if final.exists():  # a folder cannot replace another one in a single step
         os.rename(final, old)
     os.rename(partial, final)
-    _sync_folder(target)
+    sync(target)
     shutil.rmtree(old, ignore_errors=True)
     return count
 
@@ -292,20 +273,12 @@ def _lmdb() -> Any:
     return lmdb
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _command(name: str) -> str:
     return f"get it with: {DATASETS[name].command}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = OneLineParser("data.tfrecords_to_lmdb", description=__doc__.splitlines()[0])
+    parser = OneLineParser("data.convert.tfrecords", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", choices=sorted(RESOLUTION_LEVELS))
     parser.add_argument(
         "--source",
@@ -318,7 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--force", action="store_true", help="convert a split again that is there")
     flags = parser.parse_args(arguments)
-    with one_line_errors("data.tfrecords_to_lmdb", DataError, OSError):
+    with one_line_errors("data.convert.tfrecords", DataError, OSError):
         try:
             counts = convert(flags.dataset, flags.source, flags.target, flags.force)
         except KeyboardInterrupt:
