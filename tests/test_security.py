@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY
 
-# The one class that reads pickles, which looks nothing up: tests/data/test_cifar10.py shows it.
+# The one class that reads pickles, which looks nothing up: tests/data/sets/test_cifar10.py shows it.
 RESTRICTED = {("data/cifar10.py", "pickle.Unpickler")}
 # Tests that show that malicious files would run, that load what they saved themselves, or start our
 # own scripts.
 SHOWN = {
     "tests/forked.py": {"runpy.run_path"},
-    "tests/data/test_cifar10.py": {"eval", "__import__", "os.system", "pickle.loads"},
-    "tests/data/test_shapes3d.py": {"pickle.loads"},
+    "tests/data/sets/test_cifar10.py": {"eval", "__import__", "os.system", "pickle.loads"},
+    "tests/data/sets/test_shapes3d.py": {"pickle.loads"},
     "tests/test_bad_checkpoints.py": {"eval", "os.system", "pickle.loads"},
     "tests/test_nn.py": {"torch.load without weights_only=True"},
 }

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import IO
 
-from .errors import DataError
+from ..errors import DataError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # how protobuf writes a field
 BYTES_LIST, FLOATS, INTEGERS = 1, 2, 3  # the kinds of a Feature

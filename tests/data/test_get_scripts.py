@@ -78,6 +78,6 @@ def test_the_scripts_download_convert_and_name_the_recipe(script, archive, recip
     assert download == f"-m data.download {url} {root / name / archive}"
     assert (
         convert
-        == f"-m data.tfrecords_to_lmdb {name} --source {root / name / archive} --target {root / name}"
+        == f"-m data.convert.tfrecords {name} --source {root / name / archive} --target {root / name}"
     )
     assert f"bash {recipe} --root '{root}'" in following

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import photos32
+from data.sets import photos32
 from data.photos32 import REDUCTIONS, Photos32
 
 
