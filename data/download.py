@@ -3,8 +3,8 @@
     python -m data.download URL DESTINATION [--sha256 SUM]
 
 The bytes so far are in DESTINATION.partial. DESTINATION.sha256, in the format of sha256sum, is
-written when they are complete. If it exists already, from an earlier download or written by you, the
-file is checked against it; otherwise against the sum of the published file, if that is given.
+written when they are complete. If it exists already, from an earlier download or written by you,
+the file is checked against it; otherwise against the sum of the published file, if that is given.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ class IAF(nn.Module):
 
     Parameters are the channels [mean, log-variance, context]. With `z0 ~ N(mean, variance)` and
     `(m, s)` the output of an autoregressive network of masked convolutions over positions in raster
-    order, `z = (z0 - m) / exp(s)` and `log q(z) = log N(z0) + sum(s)`. The order is one of positions
-    only: the channels of a position do not depend on each other, so that on a 1x1 map the flow
-    shifts and scales by numbers of the context, and `z` is Gaussian.
+    order, `z = (z0 - m) / exp(s)` and `log q(z) = log N(z0) + sum(s)`. Only positions are ordered:
+    the channels of one position do not depend on each other. On a 1x1 map, `m` and `s` therefore
+    depend on the context alone, and `z` is Gaussian (DEVIATIONS.md).
 
     Arguments:
         z_size: Number of latent channels Z.

@@ -112,8 +112,8 @@ def test_rows_of_a_batch_are_independent():
 
 def test_sdn_is_placed_featured_and_directed_as_specified():
     model = DensityVAE(
-        16, h_size=8, z_size=2, depth=4, ds_list=[1, 2], mix_components=1, sdn_min_scale=8, sdn_max_scale=16,
-        sdn_nfeat_0=80, sdn_nfeat_diff=20, sdn_num_dirs=3,
+        16, h_size=8, z_size=2, depth=4, ds_list=[1, 2], mix_components=1,
+        sdn_min_scale=8, sdn_max_scale=16, sdn_nfeat_0=80, sdn_nfeat_diff=20, sdn_num_dirs=3,
     )  # fmt: skip
     blocks = [block for layer in model.ladder_layers for block in (layer.down_a, layer.down_b)]
     assert [isinstance(block, ResSDNLayer) for block in blocks] == [True] * 6 + [False] * 2
@@ -201,8 +201,8 @@ def test_blocks_stand_where_the_sdn_layers_would():
 def test_sdn_features_never_fall_below_fifty_nor_rise():
     for first, expected in ((70, [70, 50]), (30, [30, 30])):
         model = DensityVAE(
-            8, h_size=8, z_size=2, depth=2, ds_list=[0], mix_components=1, sdn_max_scale=8, sdn_nfeat_0=first,
-            sdn_nfeat_diff=128, sdn_num_dirs=1,
+            8, h_size=8, z_size=2, depth=2, ds_list=[0], mix_components=1,
+            sdn_max_scale=8, sdn_nfeat_0=first, sdn_nfeat_diff=128, sdn_num_dirs=1,
         )  # fmt: skip
         assert [
             layer.down_a.sdn.project_in_stage.out_channels for layer in model.ladder_layers

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY
 
-# The one class that reads pickles, which looks nothing up: tests/data/sets/test_cifar10.py shows it.
-RESTRICTED = {("data/cifar10.py", "pickle.Unpickler")}
+# The one class that reads pickles, which looks nothing up, as tests/data/sets/test_cifar10.py
+# shows.
+RESTRICTED = {("data/sets/cifar10.py", "pickle.Unpickler")}
 # Tests that show that malicious files would run, that load what they saved themselves, or start our
 # own scripts.
 SHOWN = {

@@ -139,9 +139,8 @@ def check_complete(
         )
     totals = {total for total, _ in found}
     if len(totals) > 1:
-        raise DataError(
-            f"{source}: shards of {split} come from sets of {' and '.join(map(str, sorted(totals)))}"
-        )
+        sets = " and ".join(map(str, sorted(totals)))
+        raise DataError(f"{source}: shards of {split} come from sets of {sets}")
     (total,) = totals
     shards = sorted((shard for _, shard in found), key=lambda shard: shard.number)
     numbers = [shard.number for shard in shards]
@@ -159,7 +158,8 @@ def check_complete(
             if numbers.count(shard.number) > 1 or shard.number >= total
         ]
         raise DataError(
-            f"{source} has {len(shards)} shards of {split} instead of {total}: see {', '.join(extra[:5])}"
+            f"{source} has {len(shards)} shards of {split} instead of {total}: see "
+            f"{', '.join(extra[:5])}"
         )
     return shards
 
@@ -173,7 +173,8 @@ def check_room(name: str, target: Path, shard_bytes: int) -> None:
     free = shutil.disk_usage(target).free
     if free < needed:
         raise DataError(
-            f"{target} has {free / 1e9:.1f} GB free, the conversion needs about {needed / 1e9:.1f} GB: make room"
+            f"{target} has {free / 1e9:.1f} GB free, the conversion needs about "
+            f"{needed / 1e9:.1f} GB: make room"
         )
 
 
@@ -229,7 +230,8 @@ def images(name: str, shards: list[Shard], split: str) -> Iterator[bytes]:
                     image = data[0] if data and isinstance(data[0], bytes) else b""
                     if len(image) != height * width * channels:
                         raise DataError(
-                            f"{where}: {len(image)} bytes of image instead of {height * width * channels}"
+                            f"{where}: {len(image)} bytes of image instead of "
+                            f"{height * width * channels}"
                         )
                     yield image
                     bar.update(len(record) + 16)

@@ -87,7 +87,8 @@ def photographs() -> list[Image.Image]:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
         raise DataError(
-            f"Photos32 needs scikit-image and scikit-learn: pip install scikit-image scikit-learn ({error})"
+            "Photos32 needs scikit-image and scikit-learn: pip install scikit-image scikit-learn "
+            f"({error})"
         ) from None
     arrays = [
         data.astronaut(),

@@ -52,7 +52,7 @@ class Shapes3D(Scenes):
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
         for scene, image in zip(scenes.tolist(), images, strict=True):
-            # Reading at a position leaves no trace in the open file, so that processes can share it.
+            # Reading at a position leaves no trace in the open file: processes can share it.
             start = self._offset + scene * IMAGE_BYTES
             if os.preadv(self._file.fileno(), [image], start) != IMAGE_BYTES:
                 raise DataError(

@@ -210,11 +210,12 @@ class DensityVAE(nn.Module):
         return Output(-self.observation.log_prob(params, x), rates, latents, params)
 
     def bottom_up(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Posterior parameters of each layer, top-down order, and the output of the pass, [B,
-        h_size, H_0, W_0]."""
+        """Posterior parameters of each layer in top-down order, [B, q, H_i, W_i], and the output of
+        the pass, [B, h_size, H_top, W_top]."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}"
+                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got "
+                f"{list(x.shape)}"
             )
         hidden = self.first_layer(x)
         posterior = []
@@ -308,7 +309,8 @@ class DensityVAE(nn.Module):
             return [None] * len(self.latent_shapes)
         if len(tensors) != len(self.latent_shapes):
             raise ValueError(
-                f"{name} must have one entry for each of the {len(self.latent_shapes)} layers, top first"
+                f"{name} must have one entry for each of the {len(self.latent_shapes)} layers, top "
+                "first"
             )
         for step, (tensor, shape) in enumerate(zip(tensors, self.latent_shapes, strict=True)):
             if tensor is not None and tuple(tensor.shape) != (batch, *shape):

@@ -142,7 +142,8 @@ class DisentanglementVAE(nn.Module):
         pass's output."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}"
+                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got "
+                f"{list(x.shape)}"
             )
         q_params = self.encoder(x)
         return [q_params], q_params

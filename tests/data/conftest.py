@@ -171,6 +171,7 @@ def formats():
     import types
 
     return types.SimpleNamespace(
-        crc32c=crc32c, masked=masked, frame=frame, example=example, field=field, int_feature=int_feature,
-        varint=varint, tar_of=tar_of, imagenet_shards=imagenet_shards, write_lmdb=write_lmdb,
+        crc32c=crc32c, masked=masked, frame=frame, example=example, field=field,
+        int_feature=int_feature, varint=varint, tar_of=tar_of,
+        imagenet_shards=imagenet_shards, write_lmdb=write_lmdb,
     )  # fmt: skip

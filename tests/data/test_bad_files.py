@@ -26,10 +26,10 @@ from PIL import Image
 import evaluate
 import train
 from data import histogram, scenes
-from data.sets.cifar10 import images_of
 from data.convert import shapes3d, tfrecords
 from data.errors import DataError
 from data.lmdb_datasets import LmdbImages
+from data.sets.cifar10 import images_of
 from lib import released
 
 pytest.importorskip("lmdb")

@@ -425,7 +425,8 @@ def test_other_labels(small, make):
 
     assert_refused(
         make(labels=changed(17, 4, 2)),
-        r"the labels of image 17 are \[0\.0, 0\.0, 0\.0, 0\.75, 2\.0, -21\.4\d+\] instead of \[.*1\.0, -21\.4\d+\]",
+        r"the labels of image 17 are \[0\.0, 0\.0, 0\.0, 0\.75, 2\.0, -21\.4\d+\] instead of "
+        r"\[.*1\.0, -21\.4\d+\]",
         r"\(1 of 960 differ\)",
     )
     assert_refused(make(labels=changed(959, 5, np.nan)), "the labels of image 959 are .*nan")
