@@ -316,6 +316,9 @@ def _launch(
         if chosen[:1] + chosen[2:3] in active:
             break
         active[chosen.cluster, chosen.groups] = kernel.active
+    if not backward and not graphs.is_small(lines) and not graphs.is_capturing(lines.device):
+        # Whether coefficients are kept depends on the free memory, and a capture must not compile.
+        cluster.load(lines.device, constants._replace(KEEPS=not constants.KEEPS))
     num_clusters = min(-(-batch // chosen.images), kernel.active)
     sizes = dict(num_lines=len(block), num_positions=num_positions, batch=batch)
     strides = zip(("line_stride", "position_stride", "image_stride"), lines.stride(), strict=False)
