@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from .DensityVAE.blocks import BLOCKS, HIGHWAY
 from .nn import BACKENDS, BORDERS
-from .probability import OBSERVATIONS, POSTERIORS, PRIORS
+from .probability import OBSERVATIONS, POSTERIORS, PRIORS, TAILS
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 NOISES = ("batch", "image")
@@ -205,6 +205,9 @@ class TrainConfig:
     prior_model: str = _model("IsoGaussian", "prior", *PRIORS)
     obs_model: str = _model("DML", "observation model", *OBSERVATIONS)
     mix_components: int = _model(5, "mixture components of DML", POSITIVE, _at_most(2**20))
+    dml_tails: str = _model(
+        "approximate", "DML's bins below 1e-5: as in the literature, or exact", *TAILS
+    )
     nbits: int = _model(8, "bits per colour, 1 to 8", Range("1 to 8", 1, 8))
     sdn_max_scale: int = _model(
         32, "largest scale with SDN layers; 0: none, the IAF-VAE+ baseline", NOT_NEGATIVE

@@ -55,6 +55,7 @@ def _build(config: TrainConfig, image_size: int | Sequence[int], channels: int =
         obs_model=config.obs_model,
         nbits=config.nbits,
         mix_components=config.mix_components,
+        dml_tails=config.dml_tails,
         sdn_nfeat=config.sdn_nfeat_0 if with_sdn else 0,
         sdn_dirs=range(config.sdn_num_dirs),
         border=config.border,

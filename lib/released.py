@@ -178,13 +178,19 @@ def rebuild_config(
     needed = [name for name in (*architecture, "dataset") if stored.get(name) is not None]
     # The release leaves a sweep's first line as it is, and has no blocks for ablations.
     values = (
-        {"border": "keep", "block": "sdn", "highway": "auto"}
+        {"border": "keep", "block": "sdn", "highway": "auto", "dml_tails": "approximate"}
         | OPTIONAL
         | {name: _plain(stored[name], name, path) for name in needed}
     )
     lacking = sorted({*architecture, "dataset"} - values.keys())
     if lacking:
         raise CheckpointError(f"{path}: its hyper-parameters lack {', '.join(lacking)}")
+    if values["obs_model"] == "DL":
+        raise CheckpointError(
+            f"{path} has the observation model DL, whose data are k / (2^nbits - 1) - 0.5 in the "
+            "authors' program and k / 2^nbits - 0.5 in this one (DEVIATIONS.md): it would see other "
+            "images than it was trained on"
+        )
     config, left_out = _checked(values, path), {}
     for name in [name for name in TRAINING if stored.get(name) is not None]:
         try:

@@ -55,8 +55,8 @@ class DensityVAE(nn.Module):
         ds_list: Layers that halve the scale (those reached at scale 1 do not).
         downsample_first: Whether the first convolution halves the scale already.
         post_model, prior_model: "IAF" or "IsoGaussian"; "IsoGaussian".
-        obs_model, nbits, mix_components: Observation model "DML" or "DL", bits per colour,
-            components of DML.
+        obs_model, nbits, mix_components, dml_tails: Observation model "DML" or "DL", bits per
+            colour, components and tails of DML.
         sdn_min_scale, sdn_max_scale: A layer whose lower side has a scale in this range uses ResSDN
             layers, or whatever `block` says.
         sdn_nfeat_0, sdn_nfeat_diff: Features of the SDN layers: at first, and how many fewer after
@@ -90,6 +90,7 @@ class DensityVAE(nn.Module):
         obs_model: str = "DML",
         nbits: int = 8,
         mix_components: int = 5,
+        dml_tails: str = "approximate",
         sdn_min_scale: int = 0,
         sdn_max_scale: int = 0,
         sdn_nfeat_0: int = 0,
@@ -107,12 +108,12 @@ class DensityVAE(nn.Module):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_shape = (channels, height, width)
         _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl)
-        self.observation = make_observation(obs_model, nbits, mix_components, channels)
+        self.observation = make_observation(obs_model, nbits, mix_components, channels, dml_tails)
 
         if block not in BLOCKS or highway not in HIGHWAY:
             raise ValueError(
-                f"block must be one of {', '.join(BLOCKS)}, and highway one of {', '.join(HIGHWAY)}; "
-                f"got {block!r} and {highway!r}"
+                f"block must be one of {', '.join(BLOCKS)}, and highway one of "
+                f"{', '.join(HIGHWAY)}; got {block!r} and {highway!r}"
             )
         gated = highway == "on" or highway == "auto" and block == "sdn"
         first_direction = 0
@@ -123,8 +124,9 @@ class DensityVAE(nn.Module):
                 return Block(block, gated)
             if num_features < 1 or num_dirs not in range(1, 5):
                 raise ValueError(
-                    f"with SDN on (sdn_max_scale {sdn_max_scale}) sdn_nfeat_0 must be at least 1 and sdn_num_dirs "
-                    f"1 to 4, got {num_features} and {num_dirs}; sdn_max_scale 0 turns SDN off"
+                    f"with SDN on (sdn_max_scale {sdn_max_scale}) sdn_nfeat_0 must be at least 1 "
+                    f"and sdn_num_dirs 1 to 4, got {num_features} and {num_dirs}; sdn_max_scale 0 "
+                    "turns SDN off"
                 )
             dirs = tuple((first_direction + i) % 4 for i in range(num_dirs))
             first_direction += num_dirs

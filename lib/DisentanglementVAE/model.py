@@ -28,8 +28,8 @@ class DisentanglementVAE(nn.Module):
         image_size: (64, 64) or 64.
         channels: Colours of the images, 3 or 1 (grey).
         z_size: Number of latent dimensions Z.
-        obs_model, nbits, mix_components: Observation model "DL" or "DML", bits per colour,
-            components of DML.
+        obs_model, nbits, mix_components, dml_tails: Observation model "DL" or "DML", bits per
+            colour, components and tails of DML.
         sdn_nfeat: Features of the SDN layer; 0: the convolutional decoder.
         sdn_dirs: Directions of its sweeps.
         border, backend: See `lib.nn.SDNLayer`.
@@ -48,6 +48,7 @@ class DisentanglementVAE(nn.Module):
         obs_model: str = "DL",
         nbits: int = 8,
         mix_components: int = 5,
+        dml_tails: str = "approximate",
         sdn_nfeat: int = 0,
         sdn_dirs: Sequence[int] = (0,),
         border: str = "zeros",
@@ -66,7 +67,7 @@ class DisentanglementVAE(nn.Module):
         self.latent_shapes = [(z_size,)]
         self.analytic_kl = analytic_kl
         self.posterior = IsoGaussian(z_size)
-        self.observation = make_observation(obs_model, nbits, mix_components, channels)
+        self.observation = make_observation(obs_model, nbits, mix_components, channels, dml_tails)
 
         def down(in_ch: int, out_ch: int) -> nn.Module:
             return make_convolution(in_ch, out_ch, *HALF_SCALE, upsample=False)

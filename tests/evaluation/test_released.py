@@ -75,6 +75,18 @@ def golden_names(path) -> list[str]:
     return list(read_checkpoint(path)["state_dict"])
 
 
+def test_a_checkpoint_with_dl_is_refused(tmp_path):
+    """Its model saw k / (2^nbits - 1) - 0.5, ours would show it k / 2^nbits - 0.5."""
+    checkpoint = golden("tiny_8bit")
+    checkpoint["hyper_parameters"]["obs_model"] = "DL"
+    path = saved(checkpoint, tmp_path)
+    with pytest.raises(CheckpointError, match="observation model DL, whose data are .* other"):
+        translate(read_checkpoint(path), path)
+    assert_one_line_error(
+        run("-m", "lib.released", path, tmp_path / "last.ckpt"), "observation model DL"
+    )
+
+
 @pytest.mark.parametrize("name", ["tiny_8bit", "tiny_5bit"])
 def test_every_stored_tensor_is_used_or_listed(name):
     checkpoint = golden(name)
