@@ -42,12 +42,12 @@ from lib.utils import keyed_noise
 MODELS = {
     "quickstart": dict(
         h_size=32, z_size=4, depth=4, ds_list=[0, 2], downsample_first=True, mix_components=3,
-        sdn_max_scale=16, sdn_nfeat_0=32, sdn_nfeat_diff=128, sdn_num_dirs=2,
+        sdn_max_scale=16, sdn_nfeat_0=32, sdn_nfeat_diff=128, sdn_num_dirs=2
     ),
     "cifar": dict(
         h_size=200, z_size=4, depth=15, ds_list=[5, 10], mix_components=5,
-        sdn_max_scale=32, sdn_nfeat_0=360, sdn_nfeat_diff=128, sdn_num_dirs=2,
-    ),
+        sdn_max_scale=32, sdn_nfeat_0=360, sdn_nfeat_diff=128, sdn_num_dirs=2
+    )
 }  # fmt: skip
 CNN = dict(sdn_max_scale=0)  # the baseline IAF-VAE+
 QUERIES = 64

@@ -13,8 +13,8 @@ import time
 
 import pytest
 from helpers import REPOSITORY, TINY, TINY_BETA, csv_rows, run
+from runs_compared import differences, same
 
-from benchmarks.runs_compared import differences, same
 from lib.checkpoint import read_checkpoint
 from lib.training.checkpoints import step_checkpoints
 
