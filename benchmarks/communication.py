@@ -33,7 +33,7 @@ import train
 from benchmarks import common
 from data.get_dataset import DATASETS
 from lib.models import build_model
-from lib.training.checkpoints import RunProgress
+from lib.training.resume import RunProgress
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPES = {

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks.common import machine
 from lib.DensityVAE import DensityVAE
-from lib.evaluation.importance import Group, ImportanceSampler
+from lib.evaluation.importance import ImportanceSampler
 from lib.evaluation.nearest import nearest_images
 from lib.synthesis import sample_images
 from lib.utils import keyed_noise
@@ -100,8 +100,7 @@ def likelihood(name: str, model: DensityVAE, options) -> list[dict]:
 
     def shared() -> Tensor:
         sampler = ImportanceSampler(model, [image], samples=samples, seed=0, chunk=chunk)
-        *_, finished = sampler(Group((0,), 0, (0.0,), chunk))
-        return torch.tensor(finished.log_likelihoods)
+        return torch.tensor([sampler(0)], dtype=torch.float64)
 
     @torch.no_grad()
     def full(rows_at_once: int) -> Tensor:

@@ -7,7 +7,7 @@ A step is forward pass, loss, backward pass and Adamax, on random images; models
 architecture of the authors' CIFAR10 recipe (batch 32). Contenders: `auto` and `torch` (backends of
 the sweeps), `compiled` (`auto`, as one graph of torch.compile), `replayed` (`torch`, both passes
 replayed as CUDA graphs), `checkpointed` (`auto`, activations of each ladder layer computed anew in
-the backward pass), `yardstick` (a torch.nn.GRUCell call for each line, see `benchmarks.sdn_layer`)
+the backward pass), `yardstick` (a torch.nn.GRUCell call for each line, see `benchmarks.layer`)
 and `cnn` (the baseline without SDN). First the losses and gradients of all but `cnn`, on a small
 model in float32, are compared with the reference in float64; one that differs ends the program with
 status 1. Times are medians over rounds in which contenders take turns.
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.evaluation import CNN, MODELS
-from benchmarks.sdn_layer import YardstickSDNLayer
+from benchmarks.layer import YardstickSDNLayer
 from lib.DensityVAE import DensityVAE
 from lib.nn import SDNLayer
 from lib.utils import keyed_noise, nats_to_bits_per_dim

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lib.training.position import Position
-from lib.training.processes import Patience
+from lib.training.processes import Watchdog
+from lib.training.resume import Position
+from lib.training.signals import EXIT_STATUS
 from lib.utils import mixed_seed
 
 from .errors import DataError
@@ -93,12 +94,12 @@ class BatchLoader(DataLoader):
         # torch's own limit is for the first byte of a batch; a worker that stops in its middle
         # would stop all.
         with (
-            Patience(self.timeout * 1.1, loader_hangs(self.timeout))
+            Watchdog(self.timeout * 1.1, loader_hangs(self.timeout))
             if self.timeout
-            else nullcontext() as patience
+            else nullcontext() as watchdog
         ):
             while True:
-                with patience.waiting() if patience else nullcontext():
+                with watchdog.waiting() if watchdog else nullcontext():
                     batch = next(batches, None)
                 if batch is None:
                     return
@@ -126,7 +127,7 @@ def _as_arrays(batch: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
 def leave_signals_to_the_main_process(worker: int) -> None:
     """A signal to a whole job reaches loader workers, too, which are needed until the checkpoint is
     written."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in EXIT_STATUS:
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -259,7 +260,7 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         self.check_batch(self._world_size)
         # A resumed run begins inside an epoch.
-        epoch = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
+        epoch = self.trainer.current_epoch if self.trainer else 0
         module = self.trainer.lightning_module if self.trainer else None
         position = getattr(module, "position", Position(epoch))
         global_batch = self.batch * self._world_size

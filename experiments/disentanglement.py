@@ -34,8 +34,7 @@ from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import ConfigError, TrainConfig
 from lib.DisentanglementVAE.metrics import METRICS, FactorData, MetricError
-from lib.evaluation.disentanglement import FewerLevels
-from lib.evaluation.options import DEFAULT_METRICS
+from lib.evaluation.disentanglement import DEFAULT_METRICS, FewerLevels
 from lib.evaluation.results import read_results
 
 from . import disentanglement_results

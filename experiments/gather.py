@@ -50,7 +50,7 @@ from lib.cli import OneLineParser, one_line_errors
 from lib.config import ConfigError, TrainConfig
 from lib.evaluation.results import read_results
 from lib.files import whole_file
-from lib.training.callbacks import RUN_FILE
+from lib.training.resume import RUN_FILE
 
 PROGRAM = "gather"
 UNITS = {"density_estimation": "bits/dim", "disentanglement": "nats"}

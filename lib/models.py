@@ -14,8 +14,6 @@ from .DisentanglementVAE.model import SDN_SCALE
 
 VAE = DensityVAE | DisentanglementVAE
 
-LARGEST = dict(depth=1000, h_size=2**20, z_size=2**20, mix_components=2**20, sdn_nfeat_0=2**20)
-
 __all__ = ["VAE", "Output", "build_model"]
 
 
@@ -30,16 +28,14 @@ def build_model(config: TrainConfig, image_size: int | Sequence[int]) -> VAE:
         ValueError: if the model cannot be, or its weights do not fit into memory; the message says
             what is allowed.
     """
-    for name, largest in LARGEST.items():
-        if getattr(config, name) > largest:
-            raise ValueError(f"{name} must be at most {largest}, got {getattr(config, name)}")
     with torch.device("meta"):  # takes no memory
         needed = sum(parameter.nbytes for parameter in _build(config, image_size).parameters())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise ValueError(
-            f"the model's weights take {needed / 1e9:.1f} GB, this machine's memory has {memory / 1e9:.1f}: use a "
-            "smaller depth, h_size, z_size, mix_components or sdn_nfeat_0"
+            f"the model's weights take {needed / 1e9:.1f} GB, this machine's memory has "
+            f"{memory / 1e9:.1f}: use a smaller depth, h_size, z_size, mix_components or "
+            "sdn_nfeat_0"
         )
     return _build(config, image_size)
 

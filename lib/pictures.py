@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -24,18 +27,19 @@ def save_image(image: Tensor, path: str | Path, enlarge: int = 1) -> Path:
 
 
 def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
-    """A picture file as uint8 [3, H, W].
+    """A picture file as uint8 [3, H, W]; of a grey picture of 16 bits the upper 8.
 
     Raises:
-        ValueError: if it cannot be read or is not of this shape.
+        ValueError: if it cannot be read, is not of this shape, or has pixels of more than 8 bits
+            other than those.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise ValueError("it is not a file")
         with Image.open(path) as picture:
             width, height = picture.size
             fits = (3, height, width) == tuple(shape)
-            pixels = torch.frombuffer(
-                bytearray(picture.convert("RGB").tobytes() if fits else b" "), dtype=torch.uint8
-            )
+            pixels = bytearray(_levels(picture) if fits else b" ")
     except Exception as error:  # damaged files make PIL fail in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a picture: {reason}") from None
@@ -43,7 +47,19 @@ def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
         raise ValueError(
             f"{path} has {width}x{height} pixels; the model's images have {shape[2]}x{shape[1]}"
         )
-    return pixels.view(height, width, 3).permute(2, 0, 1)
+    levels = torch.frombuffer(pixels, dtype=torch.uint8)
+    return levels.view(height, width, 3).permute(2, 0, 1)
+
+
+def _levels(picture: Image.Image) -> bytes:
+    """The picture's red, green and blue levels, 0 to 255, pixel after pixel."""
+    if picture.mode.startswith("I;16"):  # PIL would cut off at 255
+        grey = np.asarray(picture).astype(np.uint16) >> 8
+        picture = Image.fromarray(grey.astype(np.uint8))
+    elif picture.mode in ("I", "F"):
+        kind = "floating-point" if picture.mode == "F" else "32-bit"
+        raise ValueError(f"it has {kind} pixels; save it with 8 bits a channel")
+    return picture.convert("RGB").tobytes()
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> Path:
@@ -140,6 +156,11 @@ def save_rates(
 def side_by_side(left: Tensor, right: Tensor) -> Tensor:
     """Two batches [N, 3, H, W] interleaved to [2N, 3, H, W]: left[0], right[0], left[1], ..."""
     return torch.stack([left, right], dim=1).flatten(0, 1)
+
+
+def square(count: float) -> int:
+    """Columns of a nearly square grid."""
+    return max(1, round(count**0.5))
 
 
 def _save(picture: Image.Image, path: str | Path) -> Path:

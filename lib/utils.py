@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 
@@ -33,7 +34,7 @@ class MaskedConv2d(nn.Conv2d):
         self.register_buffer("mask", mask.view(1, 1, kernel_size, kernel_size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * self.mask, self.bias)
+        return functional.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
 
 
 def initialize_convolutions(module: nn.Module) -> None:

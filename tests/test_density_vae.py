@@ -10,7 +10,7 @@ from helpers import SMALL, SMALL_SDN
 
 from lib.DensityVAE import DensityVAE
 from lib.DensityVAE.blocks import BLOCKS, HALF_SCALE, SAME_SCALE, Block, Highway, make_block
-from lib.evaluation.likelihood import negative_elbo
+from lib.evaluation.elbo import negative_elbo
 from lib.nn import ResSDNLayer
 from lib.training.base import objective
 from lib.utils import keyed_noise

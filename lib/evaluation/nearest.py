@@ -115,7 +115,8 @@ def nearest_images(
             raise ValueError("a training image came twice: the indices must differ")
         if max(positions) >= 2 ** (shift - 1):
             raise ValueError(
-                f"indices must be below {2 ** (shift - 1)} for images {list(shape)}, got {max(positions)}"
+                f"indices must be below {2 ** (shift - 1)} for images {list(shape)}, got "
+                f"{max(positions)}"
             )
         seen.update(positions)
         images = images.to(device)

@@ -266,9 +266,8 @@ def test_too_few_images_for_a_batch():
 @pytest.mark.usefixtures("few_photos")
 def test_too_few_images_for_a_batch_on_every_process():
     data = module(batch=80)
-    begun = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)))
     data.trainer = SimpleNamespace(
-        world_size=2, global_rank=1, fit_loop=begun, lightning_module=None
+        world_size=2, global_rank=1, current_epoch=0, lightning_module=None
     )
     with pytest.raises(
         DataError, match="one batch of 80 on each of 2 processes: use a batch of at most 75"

@@ -41,7 +41,7 @@ from runs_compared import differences, log_rows  # noqa: E402
 import train  # noqa: E402
 from benchmarks.common import stamp, write  # noqa: E402
 from lib.training.base import VAETraining  # noqa: E402
-from lib.training.checkpoints import RunProgress  # noqa: E402
+from lib.training.resume import RunProgress  # noqa: E402
 
 EVERY = 10  # optimizer steps between checkpoints
 FLAGS = (
