@@ -1,5 +1,5 @@
-"""The benchmarks of tables, training steps, loaders and kernels: that they run, and that they
-refuse what is wrong."""
+"""The benchmarks of training steps and loaders: that they run, and that they refuse what is
+wrong."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import sys
 
 import pytest
 import torch
-from helpers import REPOSITORY, run
+from helpers import REPOSITORY
 
-from benchmarks import common, kernel_check, table5_parameters, table6_runtime, train_step
+from benchmarks import common, train_step
 from lib import nn as sdn
 
 SOME = ["--contenders", "auto", "checkpointed", "yardstick", "cnn"]
@@ -30,35 +30,6 @@ def result_of(benchmark, tmp_path, *arguments: str) -> dict:
     return result
 
 
-def test_parameters_of_the_specification(tmp_path):
-    assert len(result_of(table5_parameters, tmp_path)["rows"]) == 5
-    table5_parameters.main(["--output", str(tmp_path / "full.json")])
-    rows = json.loads((tmp_path / "full.json").read_text())["rows"]
-    counts = [row["parameters"] for row in rows]
-    assert counts == [360_200, 1_000_200, 561_600, 1_042_800, 2_005_200]  # SPEC, cost model
-
-
-def test_parameters_that_are_wrong_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(table5_parameters, "expected", lambda name, channels: 1)
-    with pytest.raises(SystemExit, match="conv3 has 584 parameters, its equations have 1"):
-        result_of(table5_parameters, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_table_6(tmp_path):
-    rows = result_of(table6_runtime, tmp_path, "--device", "cpu", "--no_memory")["rows"]
-    names = ["conv3", "conv5", "sdn1/auto", "sdn2/auto", "sdn4/auto"]
-    assert [(row["scale"], row["layer"]) for row in rows] == [
-        (scale, name) for scale in (4, 5) for name in names
-    ]
-    for row in rows:
-        assert (
-            min(row["forward_ms"], row["backward_ms"]) > 0
-            and min(row["forward_std"], row["backward_std"]) >= 0
-        )
-        assert (row["forward_over_conv3"] == 1) == (row["layer"] == "conv3")
-
-
 def test_training_steps(tmp_path, capsys):
     result = result_of(train_step, tmp_path, "--device", "cpu", "--steps", "30", *SOME)
     assert [row["contender"] for row in result["rows"]] == SOME[1:]
@@ -67,11 +38,8 @@ def test_training_steps(tmp_path, capsys):
     assert "30 steps in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "benchmark, arguments", [(train_step, SOME), (table6_runtime, ["--no_memory"])]
-)
 @pytest.mark.parametrize("wrong", ["output", "gradient"])
-def test_wrong_sweeps_are_not_timed(monkeypatch, tmp_path, benchmark, arguments, wrong):
+def test_wrong_sweeps_are_not_timed(monkeypatch, tmp_path, wrong):
     correct = sdn.correct_lines
 
     def broken(lines, *parameters, backend, **flags):
@@ -82,7 +50,7 @@ def test_wrong_sweeps_are_not_timed(monkeypatch, tmp_path, benchmark, arguments,
 
     monkeypatch.setattr(sdn, "correct_lines", broken)
     with pytest.raises(SystemExit, match="auto is not timed"):
-        result_of(benchmark, tmp_path, "--device", "cpu", *arguments)
+        result_of(train_step, tmp_path, "--device", "cpu", *SOME)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,23 +60,6 @@ def test_what_does_not_learn_ends_the_benchmark(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="auto does not learn"):
         options = ["--device", "cpu", "--steps", "1", "--contenders", "auto"]
         result_of(train_step, tmp_path, *options)
-
-
-def test_kernels_are_checked(monkeypatch, tmp_path, capsys):
-    result = result_of(kernel_check, tmp_path, "--device", "cpu")
-    assert result["failures"] == [] and result["cases"] >= 60
-    assert "agree with the reference" in capsys.readouterr().out
-
-    original = sdn._sweep_backward_torch
-
-    def broken(*arguments):
-        grad_lines, *others = original(*arguments)
-        return torch.empty_like(grad_lines), *others
-
-    monkeypatch.setattr(sdn, "_sweep_backward_torch", broken)
-    with pytest.raises(SystemExit):
-        kernel_check.main(["--quick", "--device", "cpu"])
-    assert "grad lines differs between two runs" in capsys.readouterr().out
 
 
 def test_loaders(tmp_path, monkeypatch):
@@ -150,66 +101,15 @@ def test_times_are_of_turns():
     assert [len(taken) for taken in times.values()] == [2, 2]
 
 
-@pytest.mark.parametrize(
-    "benchmark, arguments",
-    [
-        (table5_parameters, ["--channels", "0"]),
-        (table6_runtime, ["--repeats", "1"]),
-        (train_step, ["--rounds", "0"]),
-        (kernel_check, ["--nothing"]),
-    ],
-)
-def test_wrong_flags(benchmark, arguments):
+def test_wrong_flags():
     with pytest.raises(SystemExit) as refusal:
-        benchmark.main(arguments)
+        train_step.main(["--rounds", "0"])
     assert refusal.value.code == 2
 
 
 @pytest.mark.slow
 def test_memory_of_the_recipes_is_that_of_a_real_step(tmp_path):
-    """The program itself compares; here that it does. In a process of its own: it sets Triton's
-    interpreter."""
-    output = tmp_path / "memory.json"
-    done = run("-m benchmarks.recipe_memory", "--quick", "--output", output)
-    assert done.returncode == 0, done.stderr
-    (found,) = json.loads(output.read_text())["verified"]
-    assert (
-        found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1)
-        and found["computed_mib"] > 10
-    )
-
-
-def test_memory_of_a_layer_is_that_of_a_real_step(tmp_path):
-    pytest.importorskip("triton")
-    output = tmp_path / "memory.json"
-    choice = ("--scales", 16, "--directions", 2, "--precisions", "bfloat16")
-    done = run("-m benchmarks.layer_memory", *choice, "--output", output)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(output.read_text())
-    for found in result["verified"]:
-        assert (
-            found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1)
-            and found["computed_mib"] > 10
-        )
-    (row,) = result["rows"]
-    # 12.5 MiB a feature map: seven are kept, a sweep's buffers take eight more; the yardstick keeps
-    # ten for each sweep.
-    assert (
-        12.5 * 14 < row["triton_mib"] < 12.5 * 17
-        and row["torch_mib"] > 12.5 * 20 < row["yardstick_mib"]
-    )
-    done = run("-m benchmarks.layer_memory", "--batch", 0)
-    assert done.returncode == 2 and done.stderr.endswith("error: all numbers must be at least 1\n")
-
-
-@pytest.mark.slow
-def test_the_check_of_a_gpu_is_ready(tmp_path):
-    """The path for a CPU, which takes the same steps at sizes of seconds."""
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    command = ["bash", "benchmarks/gpu_check.sh", str(tmp_path / "results"), "--cpu"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert " 0 failed" in done.stdout and (
-        tmp_path / "results/log.txt"
-    ).read_text().strip().endswith("results")
-    assert len(list((tmp_path / "results").glob("*.json"))) >= 6
+    """The program itself compares; here, that it does."""
+    (found,) = result_of(train_step, tmp_path, "--question", "memory")["verified"]
+    assert found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1)
+    assert found["computed_mib"] > 10
