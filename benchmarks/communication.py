@@ -32,10 +32,11 @@ from torch.profiler import profile
 
 import train
 from benchmarks import common
-from benchmarks.train_step import RECIPES, REPOSITORY, recipe
 from lib.config import TrainConfig
 from lib.training.resume import RunProgress
 
+REPOSITORY = Path(__file__).parent.parent
+RECIPES = ("train_cifar.sh", "train_imagenet.sh", "train_celeb.sh")
 SMALL = (
     "--dataset Photos32 --gpus 0 --num_processes 2 --num_workers 0 --logger none --batch 2 "
     "--epoch_images 400 --val_images 2 --downsample_first --depth 4 --ds_list 0 2 --h_size 32 "
@@ -67,6 +68,15 @@ def count(config: TrainConfig) -> dict[str, int]:
         "buffer_bytes": sum(b.numel() * b.element_size() for b in training.buffers()),
         "gradient_tensors": len(gradients),
     }
+
+
+def recipe(script: str, variant: str) -> TrainConfig:
+    """The configuration that a recipe gives to train.py."""
+    command = ["bash", str(REPOSITORY / script), variant, "--gpus", "0"]
+    shown = subprocess.run(
+        command, env=os.environ | {"SDN_PYTHON": "echo"}, capture_output=True, text=True, check=True
+    ).stdout
+    return train.parse(shown.split()[1:])
 
 
 def small_run(output: str, flags: list[str]) -> None:

@@ -52,7 +52,7 @@ class YardstickSDNLayer(SDNLayer):
     """The layer as written down: a loop over lines, neighbours concatenated, one GRUCell call for
     each line."""
 
-    def forward(self, x: Tensor, output_size=None) -> Tensor:
+    def forward(self, x: Tensor, output_size: None = None) -> Tensor:
         features = torch.tanh(self.project_in_stage(x))
         for sweep in self.sdn_correction_stage:
             axis = 3 if sweep.direction in (0, 1) else 2

@@ -82,7 +82,10 @@ def main(arguments: list[str] | None = None) -> None:
     if min(*options.depths, options.steps) < 1:
         parser.error("--depths and --steps must be at least 1")
     torch.set_num_threads(1)
-    result = common.stamp("depth", arguments, "cpu") | {"steps": options.steps, "rows": []}
+    result = common.stamp("experiments.depth", arguments, "cpu") | {
+        "steps": options.steps,
+        "rows": [],
+    }
     cases = [("conv", depth, 0, "") for depth in options.depths]
     order = (options.depths, LAYERS, INITS, options.directions)
     cases += [(kind, d, number, init) for d, kind, init, number in itertools.product(*order)]

@@ -307,22 +307,30 @@ class Sweep(nn.Module):
         from_lines = (2, 3, 1, 0) if self.direction in (0, 1) else (2, 3, 0, 1)
         lines = features.permute(to_lines)  # [line, position, B, C]
         sides = dict(reverse=self.direction in (1, 3), keep_first=self.border == "keep")
-        lines = correct_lines(
-            lines, *self.cell.parameters_in_order(), **sides, backend=self.backend
-        )
+        lines = correct_lines(lines, *self.cell(), **sides, backend=self.backend)
         return lines.permute(from_lines)  # [B, C, H, W]
 
 
 class SweepCell(nn.Module):
     """Holds a sweep's parameters under the names of the authors' release (`cell.gru.weight_ih`,
-    ...)."""
+    ...), and returns weight_ih, weight_hh, bias_ih and bias_hh."""
 
     def __init__(self, num_features: int, **factory: Any):
         super().__init__()
-        self.gru = nn.GRUCell(3 * num_features, num_features, **factory)
+        self.gru = _GRUParameters(3 * num_features, num_features, **factory)
 
-    def parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.gru.weight_ih, self.gru.weight_hh, self.gru.bias_ih, self.gru.bias_hh
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.gru()
+
+
+class _GRUParameters(nn.GRUCell):
+    """A GRU cell that, called without inputs, returns its parameters: after the hooks on it have
+    run, which may compute them, as those of `torch.nn.utils.spectral_norm` do."""
+
+    def forward(self, *inputs: Tensor) -> Any:  # type: ignore[override]
+        if inputs:
+            return super().forward(*inputs)
+        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
 
 def correct_lines_reference(

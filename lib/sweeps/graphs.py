@@ -81,7 +81,7 @@ def captured(function: Callable[[], None]) -> Callable[[], None]:
 
 def is_small(lines: Tensor) -> bool:
     """Whether a sweep over such lines is to be replayed."""
-    return lines.numel() <= LARGEST
+    return 0 < lines.numel() <= LARGEST
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -89,22 +89,22 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def replays(lines: Tensor) -> bool:
+    """Whether a sweep over such lines is replayed here and now: on a CUDA device, if it is small,
+    and outside of any other capture."""
+    return lines.is_cuda and is_small(lines) and not is_capturing(lines.device)
+
+
 def replayed(
     function: Function, tensors: Sequence[Tensor], options: Sequence[object]
 ) -> tuple[Tensor, ...]:
-    """`function(*tensors, *options)`, by a graph where that is quicker and allowed: on a CUDA
-    device, for sweeps that are not large, and outside of any other capture."""
-    if (
-        not tensors[0].is_cuda
-        or is_capturing(tensors[0].device)
-        or not is_small(tensors[0])
-        or not tensors[0].numel()
-    ):
+    """`function(*tensors, *options)`, by a graph where :func:`replays` says so."""
+    if not replays(tensors[0]):
         return function(*tensors, *options)
     device = tensors[0].device
     # Buffers made in inference mode could not be written outside of it.
-    with _lock, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-        stream = torch.cuda.current_stream().cuda_stream
+    with _lock, torch.cuda.device_of(tensors[0]), torch.inference_mode(False), torch.no_grad():
+        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
         layouts = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
         key = (function, device, stream, layouts, tuple(options), _precision())
         recording = _graphs.pop(key, None)

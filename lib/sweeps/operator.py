@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import graphs, products, selection, torch_backend
+from . import graphs, selection, torch_backend
 from .checking import backend_module
 
 # The part of a GPU's free memory that one sweep may keep for its backward sweep: a network has many.
@@ -86,8 +86,11 @@ def _kept(
     depends on nothing that is measured, so that it is known when the operator is traced."""
     if not keeps:
         return (0,), product_dtype
-    by_torch = backend == "torch" or lines.device.type == "cpu"
-    return (torch_backend if by_torch else products).kept(lines, product_dtype)
+    if backend == "torch" or lines.device.type == "cpu":
+        return torch_backend.kept(lines, product_dtype)
+    from . import products  # which imports Triton
+
+    return products.kept(lines, product_dtype)
 
 
 def _sweep(

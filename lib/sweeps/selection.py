@@ -33,6 +33,7 @@ from .checking import backend_module, both, difference, example
 
 CANDIDATES = ("cluster", "lines", "torch")  # unmeasured, the first that is right is taken
 OVERRIDE = "SDN_BACKEND"
+ON_CPU = ("cpu", "meta")  # devices where there is nothing to choose
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def resolve(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
                 f"backend {backend!r} cannot run: {reason}; 'torch' and 'reference' can"
             )
         return backend
-    if lines.device.type in ("cpu", "meta") or product_dtype == torch.float64:
+    if lines.device.type in ON_CPU or product_dtype == torch.float64:
         return "torch"
     case = Case.of(lines, product_dtype)
     if case not in _choices:

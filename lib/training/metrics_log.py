@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import sync, whole_file
+from ..sweeps import choices
 from .base import VAETraining
 from .processes import log_rank_zero
 from .profiling import peak_memory
@@ -77,7 +78,7 @@ class MetricsLog(pl.Callback):
     feeds the dashboard.
 
     Beside them run.json says what the run is: its configuration, its number of parameters, and the
-    commits, versions and command that it was started with.
+    commits, versions and command that it was started with, and which backends compute its sweeps.
 
     In the unit of the training, bits/dim or nats per image, throughout. kl_0, kl_1, ... are of the
     layers from the topmost, or of the latent dimensions; beta_kl is β times the rate. steps.csv
@@ -168,6 +169,7 @@ class MetricsLog(pl.Callback):
             "config": pl_module.config.to_dict(),
             "commits": [*commits, commit],
             "provenance": pl_module.provenance,
+            "sweeps": choices() or "torch",
         }
         with whole_file(path) as partial:
             partial.write_text(json.dumps(description, indent=1) + "\n")

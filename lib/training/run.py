@@ -28,6 +28,7 @@ from .processes import LoaderWatch, log_rank_zero, watch_ranks
 from .profiling import StepProfile
 from .resume import RunProgress
 from .signals import StopSignals
+from .sweep_choices import SweepChoices
 
 # Advertisements of Lightning, and its remarks on choices that are made on purpose here.
 SILENCED_WARNINGS = (
@@ -95,6 +96,7 @@ def run(
     metrics, loader_watch = MetricsLog(run_folder), LoaderWatch()
     callbacks: list[pl.Callback] = [
         RunProgress(config.iters),
+        SweepChoices(),  # before the metrics, which write them down
         loader_watch,
         metrics,
         skip,

@@ -105,11 +105,3 @@ def test_wrong_flags():
     with pytest.raises(SystemExit) as refusal:
         train_step.main(["--rounds", "0"])
     assert refusal.value.code == 2
-
-
-@pytest.mark.slow
-def test_memory_of_the_recipes_is_that_of_a_real_step(tmp_path):
-    """The program itself compares; here, that it does."""
-    (found,) = result_of(train_step, tmp_path, "--question", "memory")["verified"]
-    assert found["computed_mib"] == pytest.approx(found["allocated_mib"], rel=0.1)
-    assert found["computed_mib"] > 10

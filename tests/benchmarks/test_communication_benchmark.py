@@ -7,8 +7,7 @@ import torch
 from helpers import TINY
 
 import train
-from benchmarks.communication import BACKWARD_SHARE, BETWEEN_NODES, count, efficiency
-from benchmarks.train_step import recipe
+from benchmarks.communication import BACKWARD_SHARE, BETWEEN_NODES, count, efficiency, recipe
 from lib.training.base import objective
 
 

@@ -1,7 +1,7 @@
 """Training that is killed, stopped and damaged at random, compared bit for bit with the same
 training left in peace.
 
-    python tests/stress/soak.py --minutes 30 --seed 0 --output benchmarks/results/soak_cpu.json
+    python -m tests.stress.soak --minutes 30 --seed 0 --output benchmarks/results/soak_cpu.json
 
 A third of the time goes to a run in peace, whose memory is watched, the rest to a run of the same
 steps, with --use_checkpoint, that is ended again and again: SIGKILL at any moment, SIGKILL of a
@@ -32,16 +32,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+import train
+from benchmarks.common import stamp, write
+from lib.training.base import VAETraining
+from lib.training.resume import RunProgress
+from tests.stress.runs_compared import differences, log_rows
 
-from runs_compared import differences, log_rows  # noqa: E402
-
-import train  # noqa: E402
-from benchmarks.common import stamp, write  # noqa: E402
-from lib.training.base import VAETraining  # noqa: E402
-from lib.training.resume import RunProgress  # noqa: E402
-
+REPOSITORY = Path(__file__).parents[2]
 EVERY = 10  # optimizer steps between checkpoints
 FLAGS = (
     "--dataset Photos32 --gpus 0 --logger none --make_checkpoint --use_checkpoint --num_workers 2 "
@@ -112,8 +109,8 @@ class Session:
         stem = f"{len(list(folder.glob('*.steps'))):04d}_{name}"
         self.steps_file, self.errors_file = folder / f"{stem}.steps", folder / f"{stem}.stderr"
         self.steps_file.touch()
-        command = [sys.executable, __file__, "session", seed, self.steps_file, *FLAGS.split()]
-        command += ["--output_dir", folder, "--exp_name", name, "--iters", iters]
+        command = [sys.executable, "-m", "tests.stress.soak", "session", seed, self.steps_file]
+        command += [*FLAGS.split(), "--output_dir", folder, "--exp_name", name, "--iters", iters]
         self.start = time.time()
         with self.errors_file.open("w") as errors:
             self.process = subprocess.Popen(
@@ -382,7 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     about = stamp("soak", arguments, "cpu", ("pytorch-lightning", "numpy"))
     about |= {"threads": 1, "seed": options.seed, "flags": FLAGS}
-    about["command"] = about["command"].replace("-m benchmarks.soak", "tests/stress/soak.py")
+    about["command"] = about["command"].replace("benchmarks.soak", "tests.stress.soak")
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     result = soak(options.minutes, options.seed, options.quick, folder)
     write(about | result, options.output)

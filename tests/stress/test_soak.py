@@ -11,10 +11,10 @@ import shutil
 import pytest
 import torch
 from helpers import run
-from runs_compared import differences
-from soak import growth
 
 from lib.checkpoint import read_checkpoint, write_checkpoint
+from tests.stress.runs_compared import differences
+from tests.stress.soak import growth
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_growth_finds_a_leak_and_not_what_comes_at_the_start():
 def test_a_short_soak_ends_well(tmp_path):
     output = tmp_path / "soak.json"
     flags = ("--quick", "--output", output)
-    done = run("tests/stress/soak.py", *flags, timeout=1800, TMPDIR=str(tmp_path))
+    done = run("-m tests.stress.soak", *flags, timeout=1800, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(output.read_text())
     disturbed = result["disturbed"]

@@ -13,10 +13,10 @@ import time
 
 import pytest
 from helpers import REPOSITORY, TINY, TINY_BETA, csv_rows, run
-from runs_compared import differences, same
 
 from lib.checkpoint import read_checkpoint
 from lib.training.resume import step_checkpoints
+from tests.stress.runs_compared import differences, same
 
 ONE_THREAD = os.environ | {
     "OMP_NUM_THREADS": "1"

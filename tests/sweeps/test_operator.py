@@ -7,16 +7,16 @@ import io
 import shutil
 import subprocess
 import sys
-import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import REPOSITORY
-from test_nn_backends import assert_near, run
+from test_backends import assert_near, run
+from torch.utils.flop_counter import FlopCounterMode
 
-from lib import nn as sdn
-from lib.nn import KERNEL_FILES, ResSDNLayer, SDNLayer, Sweep
+from lib.nn import ResSDNLayer, SDNLayer, Sweep
+from lib.sweeps import operator, products
 
 LAYERS = [SDNLayer, ResSDNLayer]
 
@@ -63,11 +63,11 @@ def test_registration_is_complete(reverse, keep_first, dtype, product_dtype, req
         ]
         leaves = [each.requires_grad_(requires_grad) for each in tensors]
         options = (reverse, keep_first, product_dtype)
-        torch.library.opcheck(sdn._SWEEP, (*leaves, *options, requires_grad, "torch"))
+        torch.library.opcheck(operator.SWEEP, (*leaves, *options, requires_grad, "torch"))
         plain = [each.detach() for each in leaves]
-        corrected, gates = sdn._SWEEP(*plain, *options, True, "torch")
-        arguments = (torch.randn_like(lines), *plain, corrected, gates, *options, "torch")
-        torch.library.opcheck(sdn._SWEEP_BACKWARD, arguments)
+        corrected, kept = operator.SWEEP(*plain, *options, True, "torch")
+        arguments = (torch.randn_like(lines), *plain, corrected, kept, *options, "torch")
+        torch.library.opcheck(operator.SWEEP_BACKWARD, arguments)
 
 
 @pytest.mark.parametrize("autocast", [{}, dict(dtype=torch.bfloat16)], ids=["float32", "autocast"])
@@ -124,7 +124,7 @@ def test_exported_stored_and_loaded(layer_class, strict):
     layer, x, _ = case(layer_class)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: batch}}, strict=strict)
-    sweeps = [node for node in program.graph.nodes if node.target is sdn._SWEEP]
+    sweeps = [node for node in program.graph.nodes if node.target is operator.SWEEP]
     assert len(sweeps) == 4, "a sweep is one node of the graph"
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -135,64 +135,47 @@ def test_exported_stored_and_loaded(layer_class, strict):
 
 
 def test_several_copies_live_in_one_process(tmp_path):
-    """The package under two names, copies beside and without the kernels, one of another version,
-    and a reload: each computes what it did alone, also compiled, and with the operator of its own
-    file."""
+    """The package under two names, copies of nn.py alone and with the folder beside it, and reloads:
+    all compute the same, also compiled, and share the operators, so that stored graphs always name
+    the same ones."""
     (tmp_path / "sdn").symlink_to(REPOSITORY / "lib")
-    source = (REPOSITORY / "lib/nn.py").read_text()
-    for name in ("mine", "theirs/inner"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "mine/sdn_copy.py").write_text(source)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/sdn_full.py").write_text(source)
-    for name in KERNEL_FILES:
-        (tmp_path / "full" / name).write_text((REPOSITORY / "lib" / name).read_text())
-    changed = source.replace(
-        "bool keep_first, ScalarType product_dtype, bool diff",
-        "bool keep_first, ScalarType p, bool diff",
-    )
-    changed = changed.replace(
-        "torch.lerp(candidate, lines[line], z, out=corrected[line])", "corrected[line] = 7.0"
-    )
-    assert changed.count(" p, bool") == 1 and changed.count("= 7.0") == 1
-    (tmp_path / "theirs/inner/nn.py").write_text(changed)
+    for folder, name in (("alone", "sdn_alone"), ("full", "sdn_full"), ("theirs", "nn")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(REPOSITORY / "lib/nn.py", tmp_path / folder / f"{name}.py")
+    for folder in ("full", "theirs"):
+        shutil.copytree(REPOSITORY / "lib/sweeps", tmp_path / folder / "sweeps")
     (tmp_path / "theirs/__init__.py").touch()
-    (tmp_path / "theirs/inner/__init__.py").touch()
     program = """
 import importlib, sys, warnings
-warnings.simplefilter("error")
-sys.path[:0] = ["mine", "full"]
+sys.path[:0] = ["alone", "full"]
 import torch
-import lib.nn, sdn.nn, sdn_copy, sdn_full, theirs.inner.nn
-old_layer = lib.nn.SDNLayer(2, 2, 3, [0, 3], backend="torch")
-modules = [lib.nn, sdn.nn, sdn_copy, sdn_full, theirs.inner.nn]
-operators = {module._SWEEP for module in modules} | {module._SWEEP_BACKWARD for module in modules}
-assert len(operators) == 10, operators
-importlib.reload(sdn.nn)
-importlib.reload(lib.nn)
-assert len(operators | {lib.nn._SWEEP, sdn.nn._SWEEP}) == 12
-assert sdn_copy._triton_kernels() is None
-with_kernels = lib.nn._triton_kernels(), sdn.nn._triton_kernels(), sdn_full._triton_kernels()
-names = [module.__name__ for module in with_kernels]
-assert names == ["lib.sweeps.triton_backend", "sdn.sweep_triton", "sdn_full_sweep_triton"], names
-assert len({module.kernels for module in with_kernels}) == 3
-x = torch.randn(2, 2, 4, 5)
-expected = [gradient.clone() for gradient in torch.autograd.grad(old_layer(x).square().sum(), old_layer.parameters())]
-for module in modules:
-    layer = module.SDNLayer(2, 2, 3, [0, 3], backend="torch")
-    layer.load_state_dict(old_layer.state_dict())
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for function in (layer, compiled):
-        y = function(x)
-        assert torch.equal(y, old_layer(x)) == (module is not theirs.inner.nn)
-        gradients = torch.autograd.grad(y.square().sum(), layer.parameters())
-        if module is not theirs.inner.nn:
-            assert all(torch.equal(one, other) for one, other in zip(gradients, expected))
-    torch._dynamo.reset()
+import lib.nn, sdn.nn, sdn_alone, sdn_full, theirs.nn
+old_layer = lib.nn.SDNLayer(2, 2, 3, [0, 3], backend="torch").double()
+x = torch.randn(2, 2, 4, 5, dtype=torch.float64)
+def gradients(layer):
+    return torch.autograd.grad(layer(x).square().sum(), layer.parameters())
+modules = [lib.nn, sdn.nn, sdn_alone, sdn_full, theirs.nn]
+for reload in (False, True):
+    for module in modules:
+        if reload:
+            importlib.reload(module)
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            layer = module.SDNLayer(2, 2, 3, [0, 3]).double()
+            layer.load_state_dict(old_layer.state_dict())
+            found = gradients(layer)
+        slow = any("run as an open loop" in str(warning.message) for warning in noted)
+        assert slow == (module is sdn_alone), [str(warning.message) for warning in noted]
+        for one, other in zip(found, gradients(old_layer)):
+            torch.testing.assert_close(one, other)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), old_layer(x))
+        torch._dynamo.reset()
+assert [name for name in dir(torch.ops.sdn) if "sweep" in name] == ["sweep_backward_v1", "sweep_v1"]
 try:
-    sdn_copy.SDNLayer(2, 2, 3, [0], backend="triton")(x)
+    sdn_alone.SDNLayer(2, 2, 3, [0], backend="lines")(x.float())
 except RuntimeError as error:
-    assert "there is no sweep_triton.py and sweep_kernels.py beside nn.py" in str(error)
+    assert "there is no folder sweeps/ beside nn.py" in str(error)
     print("ok")
 """
     environment = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "PATH": "", "OMP_NUM_THREADS": "1"}
@@ -206,18 +189,42 @@ except RuntimeError as error:
     assert done.returncode == 0 and done.stdout == "ok\n", done.stderr
 
 
-def test_triton_on_a_cpu_is_refused(monkeypatch):
-    sweep, features = Sweep(3, 0, backend="triton"), torch.randn(1, 3, 2, 2)
-    monkeypatch.setattr(sdn, "_why_not_triton", lambda device: "there is no CUDA device")
-    with pytest.raises(
-        RuntimeError,
-        match="'triton' cannot run: there is no CUDA device; 'torch' and 'reference' can",
-    ):
-        sweep(features)
-    monkeypatch.setattr(sdn, "_why_not_triton", lambda device: None)
-    monkeypatch.setattr(sdn, "_triton_kernels", lambda: SimpleNamespace(INTERPRETED=False))
-    with pytest.raises(ValueError, match="'triton' needs a CUDA device, got cpu"):
-        sweep(features)
+def test_operations_are_counted():
+    """By hand: 12 C x C products a position and direction forward, twice as many backward, beside
+    two 1x1 projections."""
+    B, C, N = 2, 8, 6
+    layer = SDNLayer(C, C, dirs=[0, 3])
+    x = torch.randn(B, C, N, N, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    position = 2 * 12 * C * C * B * N * N
+    assert counted[torch.ops.sdn.sweep_v1] == 2 * position
+    assert counted[torch.ops.sdn.sweep_backward_v1] == 2 * 2 * position
+    assert counter.get_total_flops() == 6 * position + 2 * 3 * (2 * C * C * B * N * N)
+
+
+@pytest.mark.parametrize("way", ["no_grad", "grad"])
+def test_an_exported_layer_can_be_trained(way):
+    layer, x, weight = case(SDNLayer)
+    with torch.set_grad_enabled(way == "grad"):
+        exported = torch.export.export(layer, (x,)).module()
+    expected, computed = (
+        torch.autograd.grad((each(x) * weight).sum(), list(each.parameters()))
+        for each in (layer, exported)
+    )
+    for one, other in zip(computed, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_is_kept_has_the_shape_that_was_announced():
+    """Of a GPU's tensors, without one: coefficients in the products' type, or nothing."""
+    lines = SimpleNamespace(shape=(4, 5, 3, 6), device=torch.device("cuda"), dtype=torch.float32)
+    expected = products.kept(lines, torch.bfloat16)
+    assert expected == ((4, 15, 30), torch.bfloat16)
+    assert operator._kept(lines, torch.bfloat16, True, "auto") == expected
+    assert operator._kept(lines, torch.bfloat16, True, "torch") == ((4, 15, 24), torch.float32)
+    assert operator._kept(lines, torch.bfloat16, False, "auto") == ((0,), torch.bfloat16)
 
 
 def test_tensors_on_several_devices_are_refused():
@@ -225,25 +232,3 @@ def test_tensors_on_several_devices_are_refused():
         ValueError, match="features are on meta, parameters on cpu.*: all must be on one device"
     ):
         Sweep(3, 0)(torch.empty(1, 3, 2, 2, device="meta"))
-
-
-def test_auto_takes_triton_where_it_runs(monkeypatch):
-    cpu, cuda = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda"))
-    monkeypatch.setattr(sdn, "_triton_kernels", lambda: SimpleNamespace(INTERPRETED=False))
-    monkeypatch.setattr(sdn, "_why_not_triton", lambda device: None)
-    assert sdn._resolved("auto", cuda, torch.bfloat16) == "triton"
-    assert sdn._resolved("triton", cuda, torch.float32) == "triton"
-    assert sdn._resolved("torch", cuda, torch.bfloat16) == "torch"
-    assert sdn._resolved("auto", cuda, torch.float64) == "torch"
-    assert sdn._resolved("auto", cpu, torch.float32) == "torch"
-    with pytest.raises(ValueError, match="does not compute in float64"):
-        sdn._resolved("triton", cuda, torch.float64)
-
-    monkeypatch.setattr(sdn, "_why_not_triton", lambda device: "of the test")
-    with pytest.warns(
-        UserWarning, match="use backend 'torch', not the faster 'triton': of the test"
-    ):
-        assert sdn._resolved("auto", cuda, torch.bfloat16) == "torch"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert sdn._resolved("auto", cuda, torch.bfloat16) == "torch", "and says so once"

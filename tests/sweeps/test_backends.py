@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lib import nn as sdn
 from lib.nn import BORDERS, ResSDNLayer, SDNLayer, Sweep, correct_lines
+from lib.sweeps import torch_backend
 
-BACKENDS = ["reference", "torch"]
+BACKENDS = ["reference", "torch", "lines"]
 SHAPES = [(2, 3, 5, 4), (1, 2, 3, 7), (3, 4, 1, 6), (2, 3, 6, 1), (1, 1, 1, 1)]
 
 
@@ -82,7 +82,7 @@ def test_torch_equals_reference(shape, dirs, border, dtype, tolerance):
 def test_blocks_of_any_length(monkeypatch, dirs, border, block_rows):
     """Lines are 2 * 4 or 2 * 5 rows long here: blocks of one line, of some, of all, and an
     incomplete last one."""
-    monkeypatch.setattr("lib.nn.BLOCK_ROWS_CPU", block_rows)
+    monkeypatch.setattr("lib.sweeps.torch_backend.BLOCK_ROWS_CPU", block_rows)
     torch.manual_seed(0)
     reference, fast = (layer.double() for layer in twin(SDNLayer, 3, 3, 4, dirs, border=border))
     x, weight = torch.randn(2, 2, 3, 5, 4, dtype=torch.float64).unbind()
@@ -102,12 +102,19 @@ def layouts():
 @pytest.mark.parametrize("layer_class", [SDNLayer, ResSDNLayer])
 @pytest.mark.parametrize("layout", range(6))
 def test_any_memory_layout(layout, layer_class):
+    """In float32 the fast backend errs by no more than twice what the reference does, and by a few
+    units of rounding more: sums of the gradients of biases cancel, so that a bound on their
+    relative error would depend on the numbers that are drawn."""
     torch.manual_seed(0)
     name, x = list(layouts())[layout]
     reference, fast = twin(layer_class, 6, 3, 5, [0, 3, 1, 2])
     weight = torch.randn(4, 3, 5, 7)
-    expected = run(reference.double(), x.contiguous().double(), weight.double())
-    assert_near(run(fast, x, weight), expected, 3e-6)
+    rounded = run(reference, x, weight)
+    exact = run(reference.double(), x.contiguous().double(), weight.double())
+    computed = run(fast, x, weight)
+    for key, value in exact.items():
+        error, usual = ((each[key].double() - value).norm() for each in (computed, rounded))
+        assert error <= 2 * usual + 2e-6 * value.norm(), f"{key}: {error / value.norm():.1e}"
     assert_near(
         run(fast, x, torch.ones(1).expand(4, 3, 5, 7)),
         run(fast, x.contiguous(), torch.ones(4, 3, 5, 7)),
@@ -137,8 +144,8 @@ def test_neighbours_gathered_for_one_product(direction, autocast, monkeypatch):
     reference, fast = twin(Sweep, 6, direction)
     x, weight = torch.tanh(torch.randn(3, 6, 5, 4)), torch.randn(3, 6, 5, 4)
     usual = run(fast, x, weight, **autocast)
-    monkeypatch.setattr(sdn, "_by_parts", lambda lines: False)
-    monkeypatch.setattr(sdn, "BLOCK_ROWS_CPU", 24)  # two lines
+    monkeypatch.setattr(torch_backend, "_by_parts", lambda lines: False)
+    monkeypatch.setattr(torch_backend, "BLOCK_ROWS_CPU", 24)  # two lines
     computed = run(fast, x, weight, **autocast)
     # In bfloat16 sums of rounded products differ by a unit or two of rounding.
     assert_near(computed, usual, 2**-7 if autocast else 1e-6)
@@ -337,16 +344,6 @@ def test_frozen_parameters_and_plain_inputs(backend):
     (layer(leaf) * weight).sum().backward()
     torch.testing.assert_close(leaf.grad, expected["grad input"])
     assert not layer(x).requires_grad
-
-
-def test_double_backward():
-    torch.manual_seed(0)
-    reference, fast = (layer.double() for layer in twin(Sweep, 2, 1))
-    x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(reference, (x,))
-    (gradient,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
