@@ -159,9 +159,21 @@ class TrainConfig:
     )
 
     dataset: str = _data(
-        "CIFAR10", "CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes or Shapes3DRendered"
+        "CIFAR10",
+        "CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes, Shapes3DRendered, one that was "
+        "converted, or the path of pictures to convert now (with --image_size)",
     )
     root: str = _data("data", "folder that holds the data sets")
+    image_size: list[int] = _data(
+        [],
+        "height and width, or one number for both, of the images that pictures are made to; "
+        "other data sets have their own",
+    )
+    channels: int = _data(
+        0,
+        "3, or 1 for grey images, that pictures are made to; 0: 3, or the data set's",
+        Range("0, 1 or 3", 0, 3),
+    )
     num_workers: int = _data(
         2, "loader processes of each training process", NOT_NEGATIVE, _at_most(1024)
     )
@@ -299,6 +311,9 @@ class TrainConfig:
         self._require("max_epochs", epochs_ok, "-1 (no limit) or at least 1")
         name_ok = self.exp_name not in ("", ".", "..") and not set(self.exp_name) & set("/\\\0")
         self._require("exp_name", name_ok, "a plain folder name")
+        self._require("channels", self.channels != 2, "0, 1 or 3")
+        sizes_ok = len(self.image_size) <= 2 and all(n in range(1, 4097) for n in self.image_size)
+        self._require("image_size", sizes_ok, "one or two numbers from 1 to 4096")
         for contradiction in self._contradictions():
             raise ConfigError(contradiction)
 

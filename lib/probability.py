@@ -107,25 +107,31 @@ class DML(nn.Module):
     """Discretized mixture of logistics with sub-pixel correlation (PixelCNN++, Salimans et al.
     2017).
 
-    Data are RGB levels `k` in [-1, 1]: `2 k / (2^nbits - 1) - 1`. Parameter channels: `mix` logits,
-    then for each colour `mix` means, `mix` log-scales (clamped at -7) and `mix` coefficients
-    (through tanh).
+    Data are levels `k` in [-1, 1]: `2 k / (2^nbits - 1) - 1`. Parameter channels of colour images:
+    `mix` logits, then for each colour `mix` means, `mix` log-scales (clamped at -7) and `mix`
+    coefficients (through tanh), with which a colour depends on those before it. Grey images have
+    one colour and no coefficients.
 
     Arguments:
         nbits: Bits per colour, 1 to 8.
         mix_components: Number of mixture components M.
+        channels: C, 3 (red, green, blue) or 1 (grey).
 
-    Shapes: parameters [B, 10M, H, W]; images [B, 3, H, W]; log-probability [B].
+    Shapes: parameters [B, 10M, H, W], or [B, 3M, H, W] of grey images; images [B, C, H, W];
+    log-probability [B].
     """
 
-    def __init__(self, nbits: int = 8, mix_components: int = 5):
+    def __init__(self, nbits: int = 8, mix_components: int = 5, channels: int = 3):
         super().__init__()
         _check_nbits(nbits)
+        _check_channels(channels)
         if mix_components < 1:
             raise ValueError(f"mix_components must be at least 1, got {mix_components}")
         self.nbits = nbits
         self.mix_components = mix_components
-        self.param_channels = 10 * mix_components
+        self.channels = channels
+        self.numbers_per_colour = 3 if channels == 3 else 2  # mean, log-scale, coefficient
+        self.param_channels = (1 + channels * self.numbers_per_colour) * mix_components
         self.half_bin = 1 / (2**nbits - 1)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ class DML(nn.Module):
         return ((full_precision(x) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        numbers = 3 * self.mix_components
+        numbers = self.channels * self.mix_components
         # A compiler fuses the intermediates away.
         if torch.compiler.is_compiling() or x.requires_grad or numbers * x[:, 0].numel() <= WHOLE:
             return self._log_prob(params, x)
@@ -145,17 +151,18 @@ class DML(nn.Module):
 
     def _log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         logits, means, log_scales, coefficients = self._split(params)
-        x = x.to(means.dtype).unsqueeze(2)  # [B, 3, 1, H, W]
-        red, green = x[:, 0], x[:, 1]
-        means = torch.stack(
-            [
-                means[:, 0],
-                means[:, 1] + coefficients[:, 0] * red,
-                means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green,
-            ],
-            dim=1,
-        )
-        centred = x - means  # [B, 3, M, H, W]
+        x = x.to(means.dtype).unsqueeze(2)  # [B, C, 1, H, W]
+        if self.channels == 3:
+            red, green = x[:, 0], x[:, 1]
+            means = torch.stack(
+                [
+                    means[:, 0],
+                    means[:, 1] + coefficients[:, 0] * red,
+                    means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green,
+                ],
+                dim=1,
+            )
+        centred = x - means  # [B, C, M, H, W]
         inverse_scale = torch.exp(-log_scales)
         upper = inverse_scale * (centred + self.half_bin)
         lower = inverse_scale * (centred - self.half_bin)
@@ -183,9 +190,7 @@ class DML(nn.Module):
         levels."""
         logits, means, _, coefficients = self._split(params)
         component = logits.argmax(1)
-        return self._colours(
-            self._take(means, component), self._take(coefficients, component), lambda c, mean: mean
-        )
+        return self._colours(means, coefficients, component, lambda colour, mean: mean)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A draw at the data's levels: component, then red, green given red, blue given both."""
@@ -202,29 +207,35 @@ class DML(nn.Module):
             level = ((value.clamp(-1, 1) + 1) / (2 * self.half_bin)).round()
             return level * (2 * self.half_bin) - 1
 
-        return self._colours(
-            self._take(means, component), self._take(coefficients, component), draw
-        )
+        return self._colours(means, coefficients, component, draw)
 
-    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits [B, M, H, W]; means, log-scales and coefficients, each [B, 3, M, H, W]."""
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Logits [B, M, H, W]; means, log-scales and, of colour images, coefficients, each
+        [B, C, M, H, W]."""
         params = full_precision(params)
         B, _, H, W = params.shape
-        logits, rest = params.split([self.mix_components, 9 * self.mix_components], dim=1)
-        means, log_scales, coefficients = rest.reshape(B, 3, 3, self.mix_components, H, W).unbind(2)
-        return logits, means, log_scales.clamp(min=-7), torch.tanh(coefficients)
+        M, numbers = self.mix_components, self.numbers_per_colour
+        logits, rest = params.split([M, self.channels * numbers * M], dim=1)
+        rest = rest.reshape(B, self.channels, numbers, M, H, W)
+        means, log_scales = rest[:, :, 0], rest[:, :, 1].clamp(min=-7)
+        return logits, means, log_scales, torch.tanh(rest[:, :, 2]) if numbers == 3 else None
 
     @staticmethod
     def _take(values: Tensor, component: Tensor) -> Tensor:
-        """[B, 3, M, H, W] at the chosen component [B, H, W]: [B, 3, H, W]."""
-        index = component[:, None, None].expand(-1, 3, 1, -1, -1)
+        """[B, C, M, H, W] at the chosen component [B, H, W]: [B, C, H, W]."""
+        index = component[:, None, None].expand(-1, values.shape[1], 1, -1, -1)
         return values.gather(2, index).squeeze(2)
 
-    @staticmethod
-    def _colours(means: Tensor, coefficients: Tensor, choose) -> Tensor:
-        """Red, green, blue in turn, each chosen by `choose(colour, mean)` given those before it:
-        [B, 3, H, W]."""
-        red = choose(0, means[:, 0]).clamp(-1, 1)
+    def _colours(
+        self, means: Tensor, coefficients: Tensor | None, component: Tensor, choose: Callable
+    ) -> Tensor:
+        """The colours of the chosen component [B, H, W] in turn, each chosen by
+        `choose(colour, mean)` given those before it: [B, C, H, W]."""
+        means = self._take(means, component)
+        red = choose(0, means[:, 0]).clamp(-1, 1)  # or grey
+        if coefficients is None:
+            return red.unsqueeze(1)
+        coefficients = self._take(coefficients, component)
         green = choose(1, means[:, 1] + coefficients[:, 0] * red).clamp(-1, 1)
         blue = choose(2, means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green).clamp(
             -1, 1
@@ -282,20 +293,22 @@ class DL(nn.Module):
 
     Level `k` is the bin [k / 2^nbits - 0.5, (k + 1) / 2^nbits - 0.5), given as data by its lower
     edge. The first and the last bin are open, so that the levels' probabilities sum to 1 (the
-    authors' release leaves them closed; see DEVIATIONS.md). Parameter channels: the three means,
+    authors' release leaves them closed; see DEVIATIONS.md). Parameter channels: the colours' means,
     clamped to +-(0.5 - 1/512).
 
     Arguments:
         nbits: Bits per colour, 1 to 8.
+        channels: C, 3 (red, green, blue) or 1 (grey).
 
-    Shapes: parameters [B, 3, H, W]; images [B, 3, H, W]; log-probability [B].
+    Shapes: parameters [B, C, H, W]; images [B, C, H, W]; log-probability [B].
     """
 
-    def __init__(self, nbits: int = 8):
+    def __init__(self, nbits: int = 8, channels: int = 3):
         super().__init__()
         _check_nbits(nbits)
+        _check_channels(channels)
         self.nbits = nbits
-        self.param_channels = 3
+        self.channels = self.param_channels = channels
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -345,11 +358,12 @@ PRIORS = {"IsoGaussian": IsoGaussian}
 OBSERVATIONS = ("DML", "DL")
 
 
-def make_observation(name: str, nbits: int, mix_components: int) -> DML | DL:
-    """The observation model called `name`, "DML" or "DL" (`mix_components` is DML's)."""
+def make_observation(name: str, nbits: int, mix_components: int, channels: int = 3) -> DML | DL:
+    """The observation model called `name`, "DML" or "DL" (`mix_components` is DML's), of images
+    with 3 or 1 `channels`."""
     if name not in OBSERVATIONS:
         raise ValueError(f"obs_model must be one of {', '.join(OBSERVATIONS)}, got {name!r}")
-    return DML(nbits, mix_components) if name == "DML" else DL(nbits)
+    return DML(nbits, mix_components, channels) if name == "DML" else DL(nbits, channels)
 
 
 def standard_normal(
@@ -391,6 +405,11 @@ def quantize(images: Tensor, nbits: int) -> Tensor:
 def _check_nbits(nbits: int) -> None:
     if nbits not in range(1, 9):
         raise ValueError(f"nbits must be an integer from 1 to 8, got {nbits!r}")
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels!r}")
 
 
 def _inside_unit_interval(uniform: Tensor) -> Tensor:

@@ -142,6 +142,53 @@ def test_dl_sums_to_one_over_all_levels(nbits, log_scale, mean):
     torch.testing.assert_close(dl.log_prob(params, x).exp().sum().item(), 1.0, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["DML", "DL"])
+@pytest.mark.parametrize("nbits", range(1, 9))
+def test_grey_levels_sum_to_one(name, nbits):
+    torch.manual_seed(4)
+    observation = make_observation(name, nbits, mix_components=3, channels=1).double()
+    levels = (torch.arange(2**nbits) << (8 - nbits)).to(torch.uint8)[:, None, None, None]
+    x = observation.encode(levels).double()
+    for spread in (0.3, 1.0, 5.0):
+        params = spread * torch.randn(1, observation.param_channels, 1, 1, dtype=torch.float64)
+        total = observation.log_prob(params.expand(len(x), -1, -1, -1), x).exp().sum()
+        # In far tails, where a bin has less than 1e-5, DML takes the density at its middle.
+        torch.testing.assert_close(total.item(), 1.0, rtol=0, atol=1e-5 * 2**nbits)
+
+
+def test_grey_dml_is_a_mixture_of_logistics():
+    """Against a sum over components with bins from torch's own logistic distribution function."""
+    torch.manual_seed(4)
+    dml = DML(nbits=3, mix_components=2, channels=1).double()
+    params = torch.randn(5, dml.param_channels, 3, 4, dtype=torch.float64)
+    images = torch.randint(0, 256, (5, 1, 3, 4), dtype=torch.uint8)
+    x = dml.encode(images).double()
+    weights, means, scales = params[:, :2].softmax(1), params[:, 2:4], params[:, 4:6].exp()
+    level = (images >> 5).double()
+    above = torch.where(level == 7, 1.0, torch.sigmoid((x + dml.half_bin - means) / scales))
+    below = torch.where(level == 0, 0.0, torch.sigmoid((x - dml.half_bin - means) / scales))
+    expected = (weights * (above - below)).sum(1).log().sum((1, 2))
+    # Bins of less than 1e-5 are a density times a width in DML, hence not the default of 1e-7.
+    torch.testing.assert_close(dml.log_prob(params, x), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["DML", "DL"])
+def test_grey_samples_follow_the_distribution(name):
+    torch.manual_seed(5)
+    observation = make_observation(name, 3, mix_components=2, channels=1)
+    if name == "DL":
+        torch.nn.init.constant_(observation.log_scale, -1.5)
+    params = 0.7 * torch.randn(1, observation.param_channels, 1, 1)
+    x = observation.sample(params.expand(20_000, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert x.shape == (20_000, 1, 1, 1)
+    levels = observation.encode((torch.arange(8) << 5).to(torch.uint8))[:, None, None, None]
+    probability = observation.log_prob(params.expand(8, -1, -1, -1), levels).exp()
+    drawn = (x - levels.view(1, -1, 1, 1)).abs().argmin(1).flatten().bincount(minlength=8) / 20_000
+    assert (drawn - probability).abs().max() < 5 * 0.5 / math.sqrt(20_000)
+    image = observation.most_probable(params)
+    assert image.shape == (1, 1, 1, 1) and observation.to_uint8(image).dtype == torch.uint8
+
+
 @pytest.mark.parametrize("nbits", range(1, 9))
 def test_dml_data_are_the_quantized_levels(nbits):
     dml = DML(nbits)
@@ -222,6 +269,9 @@ def test_wrong_arguments_say_what_is_allowed():
         DML(mix_components=0)
     with pytest.raises(ValueError, match="obs_model must be one of DML, DL, got 'DLM'"):
         make_observation("DLM", 8, 1)
+    for observation in (DML, DL):
+        with pytest.raises(ValueError, match="channels must be 1 .grey. or 3 .colour., got 2"):
+            observation(channels=2)
     with pytest.raises(ValueError, match="images must be uint8"):
         quantize(torch.zeros(1, 3, 2, 2), 8)
 

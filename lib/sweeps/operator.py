@@ -71,7 +71,7 @@ def _should_keep(lines: Tensor, product_dtype: torch.dtype) -> bool:
     if lines.device.type == "cpu":
         return True
     if graphs.is_small(lines):
-        return graphs.is_capturing(lines.device)
+        return False
     if lines.device.type != "cuda" or torch.compiler.is_compiling():
         return True
     total = torch.cuda.get_device_properties(lines.device).total_memory
