@@ -233,9 +233,9 @@ def _stack_bytes(code: bytes) -> int:
 
 def test_a_capture_does_not_compile():
     constants = cluster.Constants(8, 1, 1, 2, False, 1, False, False)
-    with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
-        with pytest.raises(RuntimeError, match="capture"):
-            cluster.load(torch.device("cuda", 77), constants)
+    capturing = mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with capturing, pytest.raises(RuntimeError, match="capture"):
+        cluster.load(torch.device("cuda", 77), constants)
 
 
 def test_says_what_it_does_not_support():
