@@ -5,6 +5,7 @@ cd "$(dirname "$0")"
 . ./setup.sh
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$python" -m mypy
 export OMP_NUM_THREADS=1 WANDB_MODE=disabled # one thread in each of two test processes
 if [ "${1:-}" = --slow ]; then
     shift

@@ -35,7 +35,7 @@ def stamp(
     name: str, arguments: list[str] | None, device: str, packages: tuple[str, ...] = ()
 ) -> dict:
     """What a file of results begins with: date, machine, versions, threads and the command
-    `benchmarks.<name> ...`."""
+    `benchmarks.<name> ...`, or of another module whose whole name is given."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -49,7 +49,7 @@ def stamp(
             [
                 "python",
                 "-m",
-                f"benchmarks.{name}",
+                name if "." in name else f"benchmarks.{name}",
                 *(sys.argv[1:] if arguments is None else arguments),
             ]
         ),

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks.common import machine
 from lib.DensityVAE import DensityVAE
-from lib.evaluation.importance import Group, ImportanceSampler
+from lib.evaluation.importance import ImportanceSampler
 from lib.evaluation.nearest import nearest_images
 from lib.synthesis import sample_images
 from lib.utils import keyed_noise
@@ -47,6 +47,14 @@ MODELS = {
     "cifar": dict(
         h_size=200, z_size=4, depth=15, ds_list=[5, 10], mix_components=5,
         sdn_max_scale=32, sdn_nfeat_0=360, sdn_nfeat_diff=128, sdn_num_dirs=2,
+    ),
+    "imagenet": dict(
+        h_size=200, z_size=4, depth=16, ds_list=[3, 7, 11], mix_components=10,
+        sdn_max_scale=32, sdn_nfeat_0=424, sdn_nfeat_diff=0, sdn_num_dirs=3,
+    ),
+    "celeb": dict(
+        h_size=200, z_size=8, depth=17, ds_list=[4, 7, 9, 11, 13, 15], mix_components=30, nbits=5,
+        sdn_max_scale=64, sdn_nfeat_0=400, sdn_nfeat_diff=80, sdn_num_dirs=2,
     ),
 }  # fmt: skip
 CNN = dict(sdn_max_scale=0)  # the baseline IAF-VAE+
@@ -100,8 +108,7 @@ def likelihood(name: str, model: DensityVAE, options) -> list[dict]:
 
     def shared() -> Tensor:
         sampler = ImportanceSampler(model, [image], samples=samples, seed=0, chunk=chunk)
-        *_, finished = sampler(Group((0,), 0, (0.0,), chunk))
-        return torch.tensor(finished.log_likelihoods)
+        return torch.tensor([sampler(0)], dtype=torch.float64)
 
     @torch.no_grad()
     def full(rows_at_once: int) -> Tensor:
@@ -191,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=MODELS, default="quickstart")
+    parser.add_argument("--model", choices=("quickstart", "cifar"), default="quickstart")
     parser.add_argument("--count", type=int, default=64, help="images to draw")
     parser.add_argument("--samples", type=int, default=128, help="importance samples")
     parser.add_argument("--chunk", type=int, default=32, help="importance samples at once")

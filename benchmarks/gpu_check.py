@@ -22,14 +22,16 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks import common
 from benchmarks.layer import Step, replay
-from lib.sweeps import checking, selection
+from lib.sweeps import checking, graphs, selection
 
+IN_A_ROW = 5  # calls between two looks at the clock: to wait for a GPU takes time, too
 LARGE = (32, 32, 128)  # lines, positions, images: a wrong image among many must be noticed
 TYPES = (
     (torch.bfloat16, torch.bfloat16),
@@ -51,7 +53,9 @@ def check(options: argparse.Namespace) -> list[dict]:
     device, rows = torch.device(options.device), []
     for features, products in TYPES:
         for name in candidates(device, products):
-            for channels in (options.channels, 24, 50):
+            # Other numbers of channels, where kernels do not take seconds to compile for each.
+            few = () if name == "cluster" else (24, 50)
+            for channels in (options.channels, *few):
                 shapes = checking.CHECKED_SHAPES
                 if options.large and channels == options.channels and features == torch.bfloat16:
                     shapes = (*shapes, LARGE)
@@ -68,10 +72,15 @@ def check(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def milliseconds(calls: dict[str, Callable], options: argparse.Namespace) -> dict[str, float]:
-    """Medians of some calls, which take turns."""
+def milliseconds(calls: dict[Any, Callable], options: argparse.Namespace) -> dict[Any, float]:
+    """Medians of some calls, which take turns, each IN_A_ROW times."""
+
+    def repeated(call: Callable) -> Callable:
+        return lambda: [call() for _ in range(IN_A_ROW)]
+
+    calls = {name: repeated(call) for name, call in calls.items()}
     times = common.take_turns(calls, options.repeats, options.device)
-    return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+    return {name: 1e3 * statistics.median(taken) / IN_A_ROW for name, taken in times.items()}
 
 
 def race(scale: int, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
@@ -86,34 +95,31 @@ def race(scale: int, dtype: torch.dtype, options: argparse.Namespace) -> list[di
     convolution = convolution.to(memory_format=torch.channels_last)
     precision = str(dtype).removeprefix("torch.")
     step = Step(convolution, features.requires_grad_(), torch.randn_like(features), precision)
-    forward, both = {"conv3": step.forward}, {"conv3": step.both}
+    rows = {}
     lines = lines.detach()
-    for name in candidates(device, dtype):
-        module = checking.backend_module(name)
-        forward[name] = functools.partial(module.sweep, lines, *parameters, False, False, dtype)
-        arguments = (module, lines, parameters, lines, dtype)
-        both[name] = functools.partial(
-            checking.both, *arguments, **sides, keeps=module.keeps(lines)
-        )
-    rows = {name: {"scale": scale, "precision": precision, "contender": name} for name in both}
     ways = {"eager": lambda call: call}
     if options.device.startswith("cuda"):
         ways["graph"] = replay
     for way, made in ways.items():
-        for what, calls in (("forward", forward), ("both", both)):
-            with torch.no_grad() if what == "forward" else torch.enable_grad():
-                ready = {name: made(without_grad(call, name)) for name, call in calls.items()}
-                for name, time in milliseconds(ready, options).items():
-                    rows[name][f"{way}_{what}_ms"] = time
+        # What a layer keeps for its backward pass, see lib/sweeps/operator.py.
+        keeps = way == "graph" or not graphs.is_small(lines)
+        calls = {("conv3", "forward"): step.forward, ("conv3", "both"): step.both}
+        for name in candidates(device, dtype):
+            module = checking.backend_module(name)
+            forward = functools.partial(module.sweep, lines, *parameters, False, False, dtype)
+            calls[name, "forward"] = torch.no_grad()(forward)
+            arguments = (module, lines, parameters, lines, dtype)
+            sweep = functools.partial(checking.both, *arguments, **sides, keeps=keeps)
+            calls[name, "both"] = torch.no_grad()(sweep)
+        for (name, what), time in milliseconds(
+            {key: made(call) for key, call in calls.items()}, options
+        ).items():
+            row = rows.setdefault(name, {"scale": scale, "precision": precision, "contender": name})
+            row[f"{way}_{what}_ms"] = time
     for row in rows.values():
         for key in [key for key in row if key.endswith("_ms")]:
             row[f"{key.removesuffix('_ms')}_over_conv3"] = row[key] / rows["conv3"][key]
     return list(rows.values())
-
-
-def without_grad(call: Callable, name: str) -> Callable:
-    """Sweeps are called as from inside their operator."""
-    return call if name == "conv3" else torch.no_grad()(call)
 
 
 def kernels(scale: int, name: str, options: argparse.Namespace) -> list[dict]:
@@ -126,7 +132,7 @@ def kernels(scale: int, name: str, options: argparse.Namespace) -> list[dict]:
         for each in nn.GRUCell(3 * shape[-1], shape[-1], device=options.device).parameters()
     ]
     module = checking.backend_module(name)
-    sides = dict(reverse=False, keep_first=False, keeps=module.keeps(lines))
+    sides = dict(reverse=False, keep_first=False, keeps=hasattr(module, "kept"))
     run = functools.partial(checking.both, module, lines, parameters, lines, dtype, **sides)
     with torch.no_grad():
         run()
@@ -151,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scales", type=int, nargs="+", default=[16, 32, 8, 4, 64])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--channels", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="seconds: few channels, small maps")
     parser.add_argument("--output", type=Path, help="JSON file to write")

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lib.training.position import Position
-from lib.training.processes import Patience
+from lib.training.processes import Watchdog
+from lib.training.resume import Position
+from lib.training.signals import EXIT_STATUS
 from lib.utils import mixed_seed
 
 from .errors import DataError
-from .get_dataset import DATASETS, SPLITS, get_dataset
+from .get_dataset import SPLITS, dataset_spec, get_dataset
 
 PADDING = -1
 LOADER_TIMEOUT = 600  # seconds without a batch: a loader that hangs is a fault, not a wait
@@ -26,7 +27,7 @@ FLIP = 1  # beside seed and key: a random number of its own
 
 
 class IndexedImages(Dataset):
-    """A data set addressed by keys, `pass * len(dataset) + index`, whose items are (uint8 [3, H,
+    """A data set addressed by keys, `pass * len(dataset) + index`, whose items are (uint8 [C, H,
     W], key).
 
     Augmentation is a pure function of (seed, key), so it depends on neither workers nor ranks nor
@@ -93,12 +94,12 @@ class BatchLoader(DataLoader):
         # torch's own limit is for the first byte of a batch; a worker that stops in its middle
         # would stop all.
         with (
-            Patience(self.timeout * 1.1, loader_hangs(self.timeout))
+            Watchdog(self.timeout * 1.1, loader_hangs(self.timeout))
             if self.timeout
-            else nullcontext() as patience
+            else nullcontext() as watchdog
         ):
             while True:
-                with patience.waiting() if patience else nullcontext():
+                with watchdog.waiting() if watchdog else nullcontext():
                     batch = next(batches, None)
                 if batch is None:
                     return
@@ -126,7 +127,7 @@ def _as_arrays(batch: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
 def leave_signals_to_the_main_process(worker: int) -> None:
     """A signal to a whole job reaches loader workers, too, which are needed until the checkpoint is
     written."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in EXIT_STATUS:
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -193,11 +194,11 @@ class EpochSampler(Sampler[int]):
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Batches (uint8 images [B, 3, H, W], int64 keys [B]; in validation, indices) of a registered
+    """Batches (uint8 images [B, C, H, W], int64 keys [B]; in validation, indices) of a registered
     data set.
 
     Arguments:
-        name: A name of `DATASETS`.
+        name: Of the data set, see `get_dataset`.
         root: Folder that holds the data sets.
         batch, batch_val: Batch sizes of each process.
         num_workers: Loader processes of each process.
@@ -234,7 +235,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if stage != "validate":
-            flip = DATASETS[self.name].flip
+            flip = dataset_spec(self.name, self.root).flip
             self.train = IndexedImages(self._open("train"), augment=True, flip=flip, seed=self.seed)
         self.validation = IndexedImages(
             self._open("validation"), augment=False, flip=False, seed=self.seed
@@ -259,7 +260,7 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         self.check_batch(self._world_size)
         # A resumed run begins inside an epoch.
-        epoch = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
+        epoch = self.trainer.current_epoch if self.trainer else 0
         module = self.trainer.lightning_module if self.trainer else None
         position = getattr(module, "position", Position(epoch))
         global_batch = self.batch * self._world_size

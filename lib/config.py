@@ -1,20 +1,22 @@
-"""The typed configuration of a training run. `train.py` makes one flag of each field."""
+"""The typed configuration of a training run; `lib.flags` makes one flag of each field."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_type_hints
 
 from .DensityVAE.blocks import BLOCKS, HIGHWAY
 from .nn import BACKENDS, BORDERS
-from .probability import OBSERVATIONS, POSTERIORS, PRIORS
+from .probability import OBSERVATIONS, POSTERIORS, PRIORS, TAILS
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 NOISES = ("batch", "image")
+FLOAT32_MAX = 3.4e38
 ARCHITECTURE = "Architecture"
-SAFETY = "Safety"
 
 # What differs from the fields' defaults for a task, and the fields that say nothing to it.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -56,11 +58,52 @@ class ConfigError(ValueError):
     """A flag that is unknown, out of range or contradicts another; the message is one line."""
 
 
-def _flag(default: Any, group: str, meaning: str, choices: tuple[str, ...] | None = None) -> Any:
-    metadata = dict(group=group, meaning=meaning, choices=choices)
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a flag may be, from `least` to `most`, and how to say so.
+
+    `least` or `most` is itself excluded if `open_below` or `open_above`.
+    """
+
+    text: str
+    least: float = -math.inf
+    most: float = math.inf
+    open_below: bool = False
+    open_above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and not (
+            self.open_below and value == self.least or self.open_above and value == self.most
+        )
+
+
+POSITIVE = Range("at least 1", 1)
+NOT_NEGATIVE = Range("0 or more", 0)
+ABOVE_ZERO = Range("above 0", 0, open_below=True)
+FRACTION = Range("above 0 and at most 1", 0, 1, open_below=True)
+
+
+def _at_most(most: int) -> Range:
+    return Range(f"at most {most}", most=most)
+
+
+def _flag(group: str, default: Any, meaning: str, *allowed: str | Range) -> Any:
+    """A field with what it may be: some words, or a number in all of some ranges."""
+    choices = tuple(each for each in allowed if isinstance(each, str)) or None
+    ranges = tuple(each for each in allowed if isinstance(each, Range))
+    metadata = dict(group=group, meaning=meaning, choices=choices, ranges=ranges)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+_run = partial(_flag, "Run")
+_safety = partial(_flag, "Safety")
+_data = partial(_flag, "Data")
+_model = partial(_flag, ARCHITECTURE)
+_optimize = partial(_flag, "Optimization")
+_hardware = partial(_flag, "Hardware")
+_log = partial(_flag, "Logging")
 
 
 @dataclass
@@ -74,165 +117,183 @@ class TrainConfig:
         ConfigError: from `validate`, before anything is touched.
     """
 
-    task: str = _flag("density_estimation", "Run", "what to train", tuple(TASK_DEFAULTS))
-    exp_name: str = _flag(
-        "sdn", "Run", "name of the experiment: its folder under checkpoints/ and figs/"
+    task: str = _run("density_estimation", "what to train", *TASK_DEFAULTS)
+    exp_name: str = _run("sdn", "name of the experiment: its folder under checkpoints/ and figs/")
+    random_seed: int = _run(
+        1234,
+        "seed of weights, data order, augmentation and noise",
+        NOT_NEGATIVE,
+        Range("below 2^32", most=2**32 - 1),
     )
-    random_seed: int = _flag(1234, "Run", "seed of weights, data order, augmentation and noise")
-    iters: int = _flag(1_000_000, "Run", "stop after this many optimizer steps")
-    max_epochs: int = _flag(
-        -1, "Run", "stop after this many epochs, if that comes first; -1: no limit"
+    iters: int = _run(1_000_000, "stop after this many optimizer steps", POSITIVE)
+    max_epochs: int = _run(-1, "stop after this many epochs, if that comes first; -1: no limit")
+    output_dir: str = _run(".", "where checkpoints/ and figs/ are")
+    make_checkpoint: bool = _run(
+        False, "keep checkpoints: the best (density estimation only) and the last"
     )
-    output_dir: str = _flag(".", "Run", "where checkpoints/ and figs/ are")
-    make_checkpoint: bool = _flag(
-        False, "Run", "keep checkpoints: the best (density estimation only) and the last"
-    )
-    use_checkpoint: bool = _flag(
-        False, "Run", "go on from the experiment's last checkpoint, if there is one"
+    use_checkpoint: bool = _run(
+        False, "go on from the experiment's last checkpoint, if there is one"
     )
 
-    checkpoint_every_n_steps: int = _flag(
-        0, SAFETY, "optimizer steps between checkpoints inside an epoch; 0: none by steps"
+    checkpoint_every_n_steps: int = _safety(
+        0, "optimizer steps between checkpoints inside an epoch; 0: none by steps", NOT_NEGATIVE
     )
-    checkpoint_every_minutes: float = _flag(
-        10.0, SAFETY, "minutes between checkpoints inside an epoch; 0: none by time"
+    checkpoint_every_minutes: float = _safety(
+        10.0, "minutes between checkpoints inside an epoch; 0: none by time", NOT_NEGATIVE
     )
-    keep_last: int = _flag(2, SAFETY, "how many of the last checkpoints to keep, beside the best")
-    grad_clip: float = _flag(0.0, SAFETY, "scale gradients down to this norm; 0: never")
-    max_skipped: int = _flag(
-        20, SAFETY, "go back after so many steps in a row with a loss or gradient not finite"
+    keep_last: int = _safety(
+        2, "how many of the last checkpoints to keep, beside the best", POSITIVE
     )
-    max_rollbacks: int = _flag(
-        3, SAFETY, "stop instead of going back to an earlier checkpoint more often"
+    grad_clip: float = _safety(0.0, "scale gradients down to this norm; 0: never", NOT_NEGATIVE)
+    max_skipped: int = _safety(
+        20,
+        "go back after so many steps in a row with a loss or gradient not finite",
+        POSITIVE,
+        _at_most(100),
     )
-    rollback_lrate: float = _flag(0.5, SAFETY, "multiplies the learning rate when a run goes back")
+    max_rollbacks: int = _safety(
+        3, "stop instead of going back to an earlier checkpoint more often", NOT_NEGATIVE
+    )
+    rollback_lrate: float = _safety(
+        0.5, "multiplies the learning rate when a run goes back", FRACTION
+    )
 
-    dataset: str = _flag(
+    dataset: str = _data(
         "CIFAR10",
-        "Data",
-        "CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes or Shapes3DRendered",
+        "CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes, Shapes3DRendered, one that was "
+        "converted, or the path of pictures to convert now (with --image_size)",
     )
-    root: str = _flag("data", "Data", "folder that holds the data sets")
-    num_workers: int = _flag(2, "Data", "loader processes of each training process")
-    batch: int = _flag(32, "Data", "batch size of each device")
-    batch_val: int = _flag(
-        0, "Data", "batch size of validation on each device; 0 or less: the same as batch"
+    root: str = _data("data", "folder that holds the data sets")
+    image_size: list[int] = _data(
+        [],
+        "height and width, or one number for both, of the images that pictures are made to; "
+        "other data sets have their own",
     )
-    epoch_images: int = _flag(
-        0, "Data", "images of an epoch, at whose end checkpoints are written; 0: all"
-    )
-    val_images: int = _flag(0, "Data", "validate on the first val_images images; 0: all")
-
-    depth: int = _flag(15, ARCHITECTURE, "number of ladder layers; layer 0 is at the image's scale")
-    ds_list: list[int] = _flag(
-        [5, 10], ARCHITECTURE, "layers that halve the scale, each in 0 ... depth-1"
-    )
-    downsample_first: bool = _flag(
-        False, ARCHITECTURE, "halve the scale in the first convolution already"
-    )
-    h_size: int = _flag(200, ARCHITECTURE, "deterministic channels")
-    z_size: int = _flag(
-        4, ARCHITECTURE, "latent channels of each layer; disentanglement: latent dimensions"
-    )
-    post_model: str = _flag("IAF", ARCHITECTURE, "posterior", tuple(POSTERIORS))
-    prior_model: str = _flag("IsoGaussian", ARCHITECTURE, "prior", tuple(PRIORS))
-    obs_model: str = _flag("DML", ARCHITECTURE, "observation model", OBSERVATIONS)
-    mix_components: int = _flag(5, ARCHITECTURE, "mixture components of DML")
-    nbits: int = _flag(8, ARCHITECTURE, "bits per colour, 1 to 8")
-    sdn_max_scale: int = _flag(
-        32, ARCHITECTURE, "largest scale with SDN layers; 0: none, the IAF-VAE+ baseline"
-    )
-    sdn_min_scale: int = _flag(0, ARCHITECTURE, "smallest scale with SDN layers")
-    sdn_nfeat_0: int = _flag(360, ARCHITECTURE, "features of the first SDN layers")
-    sdn_nfeat_diff: int = _flag(
-        128, ARCHITECTURE, "fewer features after each downsampling SDN layer, not below 50"
-    )
-    sdn_num_dirs: int = _flag(2, ARCHITECTURE, "directions of each SDN layer, 1 to 4")
-    block: str = _flag(
-        "sdn",
-        ARCHITECTURE,
-        "what is at the scales with SDN layers; others are for ablations (Table 4)",
-        BLOCKS,
-    )
-    highway: str = _flag(
-        "auto", ARCHITECTURE, "whether blocks are gated with a convolution; auto: sdn is", HIGHWAY
-    )
-    border: str = _flag(
-        "zeros", ARCHITECTURE, "first line of a sweep: corrected (paper) or kept (release)", BORDERS
-    )
-
-    lrate: float = _flag(0.002, "Optimization", "learning rate of Adamax")
-    lrate_decay: float = _flag(
-        0.999, "Optimization", "multiplies the learning rate after each epoch; 1: constant"
-    )
-    lrate_patience: int = _flag(
+    channels: int = _data(
         0,
-        "Optimization",
+        "3, or 1 for grey images, that pictures are made to; 0: 3, or the data set's",
+        Range("0, 1 or 3", 0, 3),
+    )
+    num_workers: int = _data(
+        2, "loader processes of each training process", NOT_NEGATIVE, _at_most(1024)
+    )
+    batch: int = _data(32, "batch size of each device", POSITIVE)
+    batch_val: int = _data(
+        0, "batch size of validation on each device; 0 or less: the same as batch"
+    )
+    epoch_images: int = _data(
+        0,
+        "images of an epoch, at whose end checkpoints are written; 0: all",
+        NOT_NEGATIVE,
+        Range("at most 10^9", most=10**9),
+    )
+    val_images: int = _data(0, "validate on the first val_images images; 0: all", NOT_NEGATIVE)
+
+    depth: int = _model(
+        15, "number of ladder layers; layer 0 is at the image's scale", POSITIVE, _at_most(1000)
+    )
+    ds_list: list[int] = _model([5, 10], "layers that halve the scale, each in 0 ... depth-1")
+    downsample_first: bool = _model(False, "halve the scale in the first convolution already")
+    h_size: int = _model(200, "deterministic channels", POSITIVE, _at_most(2**20))
+    z_size: int = _model(
+        4,
+        "latent channels of each layer; disentanglement: latent dimensions",
+        POSITIVE,
+        _at_most(2**20),
+    )
+    post_model: str = _model("IAF", "posterior", *POSTERIORS)
+    prior_model: str = _model("IsoGaussian", "prior", *PRIORS)
+    obs_model: str = _model("DML", "observation model", *OBSERVATIONS)
+    mix_components: int = _model(5, "mixture components of DML", POSITIVE, _at_most(2**20))
+    dml_tails: str = _model(
+        "approximate", "DML's bins below 1e-5: as in the literature, or exact", *TAILS
+    )
+    nbits: int = _model(8, "bits per colour, 1 to 8", Range("1 to 8", 1, 8))
+    sdn_max_scale: int = _model(
+        32, "largest scale with SDN layers; 0: none, the IAF-VAE+ baseline", NOT_NEGATIVE
+    )
+    sdn_min_scale: int = _model(0, "smallest scale with SDN layers", NOT_NEGATIVE)
+    sdn_nfeat_0: int = _model(
+        360, "features of the first SDN layers", NOT_NEGATIVE, _at_most(2**20)
+    )
+    sdn_nfeat_diff: int = _model(
+        128, "fewer features after each downsampling SDN layer, not below 50", NOT_NEGATIVE
+    )
+    sdn_num_dirs: int = _model(
+        2, "directions of each SDN layer, 1 to 4", Range("at most 4", most=4)
+    )
+    block: str = _model(
+        "sdn", "what is at the scales with SDN layers; others are for ablations (Table 4)", *BLOCKS
+    )
+    highway: str = _model(
+        "auto", "whether blocks are gated with a convolution; auto: sdn is", *HIGHWAY
+    )
+    border: str = _model(
+        "zeros", "first line of a sweep: corrected (paper) or kept (release)", *BORDERS
+    )
+
+    lrate: float = _optimize(0.002, "learning rate of Adamax", ABOVE_ZERO)
+    lrate_decay: float = _optimize(
+        0.999, "multiplies the learning rate after each epoch; 1: constant", FRACTION
+    )
+    lrate_patience: int = _optimize(
+        0,
         "halve the learning rate after so many validations in a row without a better one; 0: never",
+        NOT_NEGATIVE,
     )
-    free_bits: float = _flag(
-        0.01, "Optimization", "nats of KL that each layer (dimension) has for free"
+    free_bits: float = _optimize(
+        0.01, "nats of KL that each layer (dimension) has for free", NOT_NEGATIVE
     )
-    beta_final: float = _flag(1.0, "Optimization", "weight of the KL, once annealed")
-    beta_rate: float = _flag(
-        1.0, "Optimization", "part of beta_final that is added each step, from 0; 1: no annealing"
+    beta_final: float = _optimize(1.0, "weight of the KL, once annealed", NOT_NEGATIVE)
+    beta_rate: float = _optimize(
+        1.0, "part of beta_final that is added each step, from 0; 1: no annealing", FRACTION
     )
-    ema_coef: float = _flag(
-        0.999, "Optimization", "decay per step of the weight average used to evaluate and sample"
+    ema_coef: float = _optimize(
+        0.999,
+        "decay per step of the weight average used to evaluate and sample",
+        Range("at least 0 and below 1", 0, 1, open_above=True),
     )
-    analytic_kl: bool = _flag(
-        False, "Optimization", "closed-form KL, not one sample; for --post_model IsoGaussian"
+    analytic_kl: bool = _optimize(
+        False, "closed-form KL, not one sample; for --post_model IsoGaussian"
     )
-    accumulate_grad_batches: int = _flag(1, "Optimization", "batches per optimizer step")
-    noise: str = _flag(
+    accumulate_grad_batches: int = _optimize(1, "batches per optimizer step", POSITIVE)
+    noise: str = _optimize(
         "batch",
-        "Optimization",
         "drawn by batch, or by image: then the number of processes has no influence",
-        NOISES,
+        *NOISES,
     )
 
-    gpus: int | None = _flag(
-        None, "Hardware", "GPUs of each node; default: 1 if there is one, else 0, the CPU"
+    gpus: int | None = _hardware(
+        None,
+        "GPUs of each node; default: 1 if there is one, else 0, the CPU",
+        Range("0 (the CPU) or more", 0),
     )
-    num_processes: int = _flag(1, "Hardware", "processes of each node when --gpus is 0")
-    num_nodes: int = _flag(1, "Hardware", "machines")
-    distributed_backend: str = _flag(
-        "ddp", "Hardware", "how several processes work together", ("ddp",)
+    num_processes: int = _hardware(1, "processes of each node when --gpus is 0", POSITIVE)
+    num_nodes: int = _hardware(1, "machines", POSITIVE)
+    distributed_backend: str = _hardware("ddp", "how several processes work together", "ddp")
+    amp: bool = _hardware(
+        False, "float16 with loss scaling, as the authors; on a CPU bfloat16; not with --precision"
     )
-    amp: bool = _flag(
+    precision: str | None = _hardware(None, "numbers' precision; default 32-true", *PRECISIONS)
+    backend: str = _hardware("auto", "implementation of the sweeps", *BACKENDS)
+    compile: bool = _hardware(False, "torch.compile the model; the first steps take minutes")
+    checkpoint_activations: bool = _hardware(
         False,
-        "Hardware",
-        "float16 with loss scaling, as the authors; on a CPU bfloat16; not with --precision",
+        "less memory: layers' activations are computed anew in the backward pass; density "
+        "estimation",
     )
-    precision: str | None = _flag(
-        None, "Hardware", "numbers' precision; default 32-true", PRECISIONS
-    )
-    backend: str = _flag("auto", "Hardware", "implementation of the sweeps", BACKENDS)
-    compile: bool = _flag(
-        False, "Hardware", "torch.compile the model; the first steps take minutes"
-    )
-    checkpoint_activations: bool = _flag(
-        False,
-        "Hardware",
-        "less memory: layers' activations are computed anew in the backward pass; density estimation",
-    )
-    profiler_mode: bool = _flag(
-        False,
-        "Hardware",
-        "print where a run's time goes, and time and memory of a few steps, by operator",
+    profiler_mode: bool = _hardware(
+        False, "print where a run's time goes, and time and memory of a few steps, by operator"
     )
 
-    logger: str = _flag(
-        "auto",
-        "Logging",
-        "dashboard beside the CSV files; auto: wandb if installed",
-        ("auto", "wandb", "none"),
+    logger: str = _log(
+        "auto", "dashboard beside the CSV files; auto: wandb if installed", "auto", "wandb", "none"
     )
-    check_val_every_n_epoch: int = _flag(1, "Logging", "epochs between validations")
-    figsize: int = _flag(
-        8, "Logging", "sample and reconstruction grids have figsize x figsize images"
+    check_val_every_n_epoch: int = _log(1, "epochs between validations", POSITIVE)
+    figsize: int = _log(
+        8, "sample and reconstruction grids have figsize x figsize images", POSITIVE
     )
-    sampling_temperature: float = _flag(0.85, "Logging", "temperature of the sample grids")
+    sampling_temperature: float = _log(0.85, "temperature of the sample grids", NOT_NEGATIVE)
 
     def validate(self) -> None:
         """Checks every field and how they go together; raises ConfigError."""
@@ -242,109 +303,49 @@ class TrainConfig:
                 raise ConfigError(
                     f"--{field.name} must be one of {', '.join(choices)}; got {value}"
                 )
-            self._require(
-                field.name, not isinstance(value, float) or math.isfinite(value), "a finite number"
-            )
-        for name in (
-            "iters",
-            "batch",
-            "depth",
-            "h_size",
-            "z_size",
-            "mix_components",
-            "accumulate_grad_batches",
-        ):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in (
-            "num_processes",
-            "num_nodes",
-            "check_val_every_n_epoch",
-            "figsize",
-            "keep_last",
-            "max_skipped",
-        ):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in (
-            "num_workers",
-            "free_bits",
-            "sampling_temperature",
-            "sdn_max_scale",
-            "sdn_min_scale",
-        ):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in (
-            "sdn_nfeat_0",
-            "sdn_nfeat_diff",
-            "random_seed",
-            "beta_final",
-            "epoch_images",
-            "val_images",
-        ):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in (
-            "checkpoint_every_n_steps",
-            "checkpoint_every_minutes",
-            "grad_clip",
-            "max_rollbacks",
-            "lrate_patience",
-        ):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("random_seed", self.random_seed < 2**32, "below 2^32")
-        self._require("max_skipped", self.max_skipped <= 100, "at most 100")
-        self._require("num_workers", self.num_workers <= 1024, "at most 1024")
-        self._require("epoch_images", self.epoch_images <= 10**9, "at most 10^9")
-        self._require("gpus", self.gpus is None or self.gpus >= 0, "0 (the CPU) or more")
-        self._require(
-            "max_epochs",
-            self.max_epochs == -1 or self.max_epochs >= 1,
-            "-1 (no limit) or at least 1",
-        )
-        self._require("lrate", self.lrate > 0, "above 0")
-        self._require("lrate_decay", 0 < self.lrate_decay <= 1, "above 0 and at most 1")
-        self._require("beta_rate", 0 < self.beta_rate <= 1, "above 0 and at most 1")
-        self._require("rollback_lrate", 0 < self.rollback_lrate <= 1, "above 0 and at most 1")
-        self._require("ema_coef", 0 <= self.ema_coef < 1, "at least 0 and below 1")
-        self._require("nbits", 1 <= self.nbits <= 8, "1 to 8")
+            if isinstance(value, float):
+                self._require(field.name, math.isfinite(value), "a finite number")
+                self._require(field.name, abs(value) <= FLOAT32_MAX, "a number of 32 bits")
+            elif isinstance(value, int):
+                self._require(field.name, abs(value) < 2**63, "a number of 64 bits")
+            for allowed in field.metadata["ranges"] if value is not None else ():
+                self._require(field.name, value in allowed, allowed.text)
+        epochs_ok = self.max_epochs == -1 or self.max_epochs >= 1
+        self._require("max_epochs", epochs_ok, "-1 (no limit) or at least 1")
         name_ok = self.exp_name not in ("", ".", "..") and not set(self.exp_name) & set("/\\\0")
         self._require("exp_name", name_ok, "a plain folder name")
+        self._require("channels", self.channels != 2, "0, 1 or 3")
+        sizes_ok = len(self.image_size) <= 2 and all(n in range(1, 4097) for n in self.image_size)
+        self._require("image_size", sizes_ok, "one or two numbers from 1 to 4096")
+        for contradiction in self._contradictions():
+            raise ConfigError(contradiction)
+
+    def _contradictions(self) -> Iterator[str]:
+        """What is wrong with fields that are each allowed."""
         if self.lrate_patience and self.beta_rate < 1:
-            raise ConfigError(
-                "--lrate_patience needs --beta_rate 1: while β rises, -ELBO gets worse by itself"
-            )
-        wrong = [i for i in self.ds_list if i not in range(self.depth)]
-        if wrong:
-            raise ConfigError(
-                f"--ds_list entries must lie in 0 ... {self.depth - 1} (--depth {self.depth}); got {wrong}"
-            )
-        if self.sdn_num_dirs > 4:
-            raise ConfigError(f"--sdn_num_dirs must be at most 4; got {self.sdn_num_dirs}")
+            yield "--lrate_patience needs --beta_rate 1: while β rises, -ELBO gets worse by itself"
+        if wrong := [layer for layer in self.ds_list if layer not in range(self.depth)]:
+            allowed = f"must lie in 0 ... {self.depth - 1} (--depth {self.depth})"
+            yield f"--ds_list entries {allowed}; got {wrong}"
         with_sdn = self.sdn_max_scale > 0 and self.block == "sdn"
         if with_sdn and (self.sdn_num_dirs < 1 or self.sdn_nfeat_0 < 1):
-            raise ConfigError(
-                "--sdn_num_dirs and --sdn_nfeat_0 must be at least 1, or --sdn_max_scale 0 (no SDN)"
-            )
-        if self.sdn_max_scale > 0 and self.sdn_min_scale > self.sdn_max_scale:
-            raise ConfigError(
-                f"--sdn_min_scale {self.sdn_min_scale} is above --sdn_max_scale {self.sdn_max_scale}"
-            )
+            least = "--sdn_num_dirs and --sdn_nfeat_0 must be at least 1"
+            yield f"{least}, or --sdn_max_scale 0 (no SDN)"
+        if 0 < self.sdn_max_scale < self.sdn_min_scale:
+            largest = f"--sdn_max_scale {self.sdn_max_scale}"
+            yield f"--sdn_min_scale {self.sdn_min_scale} is above {largest}"
         if self.sdn_max_scale == 0 and (self.block not in ("sdn", "conv3") or self.highway == "on"):
-            raise ConfigError(
-                f"--block {self.block} --highway {self.highway} is for scales up to --sdn_max_scale, which is 0"
-            )
+            what = f"--block {self.block} --highway {self.highway}"
+            yield f"{what} is for scales up to --sdn_max_scale, which is 0"
         if self.amp and self.precision is not None:
-            raise ConfigError(
-                "--amp and --precision exclude each other; --amp is --precision 16-mixed"
-            )
+            yield "--amp and --precision exclude each other; --amp is --precision 16-mixed"
+        gaussian = f"needs --post_model IsoGaussian; got {self.post_model}"
         if self.task == "disentanglement" and self.post_model != "IsoGaussian":
-            raise ConfigError(
-                f"--task disentanglement needs --post_model IsoGaussian; got {self.post_model}"
-            )
+            yield f"--task disentanglement {gaussian}"
         if self.analytic_kl and self.post_model != "IsoGaussian":
-            raise ConfigError(
-                f"--analytic_kl needs --post_model IsoGaussian; got {self.post_model}"
-            )
+            yield f"--analytic_kl {gaussian}"
         if self.gpus and self.num_processes > 1:
-            raise ConfigError("--num_processes is for the CPU; with --gpus N there are N processes")
+            yield "--num_processes is for the CPU; with --gpus N there are N processes"
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    # A name that nobody can have put a link at.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
         yield partial
         sync(partial)
@@ -49,7 +51,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def second_name(path: Path, name: Path) -> None:
+def link_or_copy(path: Path, name: Path) -> None:
     """Gives a file another name, in place of what had it; a copy where the file system knows no
     hard links."""
     with whole_file(name) as partial:
@@ -60,7 +62,7 @@ def second_name(path: Path, name: Path) -> None:
 
 
 @contextmanager
-def folder_for_one(folder: Path, message: str) -> Iterator[None]:
+def exclusive_folder(folder: Path, message: str) -> Iterator[None]:
     """Holds a folder for this process, until the end of the block or of the process; leaves none
     that stays empty.
 
@@ -74,12 +76,12 @@ def folder_for_one(folder: Path, message: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise BlockingIOError  # its holder removed it a moment ago, and another may hold a new one
+                # Its holder removed it a moment ago, and another may hold a new one.
+                raise BlockingIOError
         except BlockingIOError:
             raise BlockingIOError(message) from None
-        os.register_at_fork(
-            after_in_child=lock.close
-        )  # or loader workers would hold it after this process's death
+        # Otherwise loader workers would hold it after this process's death.
+        os.register_at_fork(after_in_child=lock.close)
         try:
             yield
         finally:

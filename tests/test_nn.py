@@ -3,6 +3,7 @@ module."""
 
 import copy
 import doctest
+import functools
 import io
 import json
 import pickle
@@ -189,8 +190,8 @@ WRONG_ARGUMENTS = [
     (dict(dirs=["0"]), "unknown direction '0' in dirs; allowed are 0"),
     (dict(dirs=[]), "dirs must name at least one direction; allowed are 0"),
     (dict(dirs=3), "dirs must be a sequence of directions, got 3; allowed are 0"),
-    (dict(in_ch=0), "in_ch must be an integer >= 1, got 0"),
-    (dict(out_ch=-2), "out_ch must be an integer >= 1, got -2"),
+    (dict(in_ch=0), "in_channels must be an integer >= 1, got 0"),
+    (dict(out_ch=-2), "out_channels must be an integer >= 1, got -2"),
     (dict(num_features=0), "num_features must be an integer >= 1, got 0"),
     (dict(num_features=2.0), "num_features must be an integer >= 1, got 2.0"),
     (dict(kernel_size=0), "kernel_size must be an integer >= 1, got 0"),
@@ -221,15 +222,115 @@ def test_wrong_arguments(layer_class, changed, message):
 @pytest.mark.parametrize(
     "shape, message",
     [
-        ((2, 3, 8, 8), r"input must be \[batch, 2, height, width\], got \[2, 3, 8, 8\]"),
-        ((2, 8, 8), r"input must be \[batch, 2, height, width\], got \[2, 8, 8\]"),
-        ((1, 2, 8, 1), "input must be at least 2 high and wide for this kernel, got"),
+        ((2, 3, 8, 8), r"input must be \[batch, 2, height, width\] or .*, got \[2, 3, 8, 8\]"),
+        ((3, 8, 8), r"input must be \[batch, 2, height, width\] or \[2, height, width\]"),
+        ((8, 8), r"input must be \[batch, 2, height, width\] or .*, got \[8, 8\]"),
+        ((1, 2, 8, 1), "input must be at least 2 high and 2 wide for this kernel, got"),
     ],
 )
 def test_wrong_input(shape, message):
     for layer in (SDNLayer(2, 3, 4, [0], 4, 2, 1), ResSDNLayer(2, 3, 4, [0], 4, 2, 1)):
         with pytest.raises(ValueError, match=message):
             layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize("layer_class", [SDNLayer, ResSDNLayer])
+@pytest.mark.parametrize(
+    "arguments, keywords",
+    [
+        ((6, 4, 3, 1, 1), {}),
+        ((6, 4), dict(kernel_size=(3, 5), stride=(2, 1), padding=(1, 2))),
+        ((6, 4, np.int64(3)), dict(padding="same", groups=2)),
+        ((6, 4, 3, 1, 0, 2, 2, False), {}),
+        ((6, 4, 3), dict(padding=1, padding_mode="reflect", bias=False)),
+        ((6, 4, 3), dict(padding="valid", dilation=(1, 2))),
+    ],
+    ids=str,
+)
+def test_the_signature_is_that_of_a_convolution(layer_class, arguments, keywords):
+    """`partial(layer, dirs=...)` stands where a convolution's class does: same arguments, by place
+    or name, same attributes, same shapes of output, also without a batch and for an empty one."""
+    convolution = torch.nn.Conv2d(*arguments, **keywords)
+    layer = functools.partial(layer_class, dirs=[0, 3])(*arguments, **keywords)
+    names = "in_channels out_channels kernel_size stride padding dilation groups padding_mode"
+    for name in names.split():
+        assert getattr(layer, name) == getattr(convolution, name), name
+    assert (layer.bias is None) == (convolution.bias is None)
+    for shape in [(2, 6, 9, 8), (6, 9, 8), (0, 6, 9, 8)]:
+        x = torch.randn(shape, requires_grad=True)
+        y = layer(x)
+        assert y.shape == convolution(x).shape
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+    assert torch.equal(layer(x[:0]), layer(x)[:0])
+
+
+@pytest.mark.parametrize("layer_class", [SDNLayer, ResSDNLayer])
+def test_transposed_convolutions_take_their_arguments_too(layer_class):
+    keywords = dict(kernel_size=3, stride=2, padding=1)
+    convolution = torch.nn.ConvTranspose2d(4, 6, **keywords, output_padding=1)
+    layer = layer_class(4, 6, **keywords, output_padding=1, upsample=True, dirs=[2])
+    x = torch.randn(2, 4, 5, 7)
+    assert layer(x).shape == convolution(x).shape and layer.output_padding == (1, 1)
+    chosen = layer_class(4, 6, **keywords, upsample=True, dirs=[2])
+    assert chosen(x, output_size=(10, 13)).shape == (2, 6, 10, 13)
+    with pytest.raises(ValueError, match="output_size needs upsample=True"):
+        layer_class(4, 6, dirs=[0])(x, output_size=(5, 7))
+
+
+@pytest.mark.parametrize("layer_class", [SDNLayer, ResSDNLayer])
+def test_both_orders_of_arguments_make_the_same_layer(layer_class):
+    of_paper = [
+        layer_class(3, 5, 8, [0, 2], 4, 2, 1, True),
+        layer_class(3, 5, 8, [0, 2], kernel_size=4, stride=2, padding=1, upsample=True),
+        layer_class(3, 5, 8, dirs=[0, 2], kernel_size=4, stride=2, padding=1, upsample=True),
+        layer_class(
+            in_ch=3, out_ch=5, num_features=8, dirs=[0, 2], kernel_size=4, stride=2, padding=1,
+            upsample=True,
+        ),
+    ]  # fmt: skip
+    as_convolution = layer_class(3, 5, 4, 2, 1, dirs=[0, 2], num_features=8, upsample=True)
+    for layer in of_paper:
+        assert repr(layer) == repr(as_convolution)
+
+
+@pytest.mark.parametrize(
+    "arguments, keywords, message",
+    [
+        ((3, 4, 3), {}, "dirs is missing"),
+        ((3,), dict(dirs=[0]), "out_channels is missing"),
+        ((3, 4), dict(dirs=[0], in_ch=3), "in_channels is given twice"),
+        ((3, 4), dict(dirs=[0], kernel=3), "unknown argument kernel; there are in_channels"),
+        (tuple(range(1, 11)), dict(dirs=[0]), "at most 9 arguments by place are taken"),
+    ],
+)
+def test_arguments_that_do_not_fit_together(arguments, keywords, message):
+    with pytest.raises(TypeError, match=message):
+        SDNLayer(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("layer_class", [SDNLayer, ResSDNLayer])
+def test_device_and_dtype_and_new_parameters(layer_class):
+    layer = layer_class(2, 3, dirs=[0, 1], device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+    layer = layer.to_empty(device="cpu")
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    first = [parameter.clone() for parameter in layer.parameters()]
+    assert all(parameter.isfinite().all() for parameter in first)
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    assert all(map(torch.equal, first, layer.parameters()))
+
+
+def test_the_gates_of_deep_stacks_are_open_at_first():
+    torch.manual_seed(0)
+    paper = Sweep(50, 0)
+    torch.manual_seed(0)
+    deep = Sweep(50, 0, init="deep")
+    difference = deep.cell.gru.bias_ih - paper.cell.gru.bias_ih
+    torch.testing.assert_close(difference.chunk(3)[1], torch.full((50,), 2.0))
+    assert not difference.chunk(3)[0].any() and not difference.chunk(3)[2].any()
 
 
 @pytest.mark.parametrize("copied", ["deepcopy", "pickle", "torch.save"])

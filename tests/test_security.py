@@ -26,12 +26,18 @@ SHOWN = {
 }
 
 FORBIDDEN = {
-    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp", "pty.spawn",
-    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "marshal.load", "marshal.loads", "shelve.open", "dill.load",
-    "dill.loads", "joblib.load", "cloudpickle.load", "cloudpickle.loads", "pandas.read_pickle", "pickle.load",
-    "pickle.loads", "pickle.Unpickler", "_pickle.load", "_pickle.loads", "shutil.unpack_archive", "runpy.run_path",
-    "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.serialization.add_safe_globals", "tempfile.mktemp",
-    "torch.package.PackageImporter", "torchvision.datasets.CIFAR10", "urllib.request.urlretrieve", "code.interact",
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "os.execvp",
+    "pty.spawn",
+    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "marshal.load", "marshal.loads",
+    "shelve.open", "dill.load",
+    "dill.loads", "joblib.load", "cloudpickle.load", "cloudpickle.loads", "pandas.read_pickle",
+    "pickle.load",
+    "pickle.loads", "pickle.Unpickler", "_pickle.load", "_pickle.loads", "shutil.unpack_archive",
+    "runpy.run_path",
+    "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.serialization.add_safe_globals",
+    "tempfile.mktemp",
+    "torch.package.PackageImporter", "torchvision.datasets.CIFAR10", "urllib.request.urlretrieve",
+    "code.interact",
     "ssl._create_unverified_context",
 }  # fmt: skip
 METHODS = {"extractall", "unsafe_load", "load_from_checkpoint"}  # of whatever object

@@ -5,30 +5,20 @@ Plain CSV that is only ever appended to::
     # {"dataset": "CIFAR10", "samples": 1024, "seed": 0, "weights": "3f9a..."}
     image,samples,log_likelihood_nats
     0,1024,-9871.231640625
-    1,384,-10233.0390625
     1,1024,-10229.5546875
 
-A row is the importance-weighted log-likelihood of an image from its first `samples` samples. With
-all of them the image is finished; with fewer the row marks how far an image that takes long has
-come, and a later row goes on from there.
+Rows of fewer samples, which earlier versions wrote, do not count.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
-import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
 COLUMNS = "image,samples,log_likelihood_nats"
-SYNC_SECONDS = 5.0  # between calls that wait for the disk; a killed process alone never loses a row
 
 
 class LedgerError(Exception):
@@ -41,11 +31,10 @@ class Ledger:
 
     Arguments:
         path: The file. Its folder is made if it is missing.
-        identity: What the numbers depend on. Must hold `samples`, the number of samples of a
-            finished image.
+        identity: What the numbers depend on. Must hold `samples`, those of each image.
 
     Attributes:
-        rows: {image: (samples, log-likelihood in nats)} of the last row of each image.
+        rows: {image: log-likelihood in nats} of the finished images.
 
     Raises:
         LedgerError: if another process holds the file, or it belongs to another identity, or it
@@ -56,11 +45,10 @@ class Ledger:
     def __init__(self, path: str | Path, identity: Mapping[str, str | int]):
         self.path = Path(path)
         self.identity = dict(identity)
-        self.rows: dict[int, tuple[int, float]] = {}
-        self._synced = time.monotonic()
+        self.rows: dict[int, float] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by `close`
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed at the end
         except OSError as error:
             raise LedgerError(f"cannot open {self.path}: {error.strerror}") from None
         try:
@@ -74,29 +62,18 @@ class Ledger:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.close()
+        self._file.close()
 
-    def add(self, images: Sequence[int], samples: int, log_likelihoods: Sequence[float]) -> None:
-        """Appends a row for each image: its log-likelihood in nats from `samples` samples.
+    def add(self, image: int, log_likelihood: float) -> None:
+        """Appends an image's log-likelihood in nats.
 
         Raises:
             LedgerError: if the file cannot be written, say because the disk is full.
-            ValueError: if a value is not finite.
         """
-        rows = list(zip(images, log_likelihoods, strict=True))
-        for image, value in rows:
-            if not math.isfinite(value):
-                raise ValueError(f"the log-likelihood of image {image} is {value}")
-        self._write("".join(f"{image},{samples},{value!r}\n" for image, value in rows))
-        self.rows |= {image: (samples, value) for image, value in rows}
-
-    def close(self) -> None:
-        """Lets other processes have the file."""
-        self._file.close()
+        self._write(f"{image},{self.identity['samples']},{log_likelihood!r}\n")
+        self.rows[image] = log_likelihood
 
     def _lock(self) -> None:
-        if fcntl is None:
-            return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -111,10 +88,8 @@ class Ledger:
         content = self._file.read()
         head = f"# {json.dumps(self.identity, sort_keys=True)}\n{COLUMNS}\n".encode()
         if not content.startswith(head):
-            empty = (
-                head.startswith(content) or content.partition(b"\n")[2] == f"{COLUMNS}\n".encode()
-            )
-            if not empty:
+            empty = content.partition(b"\n")[2] == f"{COLUMNS}\n".encode()
+            if not head.startswith(content) and not empty:
                 raise LedgerError(self._foreign(content))
             self._file.truncate(0)  # killed while it was begun, or before an image was finished
             self._write(head.decode())
@@ -126,27 +101,24 @@ class Ledger:
             self._file.truncate(whole)  # killed while it wrote a row
 
     def _read_row(self, number: int, line: str) -> None:
+        wanted = self.identity["samples"]
         try:
             image, samples, value = (
                 kind(text) for kind, text in zip((int, int, float), line.split(","), strict=True)
             )
         except ValueError:
             image, samples, value = -1, 0, math.nan
-        before, _ = self.rows.get(image, (0, None))
-        if (
-            image < 0
-            or not before < samples <= self.identity["samples"]
-            or not math.isfinite(value)
-        ):
+        fits = image >= 0 and image not in self.rows and 1 <= samples <= wanted
+        if not fits or not math.isfinite(value):
             raise LedgerError(
-                f"{self.path}, line {number} is damaged or out of place ({line[:60]!r}): delete that line, or move the "
-                "file away to start anew"
+                f"{self.path}, line {number} is damaged or out of place ({line[:60]!r}): delete "
+                "that line, or move the file away to start anew"
             )
-        self.rows[image] = (samples, value)
+        if samples == wanted:
+            self.rows[image] = value
 
     def _foreign(self, content: bytes) -> str:
         """Why a file that begins otherwise than expected is refused."""
-        advice = "move it away to start anew, or use the command that began it"
         try:
             stored = json.loads(content.splitlines()[0].removeprefix(b"# "))
             names = sorted(stored.keys() | self.identity.keys())
@@ -157,17 +129,18 @@ class Ledger:
             for name in names
             if stored.get(name) != self.identity.get(name)
         ]
-        return f"{self.path} holds other numbers ({'; '.join(changed) or 'another file format'}): {advice}"
+        return (
+            f"{self.path} holds other numbers ({'; '.join(changed) or 'another file format'}): "
+            "move it away to start anew, or use the command that began it"
+        )
 
     def _write(self, text: str) -> None:
         rest = text.encode()
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
-            if time.monotonic() - self._synced >= SYNC_SECONDS:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
         except OSError as error:
             raise LedgerError(
-                f"cannot write {self.path} ({error.strerror}): what is in it stays; make room and run again"
+                f"cannot write {self.path} ({error.strerror}): what is in it stays; make room and "
+                "run again"
             ) from None

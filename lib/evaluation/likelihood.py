@@ -1,119 +1,112 @@
-"""Negative ELBO and importance-weighted negative log-likelihood of a data set, in bits per
-dimension."""
+"""The importance-weighted negative log-likelihood of a data set, in bits per dimension."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import math
+import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..DisentanglementVAE import DisentanglementVAE
+from ..config import ConfigError
 from ..models import VAE
-from ..utils import keyed_noise, nats_to_bits_per_dim
-from .importance import Group, ImportanceSampler, LikelihoodError, pick_chunk
+from ..utils import nats_to_bits_per_dim
+from .elbo import Estimate, Progress, bits_with_error, shown_on
+from .importance import ImportanceSampler, LikelihoodError, pick_chunk
 from .ledger import Ledger
-from .workers import open_workers
+from .options import LIMIT
+from .registry import Context, Evaluation, Flag, Result, register
+from .tables import as_count
 
-PARTIAL_SECONDS = 30.0  # after which an unfinished image's samples are kept as well
-
-
-@dataclass
-class Estimate:
-    """Mean of a per-image quantity in bits/dim with its standard error over images."""
-
-    values: list[Tensor] = field(default_factory=list)
-
-    def add(self, values: Tensor) -> None:
-        self.values.append(values.detach().double().cpu())
-
-    @property
-    def count(self) -> int:
-        return sum(len(values) for values in self.values)
-
-    @property
-    def mean(self) -> float:
-        return torch.cat(self.values).mean().item()
-
-    @property
-    def standard_error(self) -> float | None:
-        """Of the mean; None for fewer than two images."""
-        return (
-            torch.cat(self.values).std().item() / math.sqrt(self.count) if self.count > 1 else None
-        )
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f}" + (f" +- {self.standard_error:.4f}" if self.count > 1 else "")
-
-
-Progress = Callable[[int, str], None]
 OpenModel = Callable[[str], tuple[VAE, Sequence[Tensor]]]
 
 
-@torch.no_grad()
-def negative_elbo(
-    model: VAE,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    seed: int,
-    progress: Progress | None = None,
-) -> dict[str, float | int | list[float]]:
-    """Negative ELBO and its parts over a data set, in bits per dimension.
-
-    Arguments:
-        batches: (uint8 images [B, 3, H, W], their indices [B]); images with index -1 do not count.
-        seed: Of the posterior's noise, which depends on (seed, index) only.
-        progress: Called with (images done, running estimate) after each batch.
-
-    Returns:
-        `bits_per_dim`, its `standard_error` over images, `nats` for each image, `distortion`,
-        `rate`, the number of `images`, and `rate_per_layer` (topmost first) or, of a
-        disentanglement VAE, `rate_per_dimension`.
-
-    Raises:
-        LikelihoodError: if the ELBO of an image is not finite.
-    """
-    total, distortion, rates = Estimate(), Estimate(), Estimate()
-    for images, indices in batches:
-        x, indices = _real_images(model, images, indices)
-        if not len(indices):
-            continue
-        noise = [
-            eps.to(model.device, model.dtype)
-            for eps in keyed_noise(model.latent_shapes, seed, indices)
-        ]
-        output = model(x, noise)
-        for index, elbo in zip(indices, output.elbo.tolist(), strict=True):
-            if not math.isfinite(elbo):
-                raise LikelihoodError(f"the ELBO of image {index} is {elbo}: did training diverge?")
-        total.add(nats_to_bits_per_dim(-output.elbo, model.image_shape))
-        distortion.add(nats_to_bits_per_dim(output.distortion, model.image_shape))
-        rates.add(nats_to_bits_per_dim(output.rates, model.image_shape))
-        if progress:
-            progress(len(indices), str(total))
-    parts = torch.cat(rates.values).mean(0)
-    return {
-        "bits_per_dim": total.mean,
-        "standard_error": total.standard_error,
-        "nats": total.mean / nats_to_bits_per_dim(1.0, model.image_shape),
-        "distortion": distortion.mean,
-        "rate": parts.sum().item(),
-        "rate_per_dimension"
-        if isinstance(model, DisentanglementVAE)
-        else "rate_per_layer": parts.tolist(),
-        "images": total.count,
+@register
+class Likelihood(Evaluation):
+    name = "likelihood"
+    help = "importance-weighted likelihood, bits/dim; interrupted, the same command goes on"
+    order = 20
+    flags = (
+        LIMIT,
+        Flag("importance_samples", "samples of each image", default=1024, least=1),
+        Flag("chunk", "samples at a time; default: by the model's size", least=1),
+        Flag("processes", "processes; with GPUs one on each", default=1, least=1, most=1024),
+    )
+    needs = ("validation",)
+    uses_batch = False
+    title = "Importance-weighted likelihood"
+    paper = "Table 1"
+    explanation = (
+        "A tighter upper bound on −log p(x) than the negative ELBO, from many weighted posterior "
+        "samples for each validation image (Burda et al. 2015); less is better."
+    )
+    facts = {
+        "samples": ("importance samples for each image", as_count),
+        "computed": ("images computed by this command", as_count),
+        "chunk": ("samples computed at a time", as_count),
     }
+    symbol = "−log p(x)"
+
+    def check(self, flags: argparse.Namespace) -> None:
+        if flags.processes > 1 and flags.device.startswith("cuda:"):
+            raise ConfigError(
+                f"--processes {flags.processes} uses all GPUs: give --device cuda; got "
+                f"{flags.device}"
+            )
+
+    def compute(self, context: Context) -> Result:
+        """Goes on with what an earlier command has finished with these weights, this seed and this
+        number of samples."""
+        flags, loaded, device = context.flags, context.loaded, context.model.device
+        devices, open_model = [str(device)], lambda device: (context.model, context.validation)
+        if flags.processes > 1:
+            open_model, gpus = context.reopen, torch.cuda.device_count()
+            devices = [
+                f"cuda:{i % gpus}" if device.type == "cuda" else "cpu"
+                for i in range(flags.processes)
+            ]
+        name = f"{loaded.fingerprint}_seed{flags.seed}_samples{flags.importance_samples}"
+        with context.bar(context.limit, "-log p(x)") as bar:
+            return negative_log_likelihood(
+                open_model,
+                range(context.limit),
+                image_shape=context.model.image_shape,
+                samples=flags.importance_samples,
+                seed=flags.seed,
+                ledger=context.folder / f"likelihood_{name}.csv",
+                identity={
+                    "weights": loaded.fingerprint,
+                    "dataset": loaded.config.dataset,
+                    "validation_images": len(context.validation),
+                },
+                devices=devices,
+                chunk=flags.chunk,
+                progress=shown_on(bar),
+            )
+
+    def lines(self, result: Result, context: Context) -> list[str]:
+        return [
+            f"-log p(x): {bits_with_error(result)} bits/dim ({result['images']} images, "
+            f"{result['samples']} importance samples)"
+        ]
 
 
 def negative_log_likelihood(
     open_model: OpenModel,
     indices: Sequence[int],
     *,
+    image_shape: Sequence[int],
     samples: int,
     seed: int,
     ledger: str | Path,
@@ -121,7 +114,7 @@ def negative_log_likelihood(
     devices: Sequence[str] = ("cpu",),
     chunk: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, float | int | None]:
+) -> Result:
     """Importance-weighted estimate of the negative log-likelihood (Burda et al. 2015), in bits per
     dimension.
 
@@ -129,15 +122,15 @@ def negative_log_likelihood(
     (DEVIATIONS.md). Finished images go to a file, and called again with it the function computes
     only what is missing.
 
-    The noise depends on (seed, index, sample) only. Groups of images are laid out by `chunk` alone,
-    so any number of workers gives the same result to the bit if each has the same number of
-    threads; another chunk or number of threads changes the order of float32 sums, about 1e-7 of the
-    result.
+    An image's value depends on (seed, index), K and `chunk` alone, so any number of workers gives
+    the same result to the bit if each has the same number of threads; another chunk or number of
+    threads changes the order of float32 sums, about 1e-7 of the result.
 
     Arguments:
         open_model: Called with a device's name; gives the model in evaluation mode on that device,
             and the images, uint8 [3, H, W] by index. With several devices it must be picklable.
         indices: Of the images, each once.
+        image_shape: (C, H, W).
         samples: K.
         seed: Of the noise.
         ledger: The file of finished images, see `Ledger`. It may hold further images, which do not
@@ -147,8 +140,8 @@ def negative_log_likelihood(
         devices: One worker for each entry, such as ("cuda:0", "cuda:1") or ("cpu", "cpu"). A single
             worker is this process; several are processes of their own, which divide this one's
             threads among them.
-        chunk: Rows (images times samples) of one top-down pass; picked by the free memory if not
-            given. When memory runs out it is halved.
+        chunk: Samples of one top-down pass, see `pick_chunk` if it is not given. When memory runs
+            out it is halved.
         progress: Called with (images finished since the last call, running estimate in bits/dim);
             first with what the ledger held already, if it did.
 
@@ -159,142 +152,141 @@ def negative_log_likelihood(
 
     Raises:
         LedgerError: if the file cannot be used, see `Ledger`.
-        LikelihoodError: if one row does not fit into memory, or the log-likelihood of an image is
-            not finite.
-        WorkerError: if a worker process dies.
+        LikelihoodError: if one sample does not fit into memory, the log-likelihood of an image is
+            not finite, or a worker process dies.
         Exception: what `open_model` raised, in this process or in a worker's.
     """
     begun = time.perf_counter()
-    indices = list(indices)
+    indices, progress = list(indices), progress or (lambda images, estimate: None)
     too_few = samples < 1 or (chunk is not None and chunk < 1)
     if not indices or len(set(indices)) < len(indices) or not devices or too_few:
         raise ValueError(
             "needs images, each once, at least one device, and samples and chunk of at least 1"
         )
     with Ledger(ledger, {**identity, "samples": samples, "seed": seed}) as finished:
-        job = _Job(indices, samples, finished, progress)
-        missing = job.missing
+        nats = torch.tensor(
+            [-finished.rows.get(image, math.nan) for image in indices], dtype=torch.float64
+        )
+        missing = [image for image, value in zip(indices, nats.isnan(), strict=True) if value]
+
+        def estimate() -> Estimate:
+            return Estimate([nats_to_bits_per_dim(nats[~nats.isnan()], image_shape)])
+
+        if len(missing) < len(indices):
+            progress(len(indices) - len(missing), str(estimate()))
+        start = partial(_start, open_model, samples=samples, seed=seed, chunk=chunk)
+        compute = _here if len(devices) == 1 else _in_processes
+        places = {image: place for place, image in enumerate(indices)}
+        chunks = []
         if missing:
-            start = partial(
-                _start_worker,
-                open_model,
-                samples=samples,
-                seed=seed,
-                chunk=chunk,
-                devices=tuple(devices),
-                threads=torch.get_num_threads(),
-            )
-            with open_workers(start, devices) as workers:
-                chunks, image_shapes = zip(*workers.reports, strict=True)
-                job.begin(image_shapes[0])
-                chunk = min(chunks)
-                for group in workers.run(job.groups(chunk)):
-                    chunk = min(chunk, group.chunk)
-                    job.record(group)
-        else:
-            job.begin(open_model(devices[0])[0].image_shape)
-            chunk = None
+            with contextlib.closing(compute(start, devices, missing)) as values:
+                for image, value, used in values:
+                    finished.add(image, value)
+                    nats[places[image]] = -value
+                    chunks.append(used)
+                    progress(1, str(estimate()))
+        total = estimate()
     return {
-        "bits_per_dim": job.estimate.mean,
-        "standard_error": job.estimate.standard_error,
+        "bits_per_dim": total.mean,
+        "standard_error": total.standard_error,
         "images": len(indices),
         "samples": samples,
-        "computed": missing,
-        "chunk": chunk,
+        "computed": len(missing),
+        "chunk": min(chunks, default=None),
         "seconds": time.perf_counter() - begun,
     }
 
 
-def _start_worker(
+def _start(
     open_model: OpenModel,
     device: str,
     *,
     samples: int,
     seed: int,
     chunk: int | None,
-    devices: tuple[str, ...],
-    threads: int,
-) -> tuple[tuple[int, tuple[int, int, int]], ImportanceSampler]:
-    """A worker's report, (rows of a pass, the images' shape), and what it does with a group. See
-    `open_workers`."""
-    if len(devices) > 1:
-        torch.set_num_threads(max(1, threads // len(devices)))
-    if torch.device(device).index is not None:
-        torch.cuda.set_device(device)
+) -> ImportanceSampler:
+    """The sampler of one device."""
     model, images = open_model(device)
-    chunk = chunk or pick_chunk(model, sharing=devices.count(device))
-    return (chunk, model.image_shape), ImportanceSampler(
-        model, images, samples=samples, seed=seed, chunk=chunk
-    )
+    chunk = chunk or pick_chunk(model)
+    return ImportanceSampler(model, images, samples=samples, seed=seed, chunk=chunk)
 
 
-class _Job:
-    """The images asked for: which are finished, which are missing, and the estimate so far.
+def _here(
+    start: Callable[[str], ImportanceSampler], devices: Sequence[str], images: Sequence[int]
+) -> Iterator[tuple[int, float, int]]:
+    """As `_in_processes`, in this process."""
+    sampler = start(devices[0])
+    for image in images:
+        yield image, sampler(image), sampler.chunk
 
-    Arguments:
-        indices: Of the images.
-        samples: Of a finished image.
-        ledger: Where finished images go, and how far those have come that take long.
-        progress: See `negative_log_likelihood`.
+
+# Of a worker process: what gives its sampler, and then the sampler.
+_worker: Callable[[], ImportanceSampler] | ImportanceSampler
+
+
+def _in_processes(
+    start: Callable[[str], ImportanceSampler], devices: Sequence[str], images: Sequence[int]
+) -> Iterator[tuple[int, float, int]]:
+    """(image, log-likelihood, chunk used) of the images as they are finished, by a process for each
+    device.
+
+    Processes share nothing and wait for nobody, so no collective communication can time out during
+    a job of hours. They end with this process, whatever ends it.
     """
-
-    def __init__(self, indices: list[int], samples: int, ledger: Ledger, progress: Progress | None):
-        self.indices = indices
-        self.samples = samples
-        self.ledger = ledger
-        self.progress = progress or (lambda images, estimate: None)
-        self.place = {image: place for place, image in enumerate(indices)}
-        self.nats = torch.full((len(indices),), math.nan, dtype=torch.float64)
-        self.write_at: dict[tuple[int, ...], float] = {}
-        for image in indices:
-            done, log_likelihood = ledger.rows.get(image, (0, math.nan))
-            if done == samples:
-                self.nats[self.place[image]] = log_likelihood
-
-    @property
-    def missing(self) -> int:
-        return int(self.nats.isnan().sum())
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate([nats_to_bits_per_dim(-self.nats[~self.nats.isnan()], self.image_shape)])
-
-    def begin(self, image_shape: tuple[int, int, int]) -> None:
-        """Tells the progress what was finished before."""
-        self.image_shape = image_shape
-        if self.missing < len(self.indices):
-            self.progress(len(self.indices) - self.missing, str(self.estimate))
-
-    def groups(self, chunk: int) -> Iterator[Group]:
-        """The missing images of each stretch of `indices` that fills a chunk; together those that
-        have come as far."""
-        length = max(1, chunk // self.samples)
-        for start in range(0, len(self.indices), length):
-            members: dict[int, list[tuple[int, float]]] = {}
-            for image in self.indices[start : start + length]:
-                done, log_likelihood = self.ledger.rows.get(image, (0, math.nan))
-                if done < self.samples:
-                    members.setdefault(done, []).append((image, log_likelihood))
-            for done, rows in members.items():
-                images, log_likelihoods = zip(*rows, strict=True)
-                yield Group(images, done, log_likelihoods, chunk)
-
-    def record(self, group: Group) -> None:
-        """Keeps a finished group, and every now and then how far an unfinished one has come."""
-        now = time.monotonic()
-        if group.samples == self.samples:
-            self.ledger.add(group.images, group.samples, group.log_likelihoods)
-            self.nats[[self.place[image] for image in group.images]] = torch.tensor(
-                group.log_likelihoods, dtype=torch.float64
-            )
-            self.write_at.pop(group.images, None)
-            self.progress(len(group.images), str(self.estimate))
-        elif now >= self.write_at.setdefault(group.images, now + PARTIAL_SECONDS):
-            self.ledger.add(group.images, group.samples, group.log_likelihoods)
-            self.write_at[group.images] = now + PARTIAL_SECONDS
+    context = multiprocessing.get_context("spawn")
+    names = context.SimpleQueue()
+    for device in devices:
+        names.put(device)
+    threads = max(1, torch.get_num_threads() // len(devices))
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(len(devices), context, _begin, (start, names, threads))
+    try:
+        with _interrupt_ignored():  # inherited: Ctrl-C is this process's to handle
+            done = as_completed([pool.submit(_compute, image) for image in images])
+        for future in done:
+            yield future.result()
+    except BrokenProcessPool:
+        raise LikelihoodError(
+            "a worker process was killed, perhaps because the machine ran out of memory; what was "
+            "finished is kept: run again"
+        ) from None
+    finally:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
-def _real_images(model: VAE, images: Tensor, indices: Tensor) -> tuple[Tensor, list[int]]:
-    """Encoded images on the model's device without those that pad the batch, and their indices."""
-    real = indices >= 0
-    return model.observation.encode(images[real].to(model.device)), indices[real].tolist()
+def _begin(start: Callable[[str], ImportanceSampler], names, threads: int) -> None:
+    """Prepares a worker process; the model is opened by its first image, so that an error there is
+    that image's and reaches the parent."""
+    global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    _worker = partial(start, names.get())
+
+
+def _compute(image: int) -> tuple[int, float, int]:
+    global _worker
+    if not isinstance(_worker, ImportanceSampler):
+        _worker = _worker()
+    return image, _worker(image), _worker.chunk
+
+
+def _end_with_parent() -> None:
+    """Waits for the parent's end, even one that leaves it no time for a word, and ends this
+    process."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _interrupt_ignored() -> Iterator[None]:
+    """Signal handlers can be changed in the main thread only; elsewhere nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import (
@@ -16,7 +17,7 @@ from ..checkpoint import (
     read_checkpoint,
     stored_config,
 )
-from ..config import TrainConfig
+from ..config import ConfigError, TrainConfig
 from ..models import VAE, build_model
 from ..released import load_weights, translate
 
@@ -25,7 +26,7 @@ from ..released import load_weights, translate
 class LoadedModel:
     """A model for evaluation and where it is from.
 
-    model: With the weights to evaluate, in evaluation mode, on the CPU.
+    model: With the weights to evaluate, in evaluation mode, on its device.
     config: The run's configuration.
     step: Optimizer steps of the run.
     released: Whether the file is in the authors' format.
@@ -42,6 +43,21 @@ class LoadedModel:
     fingerprint: str
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`; raises ConfigError if this machine has none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N; got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N; got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    return device
+
+
 def find_checkpoint(name: str | None, path: str | None, folder: Path) -> tuple[Path, str]:
     """The checkpoint's path, and the name under which its results are kept.
 
@@ -51,11 +67,13 @@ def find_checkpoint(name: str | None, path: str | None, folder: Path) -> tuple[P
         folder: Where checkpoints are.
 
     Raises:
-        CheckpointError: if there is none of that name.
+        CheckpointError: if there is none of that name, or the name leads out of the folder.
     """
     if path:
         found = Path(path)
-        return found, found.resolve().parent.name if found.stem in ("best", "last") else found.stem
+        name = found.resolve().parent.name if found.stem in ("best", "last") else found.stem
+        return found, _name_inside(name or "checkpoint")
+    _name_inside(name)
     candidates = [
         folder / f"{name}.ckpt",
         folder / f"{name}/best.ckpt",
@@ -74,15 +92,29 @@ def find_checkpoint(name: str | None, path: str | None, folder: Path) -> tuple[P
     )
 
 
+def _name_inside(name: str) -> str:
+    """The name of a folder of results, if it leads to one inside `figs/`."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts or Path(name) == Path():
+        raise CheckpointError(f"a model's name must be that of a folder inside figs/; got {name!r}")
+    return name
+
+
 def load_model(
-    path: str | Path, image_sizes: Mapping[str, tuple[int, int]], backend: str = "auto"
+    path: str | Path,
+    image_sizes: Mapping[str, tuple[int, int]],
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> LoadedModel:
     """A run's model with its averaged weights, or the last ones where training keeps no average.
 
+    From then on cuDNN computes in full precision and the same way every time.
+
     Arguments:
         path: Checkpoint written by `train.py`, or in the authors' format.
-        image_sizes: (height, width) of the images of each data set by its name.
+        image_sizes: (height, width) of the images of each data set by its name; of another data
+            set the configuration has it.
         backend: Of the sweeps, see `lib.nn.SDNLayer`.
+        device: Where the model goes.
 
     Raises:
         CheckpointError: if the file cannot be read or its tensors do not fit its configuration.
@@ -90,12 +122,13 @@ def load_model(
     checkpoint = read_checkpoint(path)
     released = translate(checkpoint, path) if is_released(checkpoint) else None
     config = released.config if released else stored_config(checkpoint, path)
-    if config.dataset not in image_sizes:
+    size = config.image_size or image_sizes.get(config.dataset)
+    if not size:
         raise CheckpointError(
             f"{path} is of the data set {config.dataset}; known are {', '.join(image_sizes)}"
         )
     try:
-        model = build_model(replace(config, backend=backend), image_sizes[config.dataset])
+        model = build_model(replace(config, backend=backend), size, config.channels or 3)
     except ValueError as error:
         raise CheckpointError(f"{path}: its configuration cannot be: {error}") from None
     if released:
@@ -120,10 +153,17 @@ def load_model(
         step, remarks = checkpoint["global_step"], []
         if type(step) is not int or step < 0:
             raise CheckpointError(f"{path}: its global_step cannot be {ascii(step)[:60]}")
-    model.eval()
-    return LoadedModel(
-        model, config, step, released is not None, remarks, _fingerprint(model.state_dict(), config)
-    )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path}: its weights {name} are not finite: did training diverge?"
+            )
+    fingerprint = _fingerprint(model.state_dict(), config)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    model.eval().to(device)
+    return LoadedModel(model, config, step, released is not None, remarks, fingerprint)
 
 
 def _fingerprint(weights: Mapping[str, Tensor], config: TrainConfig) -> str:

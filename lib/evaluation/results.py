@@ -1,15 +1,78 @@
-"""The file of results of one model, which evaluations add to one by one."""
+"""The folder of one checkpoint's results, and its file of results, which evaluations add to."""
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import json
 import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
 
 from ..config import ConfigError
-from ..files import whole_file
+from ..files import PARTIAL, whole_file
+from .registry import Context
+
+OWNER = ".weights"  # the fingerprint of the weights whose results are in the folder
+
+
+def results_folder(figs: Path, name: str, fingerprint: str) -> Path:
+    """The folder of a checkpoint's results: `figs/name`, or with the fingerprint behind the name if
+    another checkpoint's results are there."""
+    folder = figs / name
+    owners = _owners(folder)
+    return folder if owners <= {fingerprint} else figs / f"{name}-{fingerprint}"
+
+
+@contextmanager
+def own_folder(figs: Path, name: str, fingerprint: str) -> Iterator[Path]:
+    """Makes the folder of a checkpoint's results and takes it for these weights.
+
+    What a killed process left half-written there goes, if no other process is at work in it.
+
+    Raises:
+        ConfigError: if the folder cannot be written to.
+    """
+    while True:
+        folder = results_folder(figs, name, fingerprint)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"{folder} cannot be written to")
+        with _locked(folder):
+            if _owners(folder) <= {fingerprint}:
+                (folder / OWNER).write_text(fingerprint)
+                break
+    with (folder / OWNER).open() as owner:
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_partial_files(folder)
+        except OSError:
+            pass  # another evaluation is at work, or the file system knows no locks
+        fcntl.flock(owner, fcntl.LOCK_SH)
+        yield folder
+
+
+def provenance(context: Context, checkpoint: Path, command: str) -> dict[str, Any]:
+    """Where results are from."""
+    device = context.model.device
+    return {
+        "checkpoint": checkpoint.name,
+        "weights": context.loaded.fingerprint,
+        "step": context.loaded.step,
+        "dataset": context.loaded.config.dataset,
+        "seed": context.flags.seed,
+        "batch": context.flags.batch,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+    }
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -17,8 +80,8 @@ def read_results(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        results = json.loads(path.read_text())
-    except ValueError as error:
+        results = json.loads(path.read_text(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}): move it away") from None
     if not isinstance(results, dict) or not all(
         isinstance(result, dict) for result in results.values()
@@ -30,12 +93,42 @@ def read_results(path: Path) -> dict[str, Any]:
 def add_result(path: Path, task: str, result: dict[str, Any]) -> dict[str, Any]:
     """Adds a result to those that are kept, also to those of commands that run at the same time;
     all of them."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with _locked(path.parent):
         results = read_results(path) | {task: result}
         with whole_file(path) as partial_file:
             partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
         return results
+
+
+def _owners(folder: Path) -> set[str]:
+    """Fingerprints of the weights whose results are in a folder; earlier versions named them in the
+    results alone."""
+    owner = folder / OWNER
+    named = {owner.read_text()} if owner.is_file() else set()
+    found = {
+        str(result["weights"])
+        for result in read_results(folder / "results.json").values()
+        if "weights" in result
+    }
+    return found | (named - {""})
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def _remove_partial_files(folder: Path) -> None:
+    """Removes what a killed evaluation left; not the images of a training that writes here, too."""
+    for rest in folder.rglob(f"*{PARTIAL}"):
+        if not rest.match("*_" + 7 * "[0-9]" + f".png.*{PARTIAL}"):
+            rest.unlink(missing_ok=True)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")

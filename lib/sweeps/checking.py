@@ -53,7 +53,8 @@ def difference(
     for shape in shapes:
         tensors, gradient = example(shape, channels, device)
         lines, gradient = tensors[0].to(features), gradient.to(features)
-        parameters = [tensor.float() for tensor in tensors[1:]]
+        exact = torch.float64 if products == torch.float64 else torch.float32
+        parameters = [tensor.to(exact) for tensor in tensors[1:]]
         for reverse, keep_first in ((False, False), (True, True)):
             sides = dict(reverse=reverse, keep_first=keep_first)
             expected = _expected(lines, tensors[1:], gradient, **sides)
@@ -137,12 +138,12 @@ def _expected(
     """Output and gradients by the reference in float64."""
     from ..nn import correct_lines_reference
 
-    with torch.enable_grad():
-        leaves = [tensor.detach().double().requires_grad_() for tensor in (lines, *parameters)]
-        output = correct_lines_reference(*leaves, **sides)
-        gradients = torch.autograd.grad(output, leaves, gradient.double(), allow_unused=True)
-    pairs = zip(leaves, gradients, strict=True)
-    return [output.detach(), *(torch.zeros_like(x) if g is None else g for x, g in pairs)]
+    exact = [tensor.double() for tensor in (lines, *parameters)]
+    # Inside of an operator only the transforms of torch.func can differentiate.
+    output, pull_back = torch.func.vjp(
+        lambda *tensors: correct_lines_reference(*tensors, **sides), *exact
+    )
+    return [output, *pull_back(gradient.double())]
 
 
 @contextmanager

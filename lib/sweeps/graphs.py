@@ -22,6 +22,7 @@ MOST_GRAPHS = 64  # the one that was not used for longest makes room
 
 Function = Callable[..., tuple[Tensor, ...]]
 _graphs: OrderedDict[tuple, Recording] = OrderedDict()
+_pools: dict[tuple[int, int], tuple[int, int]] = {}  # by device and stream
 _lock = threading.Lock()  # data-parallel threads, and autograd's, share the graphs
 
 
@@ -58,39 +59,52 @@ class Recording:
 
 
 def captured(function: Callable[[], None]) -> Callable[[], None]:
-    """Captures a function as a CUDA graph and returns what replays it."""
+    """Captures a function as a CUDA graph and returns what replays it.
+
+    The graphs of a stream share the memory of their intermediate results, as they run one after
+    another.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()  # compiles kernels and loads libraries, which a capture must not
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.current_stream().synchronize()
+    here = (torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
+    if here not in _pools:
+        _pools[here] = torch.cuda.graph_pool_handle()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=_pools[here], capture_error_mode="thread_local"):
         function()
     return graph.replay
 
 
 def is_small(lines: Tensor) -> bool:
     """Whether a sweep over such lines is to be replayed."""
-    return lines.numel() <= LARGEST
+    return 0 < lines.numel() <= LARGEST
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, by whomever."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def replays(lines: Tensor) -> bool:
+    """Whether a sweep over such lines is replayed here and now: on a CUDA device, if it is small,
+    and outside of any other capture."""
+    return lines.is_cuda and is_small(lines) and not is_capturing(lines.device)
 
 
 def replayed(
     function: Function, tensors: Sequence[Tensor], options: Sequence[object]
 ) -> tuple[Tensor, ...]:
-    """`function(*tensors, *options)`, by a graph where that is quicker and allowed: on a CUDA
-    device, for sweeps that are not large, and outside of any other capture."""
-    if (
-        not tensors[0].is_cuda
-        or torch.cuda.is_current_stream_capturing()
-        or not is_small(tensors[0])
-        or not tensors[0].numel()
-    ):
+    """`function(*tensors, *options)`, by a graph where :func:`replays` says so."""
+    if not replays(tensors[0]):
         return function(*tensors, *options)
     device = tensors[0].device
-    with _lock, torch.cuda.device(device):
-        stream = torch.cuda.current_stream().cuda_stream
+    # Buffers made in inference mode could not be written outside of it.
+    with _lock, torch.cuda.device_of(tensors[0]), torch.inference_mode(False), torch.no_grad():
+        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
         layouts = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
         key = (function, device, stream, layouts, tuple(options), _precision())
         recording = _graphs.pop(key, None)

@@ -32,16 +32,8 @@ BLOCK_ROWS = 131072
 
 
 def unsupported(lines: Tensor, product_dtype: torch.dtype) -> str | None:
-    """Why the backend cannot run on lines, with products in a type; None if it can."""
-    if product_dtype == torch.float64:
-        return "it computes gates in float32, less than float64 asks for"
+    """Why the backend cannot run on lines, with products in a type: it always can."""
     return None
-
-
-def keeps(lines: Tensor) -> bool:
-    """Whether :func:`sweep` takes memory in which to keep coefficients for the backward sweep: not
-    if it is replayed."""
-    return not graphs.is_small(lines)
 
 
 def sweep(

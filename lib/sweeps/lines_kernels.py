@@ -51,7 +51,7 @@ def correct(
         line: Which of them is corrected.
         from_neighbours: [position x image, 3C]; zeros where there is no previous line.
         own, own_line: [line, position x image, 3C] of a block of lines, and the line's place in it.
-        bias: [4C], float32.
+        bias: [4C], in the type of gates.
         corrected: The line is written, [line, position, image, C].
         u: Is written, [position x image, 3C]; zeros beyond the edges stay.
         coefficients: The line is written if they are given, [line, position x image, 5C].
@@ -80,7 +80,7 @@ def correct(
             SIZE=SIZE,
         )
         return
-    h = lines[line].float()
+    h = _wide(lines[line])
     n, r, z, m = gates = _gates(from_neighbours, own[own_line], bias, h.shape)
     value = h if keep else n + z * (h - n)
     corrected[line] = value
@@ -134,7 +134,7 @@ def coefficients(
     Arguments:
         h: Features before the sweep, [line, position, image, C].
         from_neighbours, own: [line x position x image, 3C], or longer.
-        bias: [4C], float32.
+        bias: [4C], in the type of gates.
         coefficients: Is written, [line x position x image, 5C], or longer.
         kept: The line that stayed as it was, or -1.
     """
@@ -192,17 +192,24 @@ def gradients(
             SIZE=SIZE,
         )
         return
-    sent = sent_back.view(num_positions, batch, 3 * C).float()
-    total = grad_corrected[line].float() + sent[..., C : 2 * C]
+    sent = _wide(sent_back).view(num_positions, batch, 3 * C)
+    total = _wide(grad_corrected[line]) + sent[..., C : 2 * C]
     total[:-1] += sent[1:, :, :C]
     total[1:] += sent[:-1, :, 2 * C :]
-    parts = coefficients[block_line].view(num_positions, batch, 5, C).float()
+    parts = _wide(coefficients[block_line]).view(num_positions, batch, 5, C)
     grad_lines[line] = total * parts[:, :, 4]
     grad_gates[block_line] = (total[:, :, None] * parts[:, :, :4]).reshape(-1, 4 * C)
 
 
 def _in_triton(tensor: Tensor) -> bool:
-    return (tensor.is_cuda or INTERPRETED) and why_no_triton(tensor.device) is None
+    if tensor.dtype == torch.float64 or not (tensor.is_cuda or INTERPRETED):
+        return False
+    return why_no_triton(tensor.device) is None
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In the type of gates and sums: float32, or float64 if the tensor is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _row_strides(tensor: Tensor) -> list[int]:
@@ -215,8 +222,8 @@ def _gates(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """n, r, z and m in float32, in a shape that ends with the channels."""
     C = shape[-1]
-    in_, ir, iz = (part.float().reshape(shape) for part in from_neighbours.split(C, dim=-1))
-    hr, hz, hn = (part.float().reshape(shape) for part in own.split(C, dim=-1))
+    in_, ir, iz = (_wide(part).reshape(shape) for part in from_neighbours.split(C, dim=-1))
+    hr, hz, hn = (_wide(part).reshape(shape) for part in own.split(C, dim=-1))
     b_n, b_r, b_z, b_m = bias.split(C)
     r, z, m = torch.sigmoid(ir + hr + b_r), torch.sigmoid(iz + hz + b_z), hn + b_m
     return torch.tanh(in_ + b_n + r * m), r, z, m
@@ -229,7 +236,7 @@ def _coefficients(
     z = torch.where(torch.as_tensor(kept, device=z.device), 1.0, z)
     a_n = (1 - z) * (1 - n * n)
     a_m = a_n * r
-    parts = [a_n, a_m * m * (1 - r), (h.float() - n) * z * (1 - z), a_m, z]
+    parts = [a_n, a_m * m * (1 - r), (_wide(h) - n) * z * (1 - z), a_m, z]
     return torch.cat(parts, dim=-1)
 
 

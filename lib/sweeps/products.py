@@ -34,7 +34,8 @@ class Operands(NamedTuple):
     """The parameters of a sweep as its products need them.
 
     weight_ih has the rows of the gates n, r, z, and both weights are in the products' type. bias
-    has those of n, r, z, m, in float32.
+    has those of n, r, z, m, in float32 or, if the
+    products are in it, float64.
     """
 
     weight_ih: Tensor
@@ -51,7 +52,8 @@ class Operands(NamedTuple):
         dtype: torch.dtype,
     ) -> Operands:
         C = weight_hh.shape[1]
-        ih, hh = bias_ih.float(), bias_hh.float()
+        state = torch.promote_types(dtype, torch.float32)
+        ih, hh = bias_ih.to(state), bias_hh.to(state)
         bias = torch.cat([ih[2 * C :], ih[: 2 * C] + hh[: 2 * C], hh[2 * C :]])
         in_order = torch.cat([weight_ih[2 * C :], weight_ih[: 2 * C]])
         return cls(in_order.to(dtype), weight_hh.to(dtype), bias)
@@ -116,8 +118,8 @@ def backward(
     grad_gates = lines.new_empty(longest, rows, 4 * C, dtype=dtype)
     if coefficients is None:
         buffer = lines.new_empty(longest, rows, 5 * C, dtype=dtype)
-    by_ih = lines.new_zeros(3 * C, 3 * C + PADDING, dtype=torch.float32)
-    by_hh = lines.new_zeros(3 * C, C + PADDING, dtype=torch.float32)
+    by_ih = lines.new_zeros(3 * C, 3 * C + PADDING, dtype=operands.bias.dtype)
+    by_hh = lines.new_zeros(3 * C, C + PADDING, dtype=operands.bias.dtype)
     first = num_lines - 1 if reverse else 0
     for block in reversed(blocks):
         inside, num_rows = slice(block.start, block.stop), len(block) * rows
@@ -149,7 +151,7 @@ def backward(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in float32, of operands in any type."""
-    if WRITES_FLOAT32 and a.is_cuda and a.dtype != torch.float32:
+    """`a @ b` of operands in any type, in float32 at least."""
+    if WRITES_FLOAT32 and a.is_cuda and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))

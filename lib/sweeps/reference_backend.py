@@ -12,11 +12,6 @@ def unsupported(lines: Tensor, product_dtype: torch.dtype) -> str | None:
     return None
 
 
-def keeps(lines: Tensor) -> bool:
-    """Whether :func:`sweep` takes memory in which to keep something for the backward sweep."""
-    return False
-
-
 def sweep(
     lines: Tensor,
     weight_ih: Tensor,
@@ -28,13 +23,8 @@ def sweep(
     product_dtype: torch.dtype,
 ) -> Tensor:
     """The corrected lines, as `correct_lines_reference` in nn.py computes them."""
-    from ..nn import correct_lines_reference
-
-    autocast = product_dtype.itemsize == 2  # products of two types need it
-    with torch.autocast(lines.device.type, dtype=product_dtype, enabled=autocast):
-        corrected = correct_lines_reference(
-            lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse=reverse, keep_first=keep_first
-        )
+    arguments = (lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse, keep_first, product_dtype)
+    corrected = _reference(*arguments)
     return torch.empty_like(lines).copy_(corrected)  # laid out as the input
 
 
@@ -52,12 +42,29 @@ def sweep_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of lines, weight_ih, weight_hh, bias_ih and bias_hh."""
     inputs = (lines, weight_ih, weight_hh, bias_ih, bias_hh)
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        output = sweep(*leaves, reverse, keep_first, product_dtype)
-        gradients = torch.autograd.grad(output, leaves, grad_corrected, allow_unused=True)
-    pairs = zip(leaves, gradients, strict=True)
-    return tuple(
-        torch.zeros_like(leaf) if gradient is None else torch.empty_like(leaf).copy_(gradient)
-        for leaf, gradient in pairs
+    # Inside of an operator only the transforms of torch.func can differentiate.
+    _, pull_back = torch.func.vjp(
+        lambda *tensors: _reference(*tensors, reverse, keep_first, product_dtype), *inputs
     )
+    gradients = pull_back(grad_corrected.contiguous())
+    own = [torch.empty_like(lines), *(each.new_empty(each.shape) for each in inputs[1:])]
+    return tuple(one.copy_(gradient) for one, gradient in zip(own, gradients, strict=True))
+
+
+def _reference(
+    lines: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    reverse: bool,
+    keep_first: bool,
+    product_dtype: torch.dtype,
+) -> Tensor:
+    from ..nn import correct_lines_reference
+
+    autocast = product_dtype.itemsize == 2  # products of two types need it
+    with torch.autocast(lines.device.type, dtype=product_dtype, enabled=autocast):
+        return correct_lines_reference(
+            lines, weight_ih, weight_hh, bias_ih, bias_hh, reverse=reverse, keep_first=keep_first
+        )

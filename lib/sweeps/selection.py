@@ -28,10 +28,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import graphs
 from .checking import backend_module, both, difference, example
 
 CANDIDATES = ("cluster", "lines", "torch")  # unmeasured, the first that is right is taken
 OVERRIDE = "SDN_BACKEND"
+ON_CPU = ("cpu", "meta")  # devices where there is nothing to choose
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def resolve(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
                 f"backend {backend!r} cannot run: {reason}; 'torch' and 'reference' can"
             )
         return backend
-    if lines.device.type in ("cpu", "meta") or product_dtype == torch.float64:
+    if lines.device.type in ON_CPU or product_dtype == torch.float64:
         return "torch"
     case = Case.of(lines, product_dtype)
     if case not in _choices:
@@ -118,10 +120,10 @@ def _choose(case: Case, lines: Tensor, product_dtype: torch.dtype) -> Choice:
         for name in CANDIDATES
         if backend_module(name).unsupported(lines, product_dtype) is None
     ]
-    if _is_capturing(lines.device):
+    if graphs.is_capturing(lines.device):
         known = (name for name in possible if _verdicts.get(_verdict_key(name, case), "") is None)
         return Choice(next(known, "torch"), "inside a capture")
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         remembered = _read_cache().get(case.key())
         if isinstance(remembered, dict) and remembered.get("backend") in possible:
             name = remembered["backend"]
@@ -138,10 +140,6 @@ def _choose(case: Case, lines: Tensor, product_dtype: torch.dtype) -> Choice:
         choice = Choice(min(times, key=times.__getitem__), "the fastest", times)
         _write_cache(case.key(), {"backend": choice.backend, "milliseconds": times})
         return choice
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _verdict_key(name: str, case: Case) -> tuple:
@@ -178,7 +176,7 @@ def _measure(names: list[str], lines: Tensor, product_dtype: torch.dtype) -> dic
             module = backend_module(name)
 
             arguments = (module, features, parameters, features, product_dtype)
-            options = dict(reverse=False, keep_first=False, keeps=module.keeps(features))
+            options = dict(reverse=False, keep_first=False, keeps=not graphs.is_small(features))
             step = functools.partial(both, *arguments, **options)
             step()
             taken = [_seconds(step, lines.device) for _ in range(3)]
@@ -200,6 +198,7 @@ def _seconds(function: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+@functools.cache
 def device_name(device: torch.device) -> str:
     """What a device calls itself: two of one name run at one speed."""
     if device.type == "cuda":

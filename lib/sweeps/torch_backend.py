@@ -33,11 +33,6 @@ def unsupported(lines: Tensor, product_dtype: torch.dtype) -> str | None:
     return None
 
 
-def keeps(lines: Tensor) -> bool:
-    """Whether :func:`sweep` takes memory in which to keep something for the backward sweep."""
-    return True
-
-
 def kept(lines: Tensor, product_dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and type of what it keeps: the gates."""
     num_lines, num_positions, batch, C = lines.shape

@@ -16,8 +16,9 @@ from ..checkpoint import CheckpointError
 from ..config import TrainConfig
 from ..models import VAE, Output
 from ..utils import keyed_noise, mixed_seed
-from .position import Position, set_loops
-from .processes import say
+from .lightning_internals import completed_epochs, set_loop_progress
+from .processes import log_rank_zero
+from .resume import Position
 
 
 def annealed_beta(beta_final: float, beta_rate: float, step: int) -> float:
@@ -31,19 +32,29 @@ def objective(output: Output, *, beta: float = 1.0, free_bits: float = 0.0) -> T
     the layer's KL).
 
     Free bits: Kingma et al. 2016, appendix C.8; β: Higgins et al. 2017. With several ranks or
-    accumulated batches the mean inside `max` is that of the rank's own batch; with `free_bits=0`
-    that makes no difference. The release's form is another (DEVIATIONS.md).
+    accumulated batches the mean inside `max` is that of the rank's own batch. `free_bits=0` means
+    no free bits and no `max`, since one-sample estimates of a KL may be negative: the loss is -ELBO
+    for β = 1, and its mean over ranks is the loss of all their images. The release's form is
+    another (DEVIATIONS.md).
+
+    Arguments:
+        output: Of a batch of images, with `distortion` [B] and `rates` [B, layers] in nats.
+        beta: Weight of the KL.
+        free_bits: Nats of each layer that cost nothing.
     """
-    return output.distortion.mean() + beta * output.rates.mean(0).clamp(min=free_bits).sum()
+    rates = output.rates.mean(0)
+    if free_bits > 0:
+        rates = rates.clamp(min=free_bits)
+    return output.distortion.mean() + beta * rates.sum()
 
 
-def mean_of_many() -> MeanMetric:
-    """A mean over all ranks that is summed in float64: how images are shared out changes nothing
-    that is logged."""
+def float64_mean() -> MeanMetric:
+    """A mean over all ranks that is summed in float64, so that how images are shared out changes
+    nothing that is logged."""
     return MeanMetric().set_dtype(torch.float64)
 
 
-def shape_of(tensors: dict[str, Any], name: str) -> Any:
+def tensor_shape(tensors: dict[str, Any], name: str) -> Any:
     """The shape of a tensor, or None if there is none."""
     return getattr(tensors.get(name), "shape", None)
 
@@ -77,8 +88,8 @@ class VAETraining(pl.LightningModule):
         self.config = config
         self.provenance = provenance or {}
         self.model = model
-        self.val_distortion = mean_of_many()
-        self.val_rates = nn.ModuleList(mean_of_many() for _ in range(model.num_rates))
+        self.val_distortion = float64_mean()
+        self.val_rates = nn.ModuleList(float64_mean() for _ in range(model.num_rates))
         self.position = Position()
         self.lrate_factor = 1.0
         self.best_validation, self.validations_since = float("inf"), 0
@@ -115,9 +126,9 @@ class VAETraining(pl.LightningModule):
         scheduler, optimizer = self.lr_schedulers(), self.optimizers()
         lrate = self.config.lrate * self.lrate_factor
         scheduler.gamma, scheduler.base_lrs = self.config.lrate_decay, [lrate]
-        scheduler._last_lr = [lrate * scheduler.gamma**scheduler.last_epoch]
         for group in optimizer.param_groups:
-            group["initial_lr"], group["lr"] = lrate, scheduler._last_lr[0]
+            group["initial_lr"] = lrate
+            group["lr"] = lrate * scheduler.gamma**scheduler.last_epoch
 
     @property
     def global_batch(self) -> int:
@@ -206,8 +217,9 @@ class VAETraining(pl.LightningModule):
             self.lrate_factor *= 0.5
             self.set_lrate()
             lrate = self.optimizers().param_groups[0]["lr"]
-            say(
-                f"note: {self.config.lrate_patience} validations without a better -ELBO; the learning rate is {lrate:g}"
+            log_rank_zero(
+                f"note: {self.config.lrate_patience} validations without a better -ELBO; "
+                f"the learning rate is {lrate:g}"
             )
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -222,7 +234,7 @@ class VAETraining(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored, own = checkpoint["state_dict"], self.state_dict()
         if wrong := sorted(
-            n for n in own.keys() | stored.keys() if shape_of(own, n) != shape_of(stored, n)
+            n for n in own.keys() | stored.keys() if tensor_shape(own, n) != tensor_shape(stored, n)
         ):
             raise CheckpointError(
                 f"the checkpoint does not fit the model: {wrong[0]} is missing or has another shape"
@@ -233,19 +245,26 @@ class VAETraining(pl.LightningModule):
             self.position = position.on_grid(
                 self.global_batch, self.config.accumulate_grad_batches, batches
             )
-            set_loops(checkpoint["loops"], self.position, self.global_batch)
+            self._write_position(checkpoint)
         else:
-            self.position = Position(
-                checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            )
+            self.position = Position(completed_epochs(checkpoint["loops"]))
         self.lrate_factor = checkpoint.get("lrate_factor", 1.0)
         self.best_validation = checkpoint.get("best_validation", self.best_validation)
         self.validations_since = checkpoint.get("validations_since", 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        set_loops(checkpoint["loops"], self.position, self.global_batch)
+        self._write_position(checkpoint)
         checkpoint["position"] = dataclasses.asdict(self.position)
         checkpoint["epoch"] = self.position.epoch
         for name in ("lrate_factor", "best_validation", "validations_since"):
             checkpoint[name] = getattr(self, name)
         checkpoint["provenance"] = dict(self.provenance)
+
+    def _write_position(self, checkpoint: dict[str, Any]) -> None:
+        """Makes Lightning's own counters in a checkpoint those of `position`."""
+        set_loop_progress(
+            checkpoint["loops"],
+            epoch=self.position.epoch,
+            batches=self.position.batches(self.global_batch),
+            in_validation=self.position.validate,
+        )

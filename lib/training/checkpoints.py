@@ -1,8 +1,7 @@
-"""Checkpoints of a run: when they are written, which are kept, and which one a run goes on from."""
+"""Checkpoints of a run: when they are written, and which are kept."""
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,141 +12,19 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from ..checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from ..files import second_name
+from ..files import link_or_copy
 from .base import VAETraining
-from .position import Position
-from .processes import STOPPING, Stopped, StopSignals, agree, say
+from .processes import all_reduce_max, log_rank_zero
+from .resume import STEP_FILE, step_checkpoints
+from .signals import EXIT_STATUS, Stopped, StopSignals
 
 MONITORED = "val/neg_elbo"
-STEP_FILE = re.compile(r"step_(\d{7,})\.ckpt")
-
-
-def step_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that are kept under the number of their step, the newest first."""
-    found = [
-        (int(match[1]), path)
-        for path in folder.glob("step_*.ckpt")
-        if (match := STEP_FILE.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in a run's folder that is not damaged, and its content; None if there
-    are none at all.
-
-    Reports those that are damaged.
-
-    Raises:
-        CheckpointError: if all of them are.
-    """
-    candidates = step_checkpoints(folder)
-    last = folder / "last.ckpt"
-    if last.exists() and not any(last.samefile(path) for path in candidates):
-        candidates.append(last)  # written by an earlier version, or put there to train on
-    damage = []
-    for path in candidates:
-        try:
-            return path, read_checkpoint(path)
-        except (CheckpointError, OSError) as error:
-            damage.append(error)
-            if path != candidates[-1]:
-                say(f"note: {error}; trying the one before it")
-    if damage:
-        before = f"; {len(damage) - 1} more are damaged, too" if len(damage) > 1 else ""
-        raise CheckpointError(f"{damage[0]}{before}")
-    return None
-
-
-def check_resumable(checkpoint: dict[str, Any], path: Path) -> None:
-    """Raises CheckpointError if a checkpoint lacks what a run needs to go on, beside the
-    weights."""
-    needed = {"epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": dict}
-    needed |= {"optimizer_states": list, "lr_schedulers": list}
-    optional = {
-        "callbacks": dict,
-        "position": dict,
-        "since_validation": dict,
-        "lrate_factor": float,
-    }
-    optional |= {"best_validation": float, "validations_since": int}
-    wrong = [name for name, kind in needed.items() if not isinstance(checkpoint.get(name), kind)]
-    wrong += [
-        name
-        for name, kind in optional.items()
-        if not isinstance(checkpoint.get(name, kind()), kind)
-    ]
-    if wrong:
-        raise CheckpointError(f"{path} cannot be trained on: {', '.join(wrong)} missing or damaged")
-
-
-class RunProgress(pl.Callback):
-    """Keeps `VAETraining.position`, and ends a run with a last validation: after a number of
-    optimizer steps, or at the Trainer's epoch limit.
-
-    Lightning's own `max_steps` would end it without one, and miscounts epochs when such a run
-    resumes. Stands before all callbacks that write or log.
-
-    Arguments:
-        steps: The limit.
-    """
-
-    def __init__(self, steps: int):
-        self.steps = steps
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
-        self._last_step = trainer.global_step
-        self._validate_at_the_end(trainer)
-        if pl_module.position.validate:  # the run ended in it
-            trainer.check_val_every_n_epoch = 1
-            trainer.val_check_batch = pl_module.position.batches(pl_module.global_batch)
-        else:
-            trainer.should_stop = trainer.global_step >= self.steps
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
-        self._validate_at_the_end(trainer)
-
-    def _validate_at_the_end(self, trainer: pl.Trainer) -> None:
-        self._check_val_every_n_epoch = trainer.check_val_every_n_epoch
-        if trainer.current_epoch + 1 == trainer.max_epochs:
-            trainer.check_val_every_n_epoch = 1
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: VAETraining, outputs, batch, batch_idx
-    ) -> None:
-        if trainer.global_step == self._last_step:
-            return  # gradients are still being accumulated
-        self._last_step = trainer.global_step
-        if trainer.global_step >= self.steps:
-            trainer.check_val_every_n_epoch = 1
-            trainer.should_stop = True
-        epoch, ends = trainer.current_epoch, batch_idx + 1 == trainer.num_training_batches
-        validate = (ends or trainer.should_stop) and (
-            epoch + 1
-        ) % trainer.check_val_every_n_epoch == 0
-        if ends and not validate:
-            pl_module.position = Position(epoch + 1)
-        else:
-            pl_module.position = Position(epoch, (batch_idx + 1) * pl_module.global_batch, validate)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
-        if trainer.sanity_checking:
-            return
-        position, batches = pl_module.position, trainer.num_training_batches
-        ends = position.batches(pl_module.global_batch) >= batches
-        pl_module.position = (
-            Position(position.epoch + 1) if ends else Position(position.epoch, position.images)
-        )
-        trainer.val_check_batch = batches
-        trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
-        trainer.should_stop |= trainer.global_step >= self.steps
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """How Lightning writes checkpoints: whole, with a hash, or not at all; `failure` says why not,
-    the last time.
+    """Writes Lightning's checkpoints whole or not at all, and reads them as evaluate.py does.
 
-    It reads them as evaluate.py does.
+    `failure` is why the last one could not be written, or None.
     """
 
     failure: OSError | None = None
@@ -182,6 +59,7 @@ class Checkpoints(Checkpoint):
             measure.
         keep: How many of the last.
         best: Whether to keep the best.
+        resumed_from: The checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -193,13 +71,14 @@ class Checkpoints(Checkpoint):
         every_minutes: float = 0,
         keep: int = 2,
         best: bool = True,
+        resumed_from: Path | None = None,
     ):
         self.folder, self.signals = folder, signals
         self.every_n_steps, self.every_seconds = every_n_steps, every_minutes * 60
         self.keep, self.best = keep, best
         self.requested = False
         self.io = WholeCheckpointIO()
-        self.resumed_from: Path | None = None
+        self.resumed_from = resumed_from
         self._best_score, self._best_step = float("inf"), -1
         self._is_best = False
 
@@ -233,11 +112,12 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         here = (trainer.global_step, pl_module.position.epoch, pl_module.position.images)
-        if agree(trainer, *here) != [
-            -least for least in agree(trainer, *(-number for number in here))
+        if all_reduce_max(trainer, *here) != [
+            -least for least in all_reduce_max(trainer, *(-number for number in here))
         ]:
             raise CheckpointError(
-                "the processes of this run went on from different checkpoints: is the folder shared?"
+                "the processes of this run went on from different checkpoints: is the folder "
+                "shared?"
             )
         self._last_step = self._saved_step = trainer.global_step
         self._saved_time = time.monotonic()
@@ -248,7 +128,7 @@ class Checkpoints(Checkpoint):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        stop, save = agree(trainer, self.signals.received, self._due(trainer))
+        stop, save = all_reduce_max(trainer, self.signals.received, self._due(trainer))
         if stop:
             self._stop(trainer, stop)
         if save:
@@ -257,7 +137,7 @@ class Checkpoints(Checkpoint):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: VAETraining, *args: Any
     ) -> None:
-        (stop,) = agree(trainer, self.signals.received)
+        (stop,) = all_reduce_max(trainer, self.signals.received)
         if stop:
             self._stop(trainer, stop)
 
@@ -298,8 +178,9 @@ class Checkpoints(Checkpoint):
                 self.io.failure = error
         if self.io.failure:
             self._best_score, self._best_step = best_before
-            say(
-                f"note: no checkpoint of step {trainer.global_step}: {self.io.failure}; those before it are whole"
+            log_rank_zero(
+                f"note: no checkpoint of step {trainer.global_step}: {self.io.failure}; those "
+                "before it are whole"
             )
         self._is_best = False
         return self.io.failure is None
@@ -308,9 +189,9 @@ class Checkpoints(Checkpoint):
         """Makes a checkpoint the last and, if it is, the best one; removes older ones, and newer
         ones, as damaged."""
         step = int(STEP_FILE.fullmatch(path.name)[1])
-        second_name(path, self.folder / "last.ckpt")
+        link_or_copy(path, self.folder / "last.ckpt")
         if step == self._best_step:
-            second_name(path, self.folder / "best.ckpt")
+            link_or_copy(path, self.folder / "best.ckpt")
         newer = [
             other
             for other in step_checkpoints(self.folder)
@@ -321,7 +202,7 @@ class Checkpoints(Checkpoint):
 
     def _stop(self, trainer: pl.Trainer, signum: int) -> None:
         """Ends the run on all ranks, with a checkpoint."""
-        step, status = trainer.global_step, STOPPING[signum]
+        step, status = trainer.global_step, EXIT_STATUS[signum]
         if trainer.sanity_checking or self.folder is None:
             raise Stopped(f"stopped at step {step}, without a checkpoint", status)
         if not self.save(trainer):

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytorch_lightning as pl
 
 from ..config import ConfigError, TrainConfig
-from .processes import say
+from .processes import log_rank_zero
 
 
 def make_logger(config: TrainConfig, run_folder: Path) -> pl.loggers.Logger | bool:
@@ -28,7 +28,7 @@ def make_logger(config: TrainConfig, run_folder: Path) -> pl.loggers.Logger | bo
             raise ConfigError(
                 "--logger wandb: the package is missing; pip install wandb, or --logger none"
             ) from None
-        say("wandb is not installed: metrics go to CSV files only")
+        log_rank_zero("wandb is not installed: metrics go to CSV files only")
         return False
     mode = os.environ.get("WANDB_MODE", "online")
     reason = (
@@ -61,7 +61,9 @@ def make_logger(config: TrainConfig, run_folder: Path) -> pl.loggers.Logger | bo
             reason = str(error).splitlines()[0]
     if reason or mode == "offline":
         because = f" ({reason})" if reason else ""
-        say(f"wandb logs offline to {run_folder / 'wandb'}{because}; `wandb sync` uploads it")
+        log_rank_zero(
+            f"wandb logs offline to {run_folder / 'wandb'}{because}; `wandb sync` uploads it"
+        )
         mode = "offline"
     return logger(mode)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, read_checkpoint
 from .base import VAETraining
-from .checkpoints import STEP_FILE, Checkpoints, step_checkpoints
-from .processes import agree, say
+from .checkpoints import Checkpoints
+from .processes import all_reduce_max, log_rank_zero
+from .resume import STEP_FILE, step_checkpoints
 
 WINDOW = 100  # optimizer steps, of which more than half may not be skipped
 
@@ -71,6 +72,9 @@ class SkipNonFinite(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._recent, self._rollbacks = list(state["recent"]), state["rollbacks"]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
+        self._last_step = trainer.global_step
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: VAETraining, batch: Any, batch_idx: int
     ) -> None:
@@ -84,7 +88,7 @@ class SkipNonFinite(pl.Callback):
     ) -> None:
         parameters = [p for p in pl_module.model.parameters() if p.grad is not None]
         pl_module.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        (wrong,) = agree(trainer, ~(pl_module.grad_norm.isfinite() & self._loss_is_finite))
+        (wrong,) = all_reduce_max(trainer, ~(pl_module.grad_norm.isfinite() & self._loss_is_finite))
         self._loss_is_finite = True
         pl_module.skipped = bool(wrong)
         self._recent = [*self._recent[-WINDOW + 1 :], pl_module.skipped]
@@ -95,8 +99,9 @@ class SkipNonFinite(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: VAETraining, outputs, batch, batch_idx
     ) -> None:
-        if trainer.fit_loop._should_accumulate():
-            return
+        if trainer.global_step == self._last_step:
+            return  # gradients are still being accumulated
+        self._last_step = trainer.global_step
         batches, self._batches = self._batches, []
         if not pl_module.skipped:
             return
@@ -121,20 +126,18 @@ class SkipNonFinite(pl.Callback):
             where = first_non_finite(
                 pl_module, batches, getattr(trainer.precision_plugin, "scaler", None)
             )
-        path = self._good_checkpoint(step - since) if self.checkpoints.folder else None
+        path = self._checkpoint_before(step - since) if self.checkpoints.folder else None
         trouble = f"step {step}: {how_many} had a loss or gradient that is not finite; {where}"
         if path is None:
             raise Diverged(f"{trouble}; there is no checkpoint to go back to")
         if self._rollbacks >= self.max_rollbacks:
-            times = (
-                f"after going back {self._rollbacks} times"
-                if self._rollbacks
-                else "with --max_rollbacks 0"
-            )
+            times = "with --max_rollbacks 0"
+            if self._rollbacks:
+                times = f"after going back {self._rollbacks} times"
             newest = step_checkpoints(self.checkpoints.folder)[0]
             raise Diverged(
-                f"{trouble}; stopped {times}. --use_checkpoint goes on from {newest}: with a smaller --lrate, "
-                "with --grad_clip or with more --max_rollbacks"
+                f"{trouble}; stopped {times}. --use_checkpoint goes on from {newest}: with a "
+                "smaller --lrate, with --grad_clip or with more --max_rollbacks"
             )
         # Rank 0's choice: another may see a damaged file, or an old list of them.
         state = read_checkpoint(path.with_name(trainer.strategy.broadcast(path.name)))
@@ -148,12 +151,12 @@ class SkipNonFinite(pl.Callback):
         self._rollbacks += 1
         self._recent = []
         self.checkpoints.requested = True
-        lrate = pl_module.lr_schedulers().get_last_lr()[0]
-        say(
+        lrate = pl_module.optimizers().param_groups[0]["lr"]
+        log_rank_zero(
             f"note: {trouble}; back to the weights of {path.name}, with the learning rate {lrate:g}"
         )
 
-    def _good_checkpoint(self, step: int) -> Path | None:
+    def _checkpoint_before(self, step: int) -> Path | None:
         """The newest checkpoint that is not later than `step`, else the oldest; None if there is
         none."""
         paths = step_checkpoints(self.checkpoints.folder)
@@ -163,7 +166,7 @@ class SkipNonFinite(pl.Callback):
                 read_checkpoint(path)
                 return path
             except (CheckpointError, OSError) as error:
-                say(f"note: {error}; trying another one")
+                log_rank_zero(f"note: {error}; trying another one")
         return None
 
 
@@ -182,14 +185,14 @@ def first_non_finite(
         order: list[nn.Module] = []
         wrong: list[nn.Module] = []
 
-        def look(
+        def note_output(
             module: nn.Module, inputs: Any, output: Any, order: list = order, wrong: list = wrong
         ) -> None:
             order.append(module)
             if not all_finite(output):
                 wrong.append(module)
 
-        hooks = [module.register_forward_hook(look) for module in names]
+        hooks = [module.register_forward_hook(note_output) for module in names]
         try:
             pl_module.seed_step(batch_idx)
             loss = pl_module.loss(pl_module.compute(batch))

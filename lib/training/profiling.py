@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,8 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .callbacks import peak_memory
-from .processes import say
+from .processes import log_rank_zero
 
 WARM_UP = 3  # batches before the first that is profiled
 PROFILED = 3  # batches
@@ -37,7 +37,7 @@ class StepProfile(pl.Callback):
                 *[ProfilerActivity.CUDA] * pl_module.device.type.startswith("cuda"),
             ]
             self._profile = profile(activities=activities, profile_memory=True)
-            self._profile.__enter__()
+            self._profile.start()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any
@@ -45,15 +45,16 @@ class StepProfile(pl.Callback):
         self._batches += 1
         if self._profile is not None and self._batches == WARM_UP + PROFILED:
             self._stop()
-            say(self.table(pl_module.device))
+            log_rank_zero(self.table(pl_module.device))
             self._profile = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._profile is not None:
             self._stop()
         if self._profile is not None or self._batches < WARM_UP + PROFILED:
-            say(
-                f"--profiler_mode: {self._batches} batches are too few to profile some after {WARM_UP}"
+            log_rank_zero(
+                f"--profiler_mode: {self._batches} batches are too few to profile some after "
+                f"{WARM_UP}"
             )
         self._profile = None
 
@@ -65,7 +66,7 @@ class StepProfile(pl.Callback):
             self._profile = None
 
     def _stop(self) -> None:
-        self._profile.__exit__(None, None, None)
+        self._profile.stop()
 
     def table(self, device: torch.device) -> str:
         """The operators that take most, per batch, and the peak of memory so far."""
@@ -78,16 +79,14 @@ class StepProfile(pl.Callback):
         events = [event for event in events if not event.is_user_annotation]
         time, memory = f"self_{where}_time_total", f"self_{where}_memory_usage"
         total = sum(getattr(event, time) for event in events)
-        lines = [
-            f"\n{PROFILED} batches on {device.type}: {total / 1e3 / PROFILED:.1f} ms of operators each"
-        ]
+        each = total / 1e3 / PROFILED
+        lines = [f"\n{PROFILED} batches on {device.type}: {each:.1f} ms of operators each"]
         lines.append(f"{'operator':44}{'calls':>8}{'ms':>10}{'%':>7}")
         for event in sorted(events, key=lambda event: -getattr(event, time))[:ROWS]:
             own = getattr(event, time)
             name, calls = event.key[:42], event.count / PROFILED
-            lines.append(
-                f"{name:44}{calls:8.0f}{own / 1e3 / PROFILED:10.2f}{100 * own / max(total, 1e-9):7.1f}"
-            )
+            share = 100 * own / max(total, 1e-9)
+            lines.append(f"{name:44}{calls:8.0f}{own / 1e3 / PROFILED:10.2f}{share:7.1f}")
         lines.append(f"{'allocates more than it frees':44}{'calls':>8}{'MiB':>10}")
         for event in sorted(events, key=lambda event: -getattr(event, memory))[:ROWS]:
             allocated = getattr(event, memory) / 2**20 / PROFILED
@@ -95,3 +94,11 @@ class StepProfile(pl.Callback):
                 lines.append(f"{event.key[:42]:44}{event.count / PROFILED:8.0f}{allocated:10.1f}")
         lines.append(f"peak memory of this process so far: {peak_memory(device) / 2**20:.0f} MiB")
         return "\n".join(lines)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process has held, on the GPU if it uses one, else in main
+    memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from endings import assert_refused, assert_told, ending_of, generated, leaving_files_alone
 from helpers import GOLDEN, TINY
@@ -133,7 +134,7 @@ def test_lmdbs_of_wrong_keys_and_sizes(
         formats.write_lmdb(
             root / f"ImageNet32/{split}.lmdb", {key: bytes(size) for key, size in values.items()}
         )
-    monkeypatch.setattr(train.pl.Trainer, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *_, **__: None)
     commands = {
         "train.py": (
             train.main,

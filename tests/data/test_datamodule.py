@@ -12,6 +12,7 @@ import torch
 
 from data.datamodule import PADDING, EpochSampler, ImageDataModule, IndexedImages
 from data.errors import DataError
+from data.get_dataset import DATASETS
 from lib.utils import mixed_seed
 
 
@@ -244,11 +245,9 @@ def test_workers_give_the_same_batches():
 def test_training_flips_where_the_registry_says_so_and_validation_never(monkeypatch):
     from dataclasses import replace
 
-    from data import datamodule
-
     for flip in (True, False):
-        spec = replace(datamodule.DATASETS["Photos32"], flip=flip)
-        monkeypatch.setitem(datamodule.DATASETS, "Photos32", spec)
+        spec = replace(DATASETS["Photos32"], flip=flip)
+        monkeypatch.setitem(DATASETS, "Photos32", spec)
         data = module()
         assert (data.train.augment, data.train.flip) == (True, flip)
         assert (data.validation.augment, data.validation.flip) == (False, False)
@@ -266,9 +265,8 @@ def test_too_few_images_for_a_batch():
 @pytest.mark.usefixtures("few_photos")
 def test_too_few_images_for_a_batch_on_every_process():
     data = module(batch=80)
-    begun = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)))
     data.trainer = SimpleNamespace(
-        world_size=2, global_rank=1, fit_loop=begun, lightning_module=None
+        world_size=2, global_rank=1, current_epoch=0, lightning_module=None
     )
     with pytest.raises(
         DataError, match="one batch of 80 on each of 2 processes: use a batch of at most 75"

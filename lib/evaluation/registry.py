@@ -1,0 +1,260 @@
+"""The evaluations that `evaluate.py` offers: every module of this folder that registers one.
+
+A new evaluation is one file in this folder with a subclass of `Evaluation` under `@register`. Its
+flags, its line in `--help`, its part of `results.json` and its section of the report follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..config import ConfigError
+from ..DisentanglementVAE import DisentanglementVAE
+from ..models import VAE
+from .importance import pick_chunk
+from .loading import LoadedModel
+from .tables import Facts, Table
+
+LARGEST_NUMBER = 10**9
+LARGEST_BATCH = 32  # unless `--batch` is given
+PIP_NAMES = {"sklearn": "scikit-learn"}
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of one or several evaluations; those that share one name the same object.
+
+    Arguments:
+        least, most: The range of its value, or of each of its values.
+        unique: Whether a value that is given twice counts once.
+        arguments: Further arguments of `ArgumentParser.add_argument`.
+    """
+
+    name: str
+    help: str
+    type: Callable[[str], Any] = int
+    default: Any = field(default=None, hash=False)
+    least: float | None = None
+    most: float = LARGEST_NUMBER
+    unique: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def check(self, flags: argparse.Namespace) -> None:
+        """Raises ConfigError if a value is out of range; drops what is given twice."""
+        given = getattr(flags, self.name)
+        if given is None:
+            return
+        values = given if isinstance(given, list) else [given]
+        if self.least is not None:
+            shown = " ".join(map(str, values))
+            if not all(value >= self.least for value in values):
+                least = f"at least {self.least}" if self.least else "0 or more"
+                raise ConfigError(f"--{self.name} must be {least}; got {shown}")
+            if not all(value <= self.most for value in values):
+                raise ConfigError(f"--{self.name} must be at most {self.most}; got {shown}")
+        if self.unique:
+            setattr(flags, self.name, list(dict.fromkeys(given)))
+
+
+@dataclass
+class Context:
+    """What the evaluations of one command work with.
+
+    Arguments:
+        loaded: The model on its device, in evaluation mode, and where it is from.
+        flags: Of the command.
+        folder: Where results and pictures go.
+        open_split: Opens "train" or "validation" of the model's data set: uint8 images [3, H, W] by
+            index, or a data set of factors.
+        in_batches: Called with (data set, number of images, batch size); gives (uint8 images [B, 3,
+            H, W], their indices [B]), nothing augmented.
+        reopen: Called with a device's name in another process; gives the model and the validation
+            images. It can be pickled.
+        mirrored: Whether training shows the images flipped left to right, too.
+    """
+
+    loaded: LoadedModel
+    flags: argparse.Namespace
+    folder: Path
+    open_split: Callable[[str], Any]
+    in_batches: Callable[[Dataset, int, int], Iterable[tuple[Tensor, Tensor]]]
+    reopen: Callable[[str], tuple[VAE, Dataset]]
+    mirrored: bool = False
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> VAE:
+        return self.loaded.model
+
+    @property
+    def depth(self) -> int:
+        """Number of layers of latents."""
+        return len(self.model.latent_shapes)
+
+    @property
+    def noise(self) -> dict[str, int]:
+        """The arguments of the functions of `lib.synthesis` that say which noise, and how many
+        images at a time."""
+        return {"seed": self.flags.seed, "batch": self.flags.batch}
+
+    @cached_property
+    def validation(self) -> Dataset:
+        return self.open_split("validation")
+
+    @cached_property
+    def training(self) -> Any:
+        """The training images, or the scenes of a data set of factors."""
+        return self.open_split("train")
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The validation images of `--images`, uint8 [N, 3, H, W]."""
+        size = len(self.validation)
+        wrong = [index for index in self.flags.images if index >= size]
+        if wrong:
+            raise ConfigError(
+                f"--images must be below {size}, the number of validation images; got {wrong[0]}"
+            )
+        return torch.stack([self.validation[index] for index in self.flags.images])
+
+    @property
+    def limit(self) -> int:
+        """Number of validation images to evaluate."""
+        return min(len(self.validation), self.flags.limit or len(self.validation))
+
+    def track(self, loop: Iterable[Any], title: str) -> Iterable[Any]:
+        """The loop, with its progress shown under a title."""
+        from tqdm import tqdm
+
+        return tqdm(loop, desc=title)
+
+    def bar(self, images: int, title: str) -> Any:
+        """A bar of the progress over so many images; a context manager."""
+        from tqdm import tqdm
+
+        return tqdm(total=images, unit="image", desc=title, smoothing=0)
+
+    def entry(self, path: Path, caption: str) -> dict[str, str]:
+        """A picture as results name it."""
+        return {"file": path.relative_to(self.folder).as_posix(), "caption": caption}
+
+
+class Evaluation:
+    """One evaluation. A subclass sets the attributes, gives `compute`, and what else it needs.
+
+    Attributes:
+        name: Its flag, and its key in `results.json`.
+        help: Its line in `--help` and in the table of evaluations.
+        order: Evaluations run, and stand in the report, by this number.
+        flags: Flags that it takes.
+        needs: Which of the context's data are opened before anything is computed: "validation",
+            "training" (images, or the scenes of a data set of factors), "images".
+        packages: Packages that it imports only when it runs.
+        only_disentanglement: Whether it is for models of `--task disentanglement` alone.
+        uses_batch: Whether it computes `--batch` images at a time.
+        title, paper, explanation: Of its section of the report.
+        facts: Label, and what makes a text of the value, of results that are not in `tables.FACTS`.
+        tables: What makes a table of a result, by the result's key.
+        symbol: Of its `bits_per_dim` among the report's main numbers; empty if it is none of them.
+    """
+
+    name: str
+    help: str
+    order: int = 1000
+    flags: Sequence[Flag] = ()
+    needs: Sequence[str] = ()
+    packages: Sequence[str] = ()
+    only_disentanglement = False
+    uses_batch = True
+    title: str
+    paper = ""
+    explanation = ""
+    facts: Facts = {}
+    tables: Mapping[str, Callable[[Any], Table]] = {}
+    symbol = ""
+
+    def check(self, flags: argparse.Namespace) -> None:
+        """Raises ConfigError if flags contradict each other; called if the evaluation is asked
+        for, before anything is opened."""
+
+    def prepare(self, context: Context) -> None:
+        """Raises ConfigError if the flags do not fit the model or the data, before anything is
+        computed."""
+
+    def compute(self, context: Context) -> Result:
+        """Plain values of JSON. "pictures" are what `Context.entry` gives."""
+        raise NotImplementedError
+
+    def lines(self, result: Result, context: Context) -> list[str]:
+        """What is printed of a result, beside the paths of its pictures."""
+        return []
+
+
+_REGISTERED: dict[str, Evaluation] = {}
+
+
+def register(kind: type[Evaluation]) -> type[Evaluation]:
+    """Adds an evaluation to those that `evaluate.py` offers; a decorator."""
+    _REGISTERED[kind.name] = kind()
+    return kind
+
+
+def evaluations() -> dict[str, Evaluation]:
+    """All evaluations by name, in the order in which they run and are reported."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{__package__}.{module.name}")
+    ordered = sorted(_REGISTERED.values(), key=lambda one: (one.order, one.name))
+    return {evaluation.name: evaluation for evaluation in ordered}
+
+
+def markdown_table() -> str:
+    """The README's table of evaluations."""
+    rows = ["| flag | what it gives | in the paper |", "|---|---|---|"]
+    rows += [
+        f"| `--{name}` | {evaluation.help} | {evaluation.paper or '–'} |"
+        for name, evaluation in evaluations().items()
+    ]
+    return "\n".join(rows)
+
+
+def prepare(asked: Sequence[Evaluation], context: Context) -> None:
+    """Checks what depends on the model and the data, before anything is computed."""
+    flags, loaded = context.flags, context.loaded
+    for evaluation in asked:
+        if evaluation.only_disentanglement and not isinstance(loaded.model, DisentanglementVAE):
+            raise ConfigError(
+                f"--{evaluation.name} is for models of --task disentanglement; this one is of "
+                f"{loaded.config.task}"
+            )
+        for package in evaluation.packages:
+            _check_package(evaluation.name, package)
+    if flags.report:
+        _check_package("report", "jinja2")
+    if flags.batch is None and any(evaluation.uses_batch for evaluation in asked):
+        flags.batch = min(LARGEST_BATCH, pick_chunk(loaded.model))
+    for evaluation in asked:
+        for need in evaluation.needs:
+            getattr(context, need)
+        evaluation.prepare(context)
+
+
+def _check_package(name: str, package: str) -> None:
+    """Raises ConfigError if a package that flag `name` needs is missing."""
+    if not importlib.util.find_spec(package):
+        pip_name = PIP_NAMES.get(package, package)
+        raise ConfigError(f"--{name} needs the package {pip_name}: pip install {pip_name}")
