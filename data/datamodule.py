@@ -19,7 +19,7 @@ from lib.training.signals import EXIT_STATUS
 from lib.utils import mixed_seed
 
 from .errors import DataError
-from .get_dataset import DATASETS, SPLITS, get_dataset
+from .get_dataset import SPLITS, dataset_spec, get_dataset
 
 PADDING = -1
 LOADER_TIMEOUT = 600  # seconds without a batch: a loader that hangs is a fault, not a wait
@@ -27,7 +27,7 @@ FLIP = 1  # beside seed and key: a random number of its own
 
 
 class IndexedImages(Dataset):
-    """A data set addressed by keys, `pass * len(dataset) + index`, whose items are (uint8 [3, H,
+    """A data set addressed by keys, `pass * len(dataset) + index`, whose items are (uint8 [C, H,
     W], key).
 
     Augmentation is a pure function of (seed, key), so it depends on neither workers nor ranks nor
@@ -194,11 +194,11 @@ class EpochSampler(Sampler[int]):
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Batches (uint8 images [B, 3, H, W], int64 keys [B]; in validation, indices) of a registered
+    """Batches (uint8 images [B, C, H, W], int64 keys [B]; in validation, indices) of a registered
     data set.
 
     Arguments:
-        name: A name of `DATASETS`.
+        name: Of the data set, see `get_dataset`.
         root: Folder that holds the data sets.
         batch, batch_val: Batch sizes of each process.
         num_workers: Loader processes of each process.
@@ -235,7 +235,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if stage != "validate":
-            flip = DATASETS[self.name].flip
+            flip = dataset_spec(self.name, self.root).flip
             self.train = IndexedImages(self._open("train"), augment=True, flip=flip, seed=self.seed)
         self.validation = IndexedImages(
             self._open("validation"), augment=False, flip=False, seed=self.seed

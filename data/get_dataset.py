@@ -10,6 +10,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from .cifar10 import Cifar10
+from .converted import COMMAND, converted_names, read_description
 from .errors import DataError
 from .lmdb_datasets import LmdbImages
 from .photos32 import Photos32
@@ -24,8 +25,8 @@ SPLITS = ("train", "validation")
 class DatasetSpec:
     """A data set that has a train and a validation split of uint8 images.
 
-    shape: (3, H, W). flip: whether training flips images at random. command: what gets the data.
-    open: (folder of all data sets, split) -> Dataset of uint8 tensors [3, H, W].
+    shape: (C, H, W). flip: whether training flips images at random. command: what gets the data.
+    open: (folder of all data sets, split) -> Dataset of uint8 tensors [C, H, W].
     """
 
     name: str
@@ -84,11 +85,42 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
+def dataset_spec(name: str, root: str | Path = "data") -> DatasetSpec:
+    """A registered data set, or one that `python -m data.convert.images` made in `root`.
+
+    Raises:
+        DataError: if there is none of this name, or its description is damaged.
+    """
+    if name in DATASETS:
+        return DATASETS[name]
+    root = Path(root)
+    plain = name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    found = read_description(root, name) if plain else None
+    if not found:
+        known = ", ".join([*DATASETS, *converted_names(root)])
+        raise DataError(
+            f"unknown data set {name!r}; known are {known}. Others are made of pictures with: "
+            f"{COMMAND}"
+        )
+
+    def open_split(root: Path, split: str) -> LmdbImages:
+        return LmdbImages(root / name / f"{split}.lmdb", tuple(found["shape"]), COMMAND)
+
+    return DatasetSpec(name, tuple(found["shape"]), found["flip"], COMMAND, open_split)
+
+
+def is_mirrored(name: str, root: str | Path) -> bool:
+    """Whether training flips a data set's images at random, as far as its description is there."""
+    if name in DATASETS:
+        return DATASETS[name].flip
+    return bool((read_description(Path(root), name) or {}).get("flip"))
+
+
 def get_dataset(name: str, root: str | Path = "data", split: str = "train") -> Dataset:
-    """Opens a split of a data set; items are uint8 tensors [3, H, W].
+    """Opens a split of a data set; items are uint8 tensors [C, H, W].
 
     Arguments:
-        name: One of `DATASETS`.
+        name: One of `DATASETS`, or of a data set that was converted.
         root: Folder that holds the data sets.
         split: "train" or "validation".
 
@@ -96,8 +128,7 @@ def get_dataset(name: str, root: str | Path = "data", split: str = "train") -> D
         DataError: if the data set is unknown, missing (the message names the command that gets it)
             or damaged.
     """
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
+    spec = dataset_spec(name, root)
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-    return DATASETS[name].open(Path(root), split)
+    return spec.open(Path(root), split)

@@ -1,4 +1,4 @@
-"""Images in an LMDB: the key is the decimal index as ASCII, the value raw uint8 H x W x 3."""
+"""Images in an LMDB: the key is the decimal index as ASCII, the value raw uint8 H x W x C."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ os.register_at_fork(
 
 
 class LmdbImages(Dataset):
-    """Images of one shape as uint8 tensors [3, H, W].
+    """Images of one shape as uint8 tensors [C, H, W].
 
     It may be pickled, and read in any kind of loader worker and in any process that has read it
     before a fork.
 
     Arguments:
         path: The LMDB's folder.
-        shape: (3, H, W).
+        shape: (C, H, W).
         command: What gets the data, for the message if they are missing.
 
     Raises:
@@ -70,11 +70,11 @@ class LmdbImages(Dataset):
         return self.batch([index])[0]
 
     def batch(self, indices: list[int]) -> Tensor:
-        """The items at `indices` [N] at once: uint8 [N, 3, H, W]."""
+        """The items at `indices` [N] at once: uint8 [N, C, H, W]."""
         if wrong := [index for index in indices if not 0 <= index < self._length]:
             raise IndexError(f"{self.path} has {self._length} images, there is no image {wrong[0]}")
-        _, height, width = self.shape
-        images = np.empty((len(indices), height * width * 3), np.uint8)
+        channels, height, width = self.shape
+        images = np.empty((len(indices), height * width * channels), np.uint8)
         with _reading, self._damage_in_one_line(), self._open().begin(buffers=True) as transaction:
             for image, index in zip(images, indices, strict=True):
                 value = transaction.get(str(index).encode())
@@ -84,14 +84,17 @@ class LmdbImages(Dataset):
                     )
                 if len(value) != len(image):
                     raise DataError(
-                        f"{self.path}: image {index} has {len(value)} bytes, {height}x{width}x3 has {len(image)}; "
+                        f"{self.path}: image {index} has {len(value)} bytes, "
+                        f"{height}x{width}x{channels} has {len(image)}; "
                         f"make it again with: {self.command}"
                     )
                 image[:] = np.frombuffer(value, np.uint8)
         # Contiguous as from torch.stack: convolutions would follow another order of dimensions, and
         # round differently.
         return (
-            torch.from_numpy(images.reshape(-1, height, width, 3)).permute(0, 3, 1, 2).contiguous()
+            torch.from_numpy(images.reshape(-1, height, width, channels))
+            .permute(0, 3, 1, 2)
+            .contiguous()
         )
 
     def _open(self) -> Any:
@@ -102,7 +105,7 @@ class LmdbImages(Dataset):
             environment = lmdb.open(
                 self._key, readonly=True, lock=False, readahead=False, meminit=False, create=False
             )
-            expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            expected = size_in_use(environment)
             actual = (self.path / "data.mdb").stat().st_size
             if actual < expected:  # reading past the end of the file would kill the process
                 environment.close()
@@ -129,3 +132,9 @@ class LmdbImages(Dataset):
             raise DataError(
                 f"{self.path} is damaged ({error}); make it again with: {self.command}"
             ) from None
+
+
+def size_in_use(environment: Any) -> int:
+    """Bytes that the file of an open LMDB must have; reading past the end of a shorter one kills
+    the process."""
+    return (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]

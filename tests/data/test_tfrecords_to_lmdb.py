@@ -80,6 +80,76 @@ def test_fields_may_come_in_any_order_and_unknown_ones_are_skipped(formats):
     assert parse_example(unknown + formats.field(1, floats + entry)) == {"shape": [7]}
 
 
+def test_a_list_in_two_parts_is_joined(formats):
+    """Two fields 3 of one feature, then two features of one entry, then entries of one name."""
+    first, second = formats.int_feature([32, 32]), formats.int_feature([3], packed=False)
+    entry = formats.field(1, b"shape") + formats.field(2, first + second)
+    assert parse_example(formats.field(1, formats.field(1, entry))) == {"shape": [32, 32, 3]}
+    entry = formats.field(1, b"shape") + formats.field(2, first) + formats.field(2, second)
+    assert parse_example(formats.field(1, formats.field(1, entry))) == {"shape": [32, 32, 3]}
+
+
+def test_examples_in_parts_are_read_as_protobuf_reads_them(formats):
+    """Random messages whose fields come in any order and number, against protobuf's own parser."""
+    descriptor_pb2 = pytest.importorskip("google.protobuf.descriptor_pb2")
+    from google.protobuf import descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
+
+    def message(parent, name, *fields):
+        made = parent.add(name=name)
+        for number, (field, kind, label) in enumerate(fields, 1):
+            given = {"type": kind} if isinstance(kind, int) else {"type": 11, "type_name": kind}
+            made.field.add(name=field, number=number, label=label, **given)
+        return made
+
+    once, many = 1, 3
+    message(file.message_type, "BytesList", ("value", 12, many))
+    message(file.message_type, "FloatList", ("value", 2, many))
+    message(file.message_type, "Int64List", ("value", 3, many))
+    lists = (("bytes", ".t.BytesList"), ("floats", ".t.FloatList"), ("integers", ".t.Int64List"))
+    feature = message(file.message_type, "Feature", *((n, kind, once) for n, kind in lists))
+    feature.oneof_decl.add(name="kind")
+    for field in feature.field:
+        field.oneof_index = 0
+    features = message(file.message_type, "Features", ("feature", ".t.Features.Entry", many))
+    entry = message(features.nested_type, "Entry", ("key", 9, once), ("value", ".t.Feature", once))
+    entry.options.map_entry = True
+    message(file.message_type, "Example", ("features", ".t.Features", once))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    Example = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))  # noqa: N806
+
+    rng = np.random.default_rng(0)
+
+    def some(make, most):
+        return b"".join(make() for _ in range(rng.integers(most + 1)))
+
+    def one_list():
+        kind = int(rng.choice([1, 2, 3, 3, 3]))
+        if kind == 3:
+            numbers = rng.integers(-5, 300, size=rng.integers(4)).tolist()
+            return formats.int_feature(numbers, packed=bool(rng.integers(2)))
+        value = b"abc" if kind == 1 else bytes(4)
+        return formats.field(kind, some(lambda: formats.field(1, value), 2))
+
+    def one_entry():
+        name = formats.field(1, bytes([int(rng.choice(list(b"xyz")))]))
+        value = some(lambda: formats.field(2, some(one_list, 3)), 2)
+        return formats.field(1, name + value if rng.integers(2) else value + name)
+
+    joined = 0
+    for _ in range(300):
+        record = some(lambda: formats.field(1, some(one_entry, 4)), 2)
+        expected = {}
+        for name, value in Example.FromString(record).features.feature.items():
+            if (kind := value.WhichOneof("kind")) in ("bytes", "integers"):
+                expected[name] = list(getattr(value, kind).value)
+        joined += any(len(values) > 3 for values in expected.values())
+        assert parse_example(record) == expected, record
+    assert joined > 10
+
+
 @pytest.mark.parametrize("garbage", [b"\x0a\xff\x01abc", b"\x0a", b"\x0b", b"\x08" + b"\xff" * 11])
 def test_garbage_is_no_example(garbage):
     with pytest.raises(ValueError):

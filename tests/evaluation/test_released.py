@@ -75,6 +75,18 @@ def golden_names(path) -> list[str]:
     return list(read_checkpoint(path)["state_dict"])
 
 
+def test_a_checkpoint_with_dl_is_refused(tmp_path):
+    """Its model saw k / (2^nbits - 1) - 0.5, ours would show it k / 2^nbits - 0.5."""
+    checkpoint = golden("tiny_8bit")
+    checkpoint["hyper_parameters"]["obs_model"] = "DL"
+    path = saved(checkpoint, tmp_path)
+    with pytest.raises(CheckpointError, match="observation model DL, whose data are .* other"):
+        translate(read_checkpoint(path), path)
+    assert_one_line_error(
+        run("-m", "lib.released", path, tmp_path / "last.ckpt"), "observation model DL"
+    )
+
+
 @pytest.mark.parametrize("name", ["tiny_8bit", "tiny_5bit"])
 def test_every_stored_tensor_is_used_or_listed(name):
     checkpoint = golden(name)
@@ -223,7 +235,8 @@ MASK = "ladder_layers.1.post_model.arnn.conv_a.mask"
         (without(f"ema.shadow_params.{GRU.replace('.', '^')}"), f"the averaged weights lack {GRU}"),
         (
             changed(f"ema.shadow_params.{GRU.replace('.', '^')}", torch.zeros(180, 60)),
-            rf"in the averaged weights {GRU} is \[180, 60\], its hyper-parameters make it \[180, 180\]",
+            rf"in the averaged weights {GRU} is \[180, 60\], its hyper-parameters make it "
+            r"\[180, 180\]",
         ),
         (
             changed("ema.shadow_params.new^weight", torch.zeros(2)),
