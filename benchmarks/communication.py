@@ -4,10 +4,10 @@
 
 Counts the bytes of gradients and buffers of the models of the recipes (train_*.sh), which
 DistributedDataParallel all-reduces and broadcasts. Then it trains a small model with two processes
-(gloo), with and without accumulated batches, and compares: all collective operations of 10
-optimizer steps as torch's profiler sees them, and the bytes on the loopback device (Linux; other
-traffic there counts, too). Exit status 1 if the gradients are not what was counted, or if more is
-sent than this explains.
+(gloo), with and without accumulated batches, and compares: all collective operations of an
+optimizer step as torch's profiler sees them, and the bytes of ten on the loopback device (Linux;
+other traffic there counts, too). Exit status 1 if the gradients are not what was counted, or if
+more is sent than this explains.
 
 From the recipes' bytes it computes, for numbers of GPUs and assumed seconds per step, the
 efficiency by a simple model: see `efficiency`. That is not measured.
@@ -42,7 +42,7 @@ SMALL = (
     "--epoch_images 400 --val_images 2 --downsample_first --depth 4 --ds_list 0 2 --h_size 32 "
     "--sdn_max_scale 8 --sdn_nfeat_0 32"
 ).split()
-FIRST, LAST = 5, 15  # of the small model's optimizer steps, those after FIRST are measured
+FIRST, LAST = 5, 16  # optimizer steps: after FIRST one is profiled, those after it are measured
 BUCKET = 25 * 2**20  # bytes at most in one of DistributedDataParallel's all-reduces
 GPUS, NODE = (8, 64, 512), 8
 STEP_SECONDS = (0.1, 0.5, 2.0)  # forward and backward pass on one GPU; assumed
@@ -80,7 +80,8 @@ def recipe(script: str, variant: str) -> TrainConfig:
 
 
 def small_run(output: str, flags: list[str]) -> None:
-    """Runs train.py; process 0 writes down the collective operations of some optimizer steps."""
+    """Runs train.py; process 0 writes down the collective operations of an optimizer step, and the
+    bytes of several."""
     batch_end, profiler, loopback = RunProgress.on_train_batch_end, profile(record_shapes=True), {}
 
     def watched(progress: RunProgress, trainer: Any, *given: Any) -> None:
@@ -91,17 +92,16 @@ def small_run(output: str, flags: list[str]) -> None:
         loopback[step] = loopback_bytes()
         if step == FIRST:
             profiler.start()
-        if step == LAST:
+        if step == FIRST + 1:
             profiler.stop()
-            if trainer.is_global_zero:
-                # `profiler.events()` builds a tree of all operators first, which takes minutes.
-                operations = Counter(
-                    (event.name().removeprefix("gloo:"), math.prod((event.shapes() or [[0]])[0]))
-                    for event in profiler.profiler.kineto_results.events()
-                    if event.name().startswith("gloo:")
-                )
-                seen = [list(operations.items()), loopback[LAST] - loopback[FIRST]]
-                Path(output).write_text(json.dumps(seen))
+        if step == LAST and trainer.is_global_zero:
+            operations = Counter(
+                (event.name().removeprefix("gloo:"), math.prod((event.shapes() or [[0]])[0]))
+                for event in profiler.profiler.kineto_results.events()
+                if event.name().startswith("gloo:")
+            )
+            seen = [list(operations.items()), loopback[LAST] - loopback[FIRST + 1]]
+            Path(output).write_text(json.dumps(seen))
 
     RunProgress.on_train_batch_end = watched
     train.main(flags)
@@ -132,10 +132,9 @@ def measure(accumulate: int) -> dict[str, Any]:
             check=True,
         )
         seen, sent = json.loads(Path(output).read_text())
-    steps = LAST - FIRST
+    steps = LAST - FIRST - 1
     operations = [
-        {"kind": kind, "elements": elements, "times": number / steps}
-        for (kind, elements), number in seen
+        {"kind": kind, "elements": elements, "times": number} for (kind, elements), number in seen
     ]
     gradients = sum(
         each["elements"] * 4 * each["times"]
