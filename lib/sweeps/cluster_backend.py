@@ -27,6 +27,7 @@ the tile of Hopper's wgmma instruction, and 32 clusters fill an H100 with a batc
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def plan(
                 shared, offset = _shared_bytes(*sizes, limits.shared_bytes)
                 if shared > limits.shared_bytes:
                     break
-                waves = -(-(-(-batch // images)) // max(1, clusters))
+                waves = math.ceil(math.ceil(batch / images) / max(1, clusters))
                 line = waves * _cycles(images * num_positions, C, blocks, units, groups, backward)
                 if clusters and (best is None or line < best.cycles):
                     best = Plan(blocks, units, groups, images, shared, offset, line)
