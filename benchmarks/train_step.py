@@ -1,7 +1,6 @@
 """How long does a training step take, and how much memory? And does the model learn?
 
-    python -m benchmarks.train_step --device cuda --precision bfloat16 --output
-      benchmarks/results/train_step.json
+    python -m benchmarks.train_step --device cuda --precision bfloat16 --output train_step.json
 
 A step is forward pass, loss, backward pass and Adamax, on random images; models have the
 architecture of the authors' CIFAR10 recipe (batch 32). Contenders: `auto` and `torch` (backends of
