@@ -37,10 +37,12 @@ step() { # NAME SECONDS MODULE FLAGS...: runs a benchmark for at most so long, a
 
 "$python" -c "import torch; print('torch', torch.__version__); assert '$device' == 'cpu' or torch.cuda.is_available(), \
 'there is no CUDA device'; print(torch.cuda.get_device_name() if '$device' == 'cuda' else 'no GPU')" || exit 1
-step gpu_check 140 gpu_check --device "$device" || {
-    [ $? = 124 ] && echo "the check has not finished: nothing else is timed" || echo "a backend is wrong: nothing is timed"
-    exit 1
-}
+step gpu_check 140 gpu_check --device "$device"
+case $? in
+    0) ;;
+    124) echo "the race has not finished; its rows so far are kept" ;;
+    *) echo "a backend is wrong: nothing is timed" && exit 1 ;;
+esac
 if [ "$device" = cuda ]; then
     layer=(--device cuda --precision bfloat16 --batch 128 --directions 2)
     step layer_replayed 70 layer "${layer[@]}" --scales 16 64 8 32 4 --replay --no_memory --backends auto

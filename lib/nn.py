@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import operator
 import sys
 import types
@@ -110,6 +111,9 @@ class _Layer(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, dirs={list(self.dirs)}"
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):  # of a symbolic trace: of the input nothing is known
+            given = not isinstance(output_size, torch.fx.Proxy)
+            return self._computed(x, output_size if given else None)
         if x.dim() == 3:
             return self(x[None], output_size)[0]
         _check_input(x, self._convolution)
@@ -423,6 +427,9 @@ def correct_lines(
     )
 
 
+torch.fx.wrap("correct_lines")  # a sweep is one node of a symbolic trace
+
+
 @functools.cache
 def _remark_slow() -> None:
     warnings.warn(
@@ -457,16 +464,24 @@ def _autocasts(lines: Tensor) -> bool:
     return not lines.is_meta and torch.is_autocast_enabled(lines.device.type)
 
 
+def is_transformed() -> bool:
+    """Whether a derivative other than a gradient is being taken, or a function mapped: inside a
+    transform of `torch.func`, or a level of `torch.autograd.forward_ad`."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The tensor in a memory format; as it is inside a transform of `torch.func`."""
-    if torch._C._are_functorch_transforms_active():
+    """The tensor in a memory format; as it is inside a transform, for some know no formats."""
+    if is_transformed():
         return x
     return x.contiguous(memory_format=memory_format)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
     """The memory format that a convolution's output would have."""
-    if torch._C._are_functorch_transforms_active():  # whose tensors cannot be asked
+    if is_transformed():  # whose tensors cannot be asked
         return torch.contiguous_format
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -575,6 +590,10 @@ class _Options:
             shared["output_padding"] = self.output_padding
             return nn.ConvTranspose2d(self.in_channels, out_channels, **shared)
         return nn.Conv2d(self.in_channels, out_channels, **shared)
+
+
+# What `inspect.signature` tells, and those who ask it whether there is an argument `device`.
+_Layer.__signature__ = inspect.signature(_Options)  # type: ignore[attr-defined]
 
 
 def make_convolution(

@@ -29,9 +29,20 @@ class MaskedConv2d(nn.Conv2d):
 
     def __init__(self, in_ch: int, out_ch: int, kernel_size: int = 3, *, include_centre: bool):
         super().__init__(in_ch, out_ch, kernel_size, padding=kernel_size // 2)
-        mask = torch.zeros(kernel_size * kernel_size)
-        mask[: kernel_size * kernel_size // 2 + include_centre] = 1
-        self.register_buffer("mask", mask.view(1, 1, kernel_size, kernel_size), persistent=False)
+        self.num_seen = kernel_size * kernel_size // 2 + include_centre
+        self.register_buffer("mask", self._new_mask(), persistent=False)
+
+    def _new_mask(self) -> Tensor:
+        height, width = self.kernel_size
+        mask = torch.arange(height * width, device=self.bias.device) < self.num_seen
+        return mask.to(self.bias.dtype).view(1, 1, height, width)
+
+    def _apply(self, *arguments, **keywords):
+        """Moves or converts the layer. The mask, which no state dict has, is made anew: a layer
+        that comes from the device meta has memory without content."""
+        super()._apply(*arguments, **keywords)
+        self.mask = self._new_mask()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)

@@ -7,8 +7,8 @@ directions on 16x16 maps (200 channels, batch 32, one CPU thread) compiles in 22
 graph that was exported on one device takes the fastest backend of another.
 
 First derivatives are those of the backends. Everything else - second derivatives, forward mode,
-the transforms of `torch.func` - goes through the equations of `correct_lines_reference`, so that it
-is slower but never wrong.
+the transforms of `torch.func`, complex numbers - goes through the equations of
+`correct_lines_reference`, so that it is slower but never wrong.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def correct_lines(
 ) -> Tensor:
     """A sweep, see `correct_lines` in nn.py."""
     parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
-    if _needs_reference():
-        from ..nn import correct_lines_reference
+    from ..nn import correct_lines_reference, is_transformed
 
+    # The operator knows nothing of other derivatives, nor the backends of complex ones.
+    if is_transformed() or lines.is_complex():
         return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
     device, product_dtype = lines.device.type, lines.dtype
     if not lines.is_meta and torch.is_autocast_enabled(device):
@@ -51,29 +52,25 @@ def correct_lines(
     differentiable = torch.is_grad_enabled() and any(
         each.requires_grad for each in (lines, *parameters)
     )
-    keeps = differentiable and _should_keep(lines, product_dtype)
+    # A trace of torch.jit must not depend on whether gradients are enabled.
+    keeps = differentiable and not torch.jit.is_tracing() and _should_keep(lines, product_dtype)
     corrected, _ = SWEEP(lines, *parameters, reverse, keep_first, product_dtype, keeps, backend)
     return corrected
-
-
-def _needs_reference() -> bool:
-    """Whether a derivative is being taken of which the operator knows nothing: inside a transform
-    of `torch.func`, or of `torch.autograd.forward_ad`."""
-    return (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def _should_keep(lines: Tensor, product_dtype: torch.dtype) -> bool:
     """Whether a sweep keeps what the backward sweep could compute again: always on a CPU, and on a
     GPU where there is memory, but not for sweeps that are replayed as graphs, out of which it would
-    have to be copied."""
+    have to be copied, nor where saved tensors have hooks: activation checkpointing needs the same
+    answer twice, however much memory there is by then, and off-loading would move it."""
     if lines.device.type == "cpu":
         return True
     if graphs.is_small(lines):
-        return graphs.is_capturing(lines.device)
+        return False
     if lines.device.type != "cuda" or torch.compiler.is_compiling():
         return True
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return False
     total = torch.cuda.get_device_properties(lines.device).total_memory
     free = total - torch.cuda.memory_allocated(lines.device)
     return 5 * lines.numel() * product_dtype.itemsize <= FREE_PART * free
@@ -139,7 +136,8 @@ def _save_for_backward(ctx, inputs, output):
 def _differentiate(ctx, grad_corrected, _):
     if grad_corrected is None:
         return (None,) * 10
-    if torch.is_grad_enabled():  # the gradient is to be differentiated itself
+    # The gradient is to be differentiated itself, backward or forward.
+    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
         return *_reference_gradients(ctx, grad_corrected), *(None,) * 5
     return *SWEEP_BACKWARD(grad_corrected, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
@@ -149,18 +147,16 @@ def _reference_gradients(ctx, grad_corrected):
     from ..nn import correct_lines_reference
 
     reverse, keep_first, product_dtype, _ = ctx.options
-    inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors[:5]]
+    inputs = ctx.saved_tensors[:5]
     autocast = product_dtype.itemsize == 2  # products of two types need it
     with torch.autocast(inputs[0].device.type, dtype=product_dtype, enabled=autocast):
-        corrected = correct_lines_reference(*inputs, reverse=reverse, keep_first=keep_first)
-    needed = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
-    gradients: list[Tensor | None] = [None] * 5
-    found = torch.autograd.grad(
-        corrected, [inputs[index] for index in needed], grad_corrected, create_graph=True
-    )
-    for index, gradient in zip(needed, found, strict=True):
-        gradients[index] = gradient
-    return gradients
+        _, pull_back = torch.func.vjp(
+            lambda *tensors: correct_lines_reference(
+                *tensors, reverse=reverse, keep_first=keep_first
+            ),
+            *inputs,
+        )
+    return pull_back(grad_corrected)
 
 
 def _sweep_backward(

@@ -47,8 +47,8 @@ def sweep_backward(
         lambda *tensors: _reference(*tensors, reverse, keep_first, product_dtype), *inputs
     )
     gradients = pull_back(grad_corrected.contiguous())
-    pairs = zip(inputs, gradients, strict=True)
-    return tuple(torch.empty_like(like).copy_(gradient) for like, gradient in pairs)
+    own = [torch.empty_like(lines), *(each.new_empty(each.shape) for each in inputs[1:])]
+    return tuple(one.copy_(gradient) for one, gradient in zip(own, gradients, strict=True))
 
 
 def _reference(

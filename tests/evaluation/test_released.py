@@ -235,7 +235,8 @@ MASK = "ladder_layers.1.post_model.arnn.conv_a.mask"
         (without(f"ema.shadow_params.{GRU.replace('.', '^')}"), f"the averaged weights lack {GRU}"),
         (
             changed(f"ema.shadow_params.{GRU.replace('.', '^')}", torch.zeros(180, 60)),
-            rf"in the averaged weights {GRU} is \[180, 60\], its hyper-parameters make it \[180, 180\]",
+            rf"in the averaged weights {GRU} is \[180, 60\], its hyper-parameters make it "
+            r"\[180, 180\]",
         ),
         (
             changed("ema.shadow_params.new^weight", torch.zeros(2)),
