@@ -159,7 +159,7 @@ def test_the_search_sees_the_programs_and_the_tests():
         "train.py",
         "evaluate.py",
         "lib/checkpoint.py",
-        "data/cifar10.py",
+        "data/sets/cifar10.py",
         "tests/test_security.py",
     } <= names
     assert not [name for name in names if "site-packages" in name]

@@ -217,8 +217,8 @@ def test_validation_counts_each_index_once_over_the_ranks(size, world_size):
 
 @pytest.fixture
 def few_photos(monkeypatch):
-    monkeypatch.setattr("data.photos32.TRAIN_LENGTH", 150)
-    monkeypatch.setattr("data.photos32.VALIDATION_LENGTH", 130)
+    monkeypatch.setattr("data.sets.photos32.TRAIN_LENGTH", 150)
+    monkeypatch.setattr("data.sets.photos32.VALIDATION_LENGTH", 130)
 
 
 @pytest.mark.usefixtures("few_photos")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import REPOSITORY
 from mixed_pictures import damaged, encoded, scene, write_mixed_folder
 
 from data.convert import decoding, images, storing
@@ -301,7 +302,7 @@ def test_a_killed_conversion_goes_on(tmp_path):
     np.save(source, many)
     command = [sys.executable, "-m", "data.convert.images", str(source), "--name", "cats"]
     command += ["--size", "8", "--root", str(tmp_path), "--num_workers", "1"]
-    here = Path(__file__).parents[2]
+    here = REPOSITORY
     progress = tmp_path / "cats.partial/progress.json"
     process = subprocess.Popen(command, cwd=here, stderr=subprocess.DEVNULL)
     while process.poll() is None and not progress.exists():

@@ -359,7 +359,7 @@ def test_a_second_conversion_to_the_same_folder_is_refused(archive, tmp_path):
     (tmp_path / "t").mkdir()
     handle = os.open(tmp_path / "t", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(DataError, match="another process is converting"):
+    with pytest.raises(DataError, match="another process is writing into"):
         convert("ImageNet32", archive[0], tmp_path / "t")
     os.close(handle)
     assert convert("ImageNet32", archive[0], tmp_path / "t") == {"train": 5, "validation": 3}
