@@ -114,8 +114,8 @@ class DML(nn.Module):
         mix_components: Number of mixture components M.
         channels: C, 3 (red, green, blue) or 1 (grey).
         tails: How a level is scored to which a component gives a probability of less than 1e-5.
-            "approximate": as everybody does since PixelCNN++, by the density at the middle of its
-            bin times the width, which at 5 bits is too little by up to 31 nats, so that the levels'
+            "approximate": as in the literature since PixelCNN++, by the density at the middle of
+            its bin times the bin's width. At 5 bits this is up to 31 nats too low, and the levels'
             probabilities do not quite sum to 1. "exact": by the probability of the bin.
 
     Shapes: parameters [B, 10M, H, W], or [B, 3M, H, W] of grey images; images [B, C, H, W];

@@ -57,7 +57,7 @@ def convert(
         name: "CelebAHQ256" or "ImageNet32".
         source: The tar archive, or the folder it was unpacked to.
         target: Folder that gets train.lmdb and validation.lmdb.
-        force: Whether to convert a split again that is there.
+        force: Whether to convert a split again that is there already.
 
     Returns:
         Number of images in each split that was converted.
@@ -75,7 +75,7 @@ def convert(
     with find_shards(name, source) as all_shards:
         shards = {split: check_complete(name, split, all_shards[split], source) for split in wanted}
         with locked_folder(target, wait=False):
-            for split in wanted:  # of an interrupted conversion
+            for split in wanted:  # clears away what an interrupted conversion left
                 final, partial, old = _paths(target, split)
                 shutil.rmtree(partial, ignore_errors=True)
                 if old.exists() and not final.exists():  # it stopped between the two renamings

@@ -1,5 +1,5 @@
-"""CIFAR10 from its archive, handed out as uint8 tensors. Its files are pickles: nothing stored in
-them is executed."""
+"""CIFAR10, read from its archive. The archive's files are pickles; nothing that is stored in them
+is executed."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ARCHIVE, SHA256 = (
     "cifar-10-python.tar.gz",
     "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
 )
-FOLDER = "cifar-10-batches-py"  # of the files in the archive, and unpacked
-FILES = {  # names and the MD5 sums that their authors give
+FOLDER = "cifar-10-batches-py"  # holds the files, in the archive and unpacked
+FILES = {  # with the MD5 sums that the authors give
     "train": {
         "data_batch_1": "c99cafc152244af753f735de768cd75f",
         "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -40,7 +40,7 @@ FILES = {  # names and the MD5 sums that their authors give
 }
 MOST_BYTES = 200_000_000  # of the archive, unpacked; the published one has 186 million
 IMAGE_BYTES = 3 * 32 * 32
-ATTEMPTS = 2  # without a network it is to be said soon
+ATTEMPTS = 2  # few, so that a machine without a network says so soon
 
 
 class Cifar10(Dataset):

@@ -9,15 +9,16 @@ Read BetaVAE and FactorVAE together. BetaVAE saturates early: its classifier wei
 at once, so it can tell the factors of a code that mixes them in every dimension. FactorVAE has one
 dimension to tell each factor by.
 
-Each metric gives a dictionary of numbers with the score, in [0, 1], under "score". What all have in
-common:
+Each metric returns a dictionary of numbers with the score, in [0, 1], under "score". All of them
+have these in common:
 
 Arguments:
     represent: A function from images to their codes, or the codes of all images as `encode_all`
-        gives them.
+        returns them.
     data: A data set that knows its factors.
-    seed: Of all draws. The same seed gives the same numbers to the bit on one machine.
-    batch_size: Images encoded at a time; no score depends on it but for rounding.
+    seed: The seed of all random draws. On one machine the same seed gives the same numbers to the
+        bit.
+    batch_size: Number of images encoded at a time; scores depend on it only by rounding.
 
 Raises:
     MetricError: if `data` has no factors, or the codes are not [images, Z] or not finite.
