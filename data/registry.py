@@ -45,8 +45,11 @@ DATASETS: dict[str, DatasetSpec] = {}
 
 
 def register(spec: DatasetSpec) -> None:
-    """Makes a data set known by its name."""
+    """Makes a data set known by its name; `DATASETS` stays in the order of the alphabet, whichever
+    module is imported first."""
     DATASETS[spec.name] = spec
+    for name in sorted(DATASETS, key=str.lower):
+        DATASETS[name] = DATASETS.pop(name)
 
 
 def command_for(root: Path, command: str) -> str:
