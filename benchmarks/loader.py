@@ -78,13 +78,10 @@ def check(name: str, loader, images: np.ndarray) -> None:
         if not (same | mirrored).all():
             sys.exit(f"{name} is not timed: the loader's images are not those that were written")
         seen += indices.tolist()
-    if (
-        len(set(seen)) != len(seen)
-        or len(seen) != len(images) // loader.batch_size * loader.batch_size
-    ):
-        sys.exit(
-            f"{name} is not timed: an epoch of {len(images)} images gave {len(seen)}, {len(set(seen))} of them new"
-        )
+    whole = len(images) // loader.batch_size * loader.batch_size
+    if not len(set(seen)) == len(seen) == whole:
+        given = f"an epoch of {len(images)} images gave {len(seen)}, {len(set(seen))} of them new"
+        sys.exit(f"{name} is not timed: {given}")
 
 
 def measure(name: str, folder: Path, options) -> dict:

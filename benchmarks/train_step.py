@@ -145,7 +145,7 @@ def measure(names: list[str], options) -> list[dict]:
     """A row for each contender: how long until the first step is done, the median of the steps
     after it, memory."""
     architecture = SMALL if options.quick else MODELS[options.model]
-    torch._dynamo.reset()  # or batches of the size above would make compiled code general, and slower
+    torch._dynamo.reset()  # or the sizes above would make compiled code general, and slower
     size = 8 if options.quick else SIZES.get(options.model, 32)
     images = torch.randint(0, 256, (options.batch, 3, size, size), dtype=torch.uint8)
     trainings: dict[str, Callable] = {}
