@@ -1,9 +1,9 @@
 """Sweeps captured as CUDA graphs and replayed.
 
 A sweep over a small map is some hundred kernels of microseconds each, which take longer to launch
-from Python than to run. Captured once for a shape, with its inputs in buffers of the graph's own, it
-is one launch: inputs are copied in, the graph is replayed, results are copied out. All layers of one
-shape share a graph, as their weights are inputs, too.
+from Python than to run. Captured once for a shape, with its inputs in buffers of the graph's own,
+it is one launch: inputs are copied in, the graph is replayed, results are copied out. All layers of
+one shape share a graph, as their weights are inputs, too.
 """
 
 from __future__ import annotations

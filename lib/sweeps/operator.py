@@ -20,8 +20,12 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from . import graphs, selection, torch_backend
 from .checking import backend_module
 
-# The part of a GPU's free memory that one sweep may keep for its backward sweep: a network has many.
+# The part of a GPU's free memory that one sweep may keep for its backward sweep, for a network has
+# many sweeps.
 FREE_PART = 1 / 16
+# Returns the hooks that torch calls with saved tensors, None without; torch 2.6 and 2.7 have no way
+# to tell.
+SAVED_TENSORS_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def correct_lines(
@@ -69,7 +73,7 @@ def _should_keep(lines: Tensor, product_dtype: torch.dtype) -> bool:
         return False
     if lines.device.type != "cuda" or torch.compiler.is_compiling():
         return True
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if SAVED_TENSORS_HOOKS is None or SAVED_TENSORS_HOOKS(True) is not None:
         return False
     total = torch.cuda.get_device_properties(lines.device).total_memory
     free = total - torch.cuda.memory_allocated(lines.device)

@@ -247,7 +247,7 @@ def _read_cache() -> dict[str, object]:
 
 
 def _write_cache(key: str, value: dict[str, object]) -> None:
-    """Adds a choice to the file; that it cannot be written costs nothing but another measurement."""
+    """Adds a choice to the file; if it cannot be written, another process measures again."""
     path = cache_file()
     if path is None:
         return

@@ -25,6 +25,12 @@ every_layer = pytest.mark.parametrize("layer_class", [SDNLayer, ResSDNLayer])
 every_backend = pytest.mark.parametrize("backend", FAST)
 
 
+def compiled(function):
+    """In one graph, which is made anew each time."""
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
 def squared(layer):
     return lambda x: layer(x).square().sum()
 
@@ -62,6 +68,29 @@ WAYS = {
     "functional.jacobian, vectorized": lambda layer, x: torch.autograd.functional.jacobian(
         layer, x, vectorize=True
     ),
+    "functional.jacobian, forward": lambda layer, x: torch.autograd.functional.jacobian(
+        layer, x, vectorize=True, strategy="forward-mode"
+    ),
+    "functional.vhp": lambda layer, x: torch.autograd.functional.vhp(
+        squared(layer), x, torch.cos(x)
+    )[1],
+    "forward over reverse": lambda layer, x: torch.func.jvp(
+        torch.func.grad(squared(layer)), (x,), (torch.cos(x),)
+    )[1],
+    "reverse over forward": lambda layer, x: torch.func.grad(
+        lambda y: torch.func.jvp(layer, (y,), (torch.cos(x),))[1].square().sum()
+    )(x),
+    "compiled gradient": lambda layer, x: compiled(torch.func.grad(squared(layer)))(x),
+    "compiled jvp": lambda layer, x: compiled(
+        lambda y: torch.func.jvp(layer, (y,), (torch.cos(x),))[1]
+    )(x),
+    "compiled hessian": lambda layer, x: compiled(torch.func.hessian(squared(layer)))(x[:1]),
+    "compiled vmap": lambda layer, x: compiled(torch.vmap(lambda y: layer(y)))(
+        torch.stack([x, 2 * x])
+    ),
+    "jvp of a compiled layer": lambda layer, x: torch.func.jvp(
+        torch.compile(layer, backend="aot_eager"), (x,), (torch.cos(x),)
+    )[1],
 }
 
 
@@ -105,6 +134,66 @@ def test_forward_mode(layer_class, backend):
 
 @every_layer
 @every_backend
+def test_forward_mode_through_a_backward_pass(layer_class, backend):
+    """The tangent comes with the gradient of the output, after a forward pass without one."""
+    layer, reference, x = pair(layer_class, backend)
+    found = []
+    for each in (layer, reference):
+        leaf = x.clone().requires_grad_()
+        y = each(leaf)
+
+        def backward(weight, y=y, leaf=leaf):
+            return torch.autograd.grad(y, leaf, weight, retain_graph=True)[0]
+
+        weight, tangent = torch.ones_like(y), torch.cos(y.detach())
+        with forward_ad.dual_level():
+            gradient = backward(forward_ad.make_dual(weight, tangent))
+            assert not gradient.requires_grad
+            found.append([forward_ad.unpack_dual(gradient).tangent])
+        found[-1].append(torch.func.jvp(backward, (weight,), (tangent,))[1])
+        found[-1].append(backward(tangent))  # a gradient is linear in that of the output
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(found[0][0], found[0][2])
+
+
+@every_layer
+@every_backend
+def test_complex_numbers(layer_class, backend):
+    layer, reference, x = pair(layer_class, backend)
+    found = []
+    for each in (layer, reference):
+        leaf = torch.complex(x, torch.sin(x)).requires_grad_()
+        y = each.to(torch.complex128)(leaf)
+        loss = (y * torch.arange(y.numel()).view_as(y)).abs().square().sum()
+        found.append([y, *torch.autograd.grad(loss, [leaf, *each.parameters()])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_second_derivatives_under_autocast(backend, dtype):
+    """They err by no more than twice what the reference's do, and by a unit of rounding more."""
+
+    def derivatives(layer, x, **autocast):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", enabled=bool(autocast), **autocast):
+            y = layer(leaf)
+        (gradient,) = torch.autograd.grad(y.to(x.dtype).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaf)[0]
+
+    layer, reference, x = pair(SDNLayer, backend)
+    exact = derivatives(reference, x)
+    found, usual = (
+        (derivatives(each.float(), x.float(), dtype=dtype) - exact).norm() / exact.norm()
+        for each in (layer, reference)
+    )
+    assert found <= 2 * usual + torch.finfo(dtype).eps, (found, usual)
+
+
+@every_layer
+@every_backend
 def test_second_derivatives(layer_class, backend):
     """As a penalty on gradients asks for them: of the gradient's norm, with respect to parameters
     and input."""
@@ -132,6 +221,16 @@ def test_many_output_gradients_at_once(backend):
         many = torch.stack([torch.ones_like(y), torch.cos(y.detach())])
         found += torch.autograd.grad(y, leaf, many, is_grads_batched=True)
     torch.testing.assert_close(*found)
+
+
+def test_second_derivatives_of_a_compiled_layer_are_refused():
+    layer, _, x = pair(SDNLayer, "torch")
+    torch._dynamo.reset()
+    leaf = x.clone().requires_grad_()
+    y = torch.compile(layer, backend="aot_eager")(leaf)
+    (gradient,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
 
 
 def test_a_gradient_without_a_graph_is_not_differentiated():

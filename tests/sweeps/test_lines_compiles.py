@@ -1,8 +1,8 @@
-"""The Triton kernels of the backend `lines` are translated for GPUs that this machine need not have,
-as their launches ask for them.
+"""The Triton kernels of the backend `lines` are translated for GPUs that this machine need not
+have, as their launches ask for them.
 
-The interpreter, in which test_lines.py runs them without a GPU, forgives what the compiler does not.
-Here the launches of a sweep are recorded, on tensors without content, and their kernels compiled
+The interpreter, in which test_lines.py runs them without a GPU, forgives what the compiler does
+not. Here the launches of a sweep are recorded, on tensors without content, and their kernels compiled
 down to machine code for an A100, consumer GPUs, an H100 and Blackwell.
 """
 

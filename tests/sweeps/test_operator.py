@@ -15,10 +15,11 @@ from helpers import REPOSITORY
 from test_backends import assert_near, run
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.nn import ResSDNLayer, SDNLayer, Sweep
+from lib.nn import ResSDNLayer, SDNLayer, Sweep, correct_lines
 from lib.sweeps import operator, products
 
 LAYERS = [SDNLayer, ResSDNLayer]
+OPTIONS = (True, False, torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +136,7 @@ def test_exported_stored_and_loaded(layer_class, strict):
 
 
 def test_several_copies_live_in_one_process(tmp_path):
-    """The package under two names, copies of nn.py alone and with the folder beside it, and reloads:
+    """The package under two names, copies of nn.py alone and with the folder beside it, reloads:
     all compute the same, also compiled, and share the operators, so that stored graphs always name
     the same ones."""
     (tmp_path / "sdn").symlink_to(REPOSITORY / "lib")
@@ -225,6 +226,34 @@ def test_what_is_kept_has_the_shape_that_was_announced():
     assert operator._kept(lines, torch.bfloat16, True, "auto") == expected
     assert operator._kept(lines, torch.bfloat16, True, "torch") == ((4, 15, 24), torch.float32)
     assert operator._kept(lines, torch.bfloat16, False, "auto") == ((0,), torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["torch", "lines", "reference"])
+def test_transposed_parameters(backend, monkeypatch):
+    """Weights that lie in another way, also in a compiled graph, which relies on what the operator
+    announces. The reference is computed inside the operator here."""
+    monkeypatch.setenv("SDN_BACKEND", backend)
+    torch.manual_seed(0)
+    C = 3
+    lines, w_ih, w_hh = torch.randn(4, 5, 2, C), torch.randn(3 * C, 3 * C), torch.randn(C, 3 * C)
+    leaves = [lines, w_ih.t(), w_hh.t(), *torch.randn(6 * C)[::2].view(1, -1).expand(2, -1)]
+    leaves = [each.double().detach().requires_grad_() for each in leaves]
+
+    def gradients(correct, backend):
+        y = correct(*leaves, reverse=True, keep_first=False, backend=backend)
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    expected = gradients(correct_lines, "reference")
+    for correct in (correct_lines, torch.compile(correct_lines, backend="inductor")):
+        for one, other in zip(gradients(correct, "auto"), expected, strict=True):
+            torch.testing.assert_close(one, other)
+    plain = [each.detach() for each in leaves]
+    arguments = (
+        torch.randn_like(plain[0]),
+        *plain,
+        *operator.SWEEP(*plain, *OPTIONS, True, "auto"),
+    )
+    torch.library.opcheck(operator.SWEEP_BACKWARD, (*arguments, *OPTIONS, "auto"))
 
 
 def test_tensors_on_several_devices_are_refused():
