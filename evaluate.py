@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from data.datamodule import BatchLoader, IndexedImages
 from data.errors import DataError
-from data.get_dataset import DATASETS, get_dataset
+from data.get_dataset import DATASETS, get_dataset, is_mirrored
 from lib.checkpoint import CheckpointError
 from lib.cli import one_line_errors
 from lib.config import ConfigError
@@ -80,7 +80,7 @@ def run(
         open_split=partial(get_dataset, loaded.config.dataset, flags.root),
         in_batches=partial(in_batches, num_workers=flags.num_workers),
         reopen=partial(open_in_worker, path, flags.backend, flags.root),
-        mirrored=DATASETS[loaded.config.dataset].flip,
+        mirrored=is_mirrored(loaded.config.dataset, flags.root),
     )
     prepare(asked, context)
     if asked:

@@ -13,14 +13,17 @@ if __name__ == "__main__":
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 
+from data.converted import converted_names
 from data.datamodule import ImageDataModule
 from data.errors import DataError
-from data.get_dataset import DATASETS
+from data.from_pictures import data_set_of, known_data_set
+from data.get_dataset import DATASETS, dataset_spec
 from lib import training
 from lib.checkpoint import CheckpointError
 from lib.cli import one_line_errors
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Exit status: 0; 1 for a fault of the run; 2 for bad input; 75 after SIGTERM, SIGUSR1 or
     SIGHUP; 130 after Ctrl-C."""
     with one_line_errors("train.py", ConfigError, DataError, CheckpointError, OSError):
-        config = parse(arguments)
+        config = with_data_set(parse(arguments))
         devices = choose_devices(config)
         output = Path(config.output_dir)
         run_folder = output / "checkpoints" / config.exp_name
@@ -66,15 +69,32 @@ def parse(arguments: list[str] | None) -> TrainConfig:
     """The configuration that flags ask for, checked; raises ConfigError."""
     config = TrainConfig.for_task(**vars(make_parser(__doc__).parse_args(arguments)))
     config.validate()
-    if config.dataset not in DATASETS:
-        raise ConfigError(f"--dataset must be one of {', '.join(DATASETS)}; got {config.dataset}")
+    if not known_data_set(config.dataset, Path(config.root)):
+        known = ", ".join([*DATASETS, *converted_names(Path(config.root))])
+        raise ConfigError(
+            f"--dataset must be one of {known}, or the path of pictures; got {config.dataset}"
+        )
     return config
+
+
+def with_data_set(config: TrainConfig) -> TrainConfig:
+    """The configuration with the name and the images' shape of a data set that is made of pictures,
+    which are converted if that has not been done."""
+    if config.dataset in DATASETS and not config.image_size and not config.channels:
+        return config
+    root = Path(config.root)
+    spec = data_set_of(config.dataset, root, config.image_size, config.channels)
+    if spec.name in DATASETS:  # whose shapes every version knows
+        return replace(config, image_size=[], channels=0)
+    channels, *size = spec.shape
+    return replace(config, dataset=spec.name, image_size=size, channels=channels)
 
 
 def make_model(config: TrainConfig) -> VAE:
     """The model with new weights; raises ConfigError if it cannot be."""
     try:
-        return build_model(config, DATASETS[config.dataset].shape[1:])
+        channels, *size = dataset_spec(config.dataset, config.root).shape
+        return build_model(config, size, channels)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -3,11 +3,11 @@
     python -m benchmarks.communication --output benchmarks/results/communication_cpu.json
 
 Counts the bytes of gradients and buffers of the models of the recipes (train_*.sh), which
-DistributedDataParallel all-reduces and broadcasts. Then trains a small model with two processes
-(gloo), with and without accumulated batches,
-and compares: all collective operations of 10 optimizer steps as torch's profiler sees them, and the
-bytes on the loopback device (Linux; other traffic there counts, too). Exit status 1 if the
-gradients are not what was counted, or if more is sent than this explains.
+DistributedDataParallel all-reduces and broadcasts. Then it trains a small model with two processes
+(gloo), with and without accumulated batches, and compares: all collective operations of an
+optimizer step as torch's profiler sees them, and the bytes of ten on the loopback device (Linux;
+other traffic there counts, too). Exit status 1 if the gradients are not what was counted, or if
+more is sent than this explains.
 
 From the recipes' bytes it computes, for numbers of GPUs and assumed seconds per step, the
 efficiency by a simple model: see `efficiency`. That is not measured.
@@ -16,6 +16,7 @@ efficiency by a simple model: see `efficiency`. That is not measured.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -31,90 +32,76 @@ from torch.profiler import profile
 
 import train
 from benchmarks import common
-from data.get_dataset import DATASETS
-from lib.models import build_model
+from lib.config import TrainConfig
 from lib.training.resume import RunProgress
 
 REPOSITORY = Path(__file__).parent.parent
-RECIPES = {
-    "CIFAR10": "train_cifar.sh",
-    "ImageNet32": "train_imagenet.sh",
-    "CelebAHQ256": "train_celeb.sh",
-}
+RECIPES = ("train_cifar.sh", "train_imagenet.sh", "train_celeb.sh")
 SMALL = (
-    "--dataset Photos32 --gpus 0 --num_processes 2 --num_workers 0 --logger none --batch 2 --epoch_images 400 "
-    "--val_images 2 --downsample_first --depth 4 --ds_list 0 2 --h_size 32 --sdn_max_scale 8 --sdn_nfeat_0 32"
+    "--dataset Photos32 --gpus 0 --num_processes 2 --num_workers 0 --logger none --batch 2 "
+    "--epoch_images 400 --val_images 2 --downsample_first --depth 4 --ds_list 0 2 --h_size 32 "
+    "--sdn_max_scale 8 --sdn_nfeat_0 32"
 ).split()
-FIRST, LAST = (
-    5,
-    15,
-)  # of the small model's optimizer steps, what comes after FIRST and until LAST is measured
+FIRST, LAST = 5, 16  # optimizer steps: after FIRST one is profiled, those after it are measured
 BUCKET = 25 * 2**20  # bytes at most in one of DistributedDataParallel's all-reduces
 GPUS, NODE = (8, 64, 512), 8
 STEP_SECONDS = (0.1, 0.5, 2.0)  # forward and backward pass on one GPU; assumed
-IN_NODE = {
-    "name": "NVLink",
-    "bandwidth": 200e9,
-    "latency": 5e-6,
-}  # bytes/s, s; assumed, as are these:
+# Bytes/s and seconds for a message; assumed.
+IN_NODE = {"name": "NVLink", "bandwidth": 200e9, "latency": 5e-6}
 BETWEEN_NODES = (
     {"name": "100 Gbit/s", "bandwidth": 12.5e9, "latency": 10e-6},
     {"name": "400 Gbit/s", "bandwidth": 50e9, "latency": 10e-6},
 )
 BACKWARD_SHARE = 2 / 3  # of a step
-SMALL_OPERATIONS = 5  # of each step: two all-reduces of flags (ours), broadcasts of the model's buffers (2) and of a flag
+# In each step: two all-reduces of flags, two broadcasts of the model's buffers, one of a flag.
+SMALL_OPERATIONS = 5
 
 
-def count(flags: list[str]) -> dict[str, int]:
+def count(config: TrainConfig) -> dict[str, int]:
     """Bytes that DistributedDataParallel exchanges for the model of a run, by the shapes of its
     tensors."""
-    config = train.parse(flags)
     with torch.device("meta"):
-        model = build_model(config, DATASETS[config.dataset].shape[1:])
-        training = train.TRAINING[config.task](model, config)
+        training = train.TRAINING[config.task](train.make_model(config), config)
     gradients = [p.numel() * p.element_size() for p in training.parameters() if p.requires_grad]
-    buffers = [b.numel() * b.element_size() for b in training.buffers()]
     return {
         "gradient_bytes": sum(gradients),
-        "buffer_bytes": sum(buffers),
+        "buffer_bytes": sum(b.numel() * b.element_size() for b in training.buffers()),
         "gradient_tensors": len(gradients),
     }
 
 
-def recipe_flags(script: str, variant: str) -> list[str]:
-    """The flags that a recipe gives to train.py."""
-    command = ["bash", str(REPOSITORY / script), variant]
+def recipe(script: str, variant: str) -> TrainConfig:
+    """The configuration that a recipe gives to train.py."""
+    command = ["bash", str(REPOSITORY / script), variant, "--gpus", "0"]
     shown = subprocess.run(
         command, env=os.environ | {"SDN_PYTHON": "echo"}, capture_output=True, text=True, check=True
     ).stdout
-    return shown.split()[1:]
+    return train.parse(shown.split()[1:])
 
 
 def small_run(output: str, flags: list[str]) -> None:
-    """train.py; process 0 writes down the collective operations of some optimizer steps."""
+    """Runs train.py; process 0 writes down the collective operations of an optimizer step, and the
+    bytes of several."""
     batch_end, profiler, loopback = RunProgress.on_train_batch_end, profile(record_shapes=True), {}
 
     def watched(progress: RunProgress, trainer: Any, *given: Any) -> None:
-        before = progress._last_step
         batch_end(progress, trainer, *given)
-        if trainer.global_step == before:
+        step = trainer.global_step
+        if step in loopback:
             return  # gradients are still being accumulated
-        loopback[trainer.global_step] = loopback_bytes()
-        if trainer.global_step == FIRST:
+        loopback[step] = loopback_bytes()
+        if step == FIRST:
             profiler.start()
-        if trainer.global_step == LAST:
+        if step == FIRST + 1:
             profiler.stop()
+        if step == LAST and trainer.is_global_zero:
             operations = Counter(
-                f"{event.name.removeprefix('gloo:')} {math.prod(event.input_shapes[0]) if event.input_shapes else 0}"
-                for event in profiler.events()
-                if event.name.startswith("gloo:")
+                (event.name().removeprefix("gloo:"), math.prod((event.shapes() or [[0]])[0]))
+                for event in profiler.profiler.kineto_results.events()
+                if event.name().startswith("gloo:")
             )
-            if trainer.is_global_zero:
-                seen = {
-                    "operations": operations,
-                    "loopback_bytes": loopback[LAST] - loopback[FIRST],
-                }
-                Path(output).write_text(json.dumps(seen))
+            seen = [list(operations.items()), loopback[LAST] - loopback[FIRST + 1]]
+            Path(output).write_text(json.dumps(seen))
 
     RunProgress.on_train_batch_end = watched
     train.main(flags)
@@ -130,54 +117,44 @@ def loopback_bytes() -> int:
 
 
 def measure(accumulate: int) -> dict[str, Any]:
-    """Trains the small model with two processes; what they exchange beside what was counted."""
-    counted = count(SMALL)
+    """Trains the small model with two processes; what they exchange beside what was counted.
+    SystemExit if they exchange something else."""
+    counted = count(train.parse(SMALL))
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "operations.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.communication",
-            "small",
-            output,
-            *SMALL,
-            "--output_dir",
-            folder,
-        ]
+        output = f"{folder}/operations.json"
+        command = [sys.executable, "-m", "benchmarks.communication", "small", output, *SMALL]
+        command += ["--output_dir", folder, "--iters", str(LAST + 1)]
         subprocess.run(
-            [
-                *map(str, command),
-                "--iters",
-                str(LAST + 1),
-                "--accumulate_grad_batches",
-                str(accumulate),
-            ],
+            [*command, "--accumulate_grad_batches", str(accumulate)],
             cwd=REPOSITORY,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             check=True,
         )
-        seen = json.loads(output.read_text())
-    steps = LAST - FIRST
-    operations = [(*name.split(), number / steps) for name, number in seen["operations"].items()]
+        seen, sent = json.loads(Path(output).read_text())
+    steps = LAST - FIRST - 1
+    operations = [
+        {"kind": kind, "elements": elements, "times": number} for (kind, elements), number in seen
+    ]
     gradients = sum(
-        int(n) * 4 * times for kind, n, times in operations if kind == "all_reduce" and int(n) > 2
+        each["elements"] * 4 * each["times"]
+        for each in operations
+        if each["kind"] == "all_reduce" and each["elements"] > 2
     )
+    sent, expected = sent / steps, 2 * counted["gradient_bytes"]  # both send that, in a ring
+    if gradients != counted["gradient_bytes"]:
+        sys.exit("the gradients that are exchanged are not those that were counted")
+    if sent and not expected <= sent <= 1.05 * expected:
+        sys.exit(f"{sent:,.0f} bytes are sent for each step, {expected:,.0f} expected")
     return {
         "processes": 2,
         "accumulate_grad_batches": accumulate,
         "steps": steps,
         **counted,
-        "operations_per_step": [
-            {"kind": k, "elements": int(n), "times": times} for k, n, times in operations
-        ],
+        "operations_per_step": operations,
         "measured_gradient_bytes": gradients,
-        "loopback_bytes_per_step": seen["loopback_bytes"] / steps,
-        "expected_loopback_bytes_per_step": 2
-        * 2
-        * (2 - 1)
-        / 2
-        * counted["gradient_bytes"],  # both send that of a ring
+        "loopback_bytes_per_step": sent,
+        "expected_loopback_bytes_per_step": expected,
     }
 
 
@@ -215,58 +192,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     result = common.stamp("communication", arguments, "cpu", ("pytorch-lightning",))
-    result["recipes"] = recipes = [
-        {
-            "recipe": name,
-            "variant": variant,
-            **count([*recipe_flags(script, variant), "--gpus", "0"]),
-        }
-        for name, script in RECIPES.items()
-        for variant in ("sdn", "cnn")
-    ]
-    result["measured"] = measurements = [measure(accumulate) for accumulate in (1, 2)]
+    result["recipes"] = recipes = []
+    for script, variant in itertools.product(RECIPES, ("sdn", "cnn")):
+        config = recipe(script, variant)
+        recipes.append({"recipe": config.dataset, "variant": variant, **count(config)})
+    result["measured"] = [measure(accumulate) for accumulate in (1, 2)]
     result["assumed"] = {
         "in_node": IN_NODE,
         "between_nodes": BETWEEN_NODES,
         "backward_share": BACKWARD_SHARE,
     }
     result["computed"] = computed = [
-        {
-            "recipe": row["recipe"],
-            "variant": row["variant"],
-            **efficiency(row["gradient_bytes"], gpus, seconds, link),
-        }
+        {"recipe": row["recipe"], "variant": row["variant"]}
+        | efficiency(row["gradient_bytes"], gpus, seconds, link)
         for row in recipes
         for gpus in GPUS
         for link in (BETWEEN_NODES if gpus > NODE else BETWEEN_NODES[:1])
         for seconds in STEP_SECONDS
     ]
     common.write(result, options.output)
-    print(
-        common.table(
-            recipes, {"recipe": "", "variant": "", "gradient_bytes": ",d", "buffer_bytes": ",d"}
-        )
-    )
-    for measured in measurements:
+    columns = {"recipe": "", "variant": ""}
+    print(common.table(recipes, columns | {"gradient_bytes": ",d", "buffer_bytes": ",d"}))
+    for measured in result["measured"]:
         print(json.dumps(measured))
-    columns = {
-        "recipe": "",
-        "variant": "",
-        "gpus": "",
-        "link": "",
-        "step_seconds": "",
-        "all_reduce_seconds": ".4f",
-    }
+    columns |= {"gpus": "", "link": "", "step_seconds": "", "all_reduce_seconds": ".4f"}
     print(common.table(computed, columns | {"without_overlap": ".0%", "with_overlap": ".0%"}))
-    for measured in measurements:
-        expected, sent = (
-            measured["expected_loopback_bytes_per_step"],
-            measured["loopback_bytes_per_step"],
-        )
-        if measured["measured_gradient_bytes"] != measured["gradient_bytes"]:
-            sys.exit("the gradients that are exchanged are not those that were counted")
-        if sent and not expected <= sent <= 1.05 * expected:
-            sys.exit(f"{sent:,.0f} bytes are sent for each step, {expected:,.0f} expected")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast are the loaders, the training and the metrics of the disentanglement experiments?
 
-    python -m benchmarks.disentanglement --root /where/3DShapes/3dshapes.h5/is/or/will/be
+    python -m benchmarks.disentanglement --output benchmarks/results/disentanglement_cpu.json
 
 - loaders: images/s of the training loader, in its random order, for rendered scenes and for an HDF5
   file of them;
@@ -23,17 +23,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
 import itertools
-import json
-import platform
-import re
-import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,11 +35,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import machine
-from data import shapes3d
+from benchmarks import common
+from data import scenes
+from data.convert import shapes3d
 from data.datamodule import ImageDataModule
 from data.errors import DataError
-from data.shapes3d_rendered import Shapes3DRendered, blocks
+from data.locks import locked_folder
+from data.sets.shapes3d_rendered import Shapes3DRendered, blocks
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import TrainConfig
 from lib.DisentanglementVAE import DisentanglementVAE
@@ -67,9 +62,9 @@ NOISE, DIMENSIONS = 0.3, 10  # of the codes that metrics are timed on
 def prepare_file(root: Path) -> None:
     """Writes the compressed file, unless it or its copy is there."""
     path = root / "3DShapes" / "3dshapes.h5"
-    if not path.exists() and not shapes3d.uncompressed(path).exists():
-        with shapes3d.alone(path):
-            shapes3d.write_hdf5(path, blocks(shapes3d.SCENES), shapes3d.SCENES, compression="gzip")
+    if not path.exists() and not shapes3d.existing_copy(path):
+        with locked_folder(path.parent, wait=True):
+            shapes3d.write_hdf5(path, blocks(scenes.SCENES), scenes.SCENES, compression="gzip")
 
 
 def open_data(name: str, workers: int, options) -> ImageDataModule:
@@ -108,7 +103,7 @@ def check_loader(name: str, data: ImageDataModule) -> None:
             "single images": (images, torch.stack([dataset[index] for index in indices.tolist()])),
             "the scenes' labels": (
                 dataset.labels(indices),
-                torch.from_numpy(shapes3d.all_labels())[indices],
+                torch.from_numpy(scenes.all_labels())[indices],
             ),
         }
         if name == "3DShapes":  # whose labels are checked where it is opened
@@ -127,11 +122,9 @@ def check_sdn(options) -> None:
     reference = build(options, sdn=True, backend="reference").double()
     reference.load_state_dict(model.state_dict())
     images, generator = some_images(2, options), torch.Generator().manual_seed(0)
-    noise, losses = (
-        torch.randn(2, *model.latent_shapes[0], generator=generator).to(options.device),
-        [],
-    )
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    noise = torch.randn(2, *model.latent_shapes[0], generator=generator).to(options.device)
+    losses = []
+    with common.without_tf32():
         for each in (model, reference):
             output = each(each.observation.encode(images).to(each.dtype), [noise.to(each.dtype)])
             losses.append(objective(output, beta=4.0))
@@ -140,30 +133,29 @@ def check_sdn(options) -> None:
     for (key, one), other in zip(model.named_parameters(), reference.parameters(), strict=True):
         pairs[f"the gradient of {key}"] = one.grad, other.grad
     for what, (one, other) in pairs.items():
-        error = ((one.double() - other).norm() / other.norm()).item()
+        error = common.relative_error(one, other)
         if not error <= TOLERANCE:
-            sys.exit(
-                f"training is not timed: {what} differs from the reference by {error:.1e}, allowed {TOLERANCE:g}"
-            )
+            sys.exit(f"training is not timed: {what} differs from the reference by {error:.1e}")
 
 
 def check_metrics(options) -> None:
     for name in ("beta_vae", "factor_vae"):
-        score = METRICS[name](
-            perfect_codes(), Shapes3DRendered(), seed=0, **metric_sizes(name, options)
-        )["score"]
+        score = score_of(name, perfect_codes(), options)
         if not PERFECT <= score <= 1:
             sys.exit(f"metrics are not timed: {name} of a perfect code is {score:.3f}")
 
 
+def score_of(name: str, codes: np.ndarray, options) -> float:
+    sizes = metric_sizes(name, options)
+    return METRICS[name](codes, Shapes3DRendered(), seed=0, **sizes)["score"]
+
+
 def build(options, *, sdn: bool, backend: str | None = None) -> DisentanglementVAE:
     torch.manual_seed(0)
-    flags = dict(
-        sdn_nfeat_0=options.features, backend=backend or options.backend, **({} if sdn else CNN)
-    )
-    return build_model(TrainConfig.for_task(task="disentanglement", **flags), shapes3d.SIZE).to(
-        options.device
-    )
+    flags = {} if sdn else CNN
+    flags = flags | dict(sdn_nfeat_0=options.features, backend=backend or options.backend)
+    config = TrainConfig.for_task(task="disentanglement", **flags)
+    return build_model(config, scenes.SIZE).to(options.device)
 
 
 def some_images(count: int, options) -> Tensor:
@@ -196,26 +188,18 @@ def take_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
-def timed(run: Callable[[], object], device: str = "cpu") -> float:
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
-
-
 def time_loaders(loaded: dict[str, dict[int, ImageDataModule]], options) -> list[dict]:
     def contender(data: ImageDataModule) -> Callable[[], float]:
         loader = data.train_dataloader()
         batches = endless(loader)
-        waiting = (
-            loader.prefetch_factor or 0
-        ) * loader.num_workers  # made while others had their turn
+        ahead = (loader.prefetch_factor or 0) * loader.num_workers  # made while others had a turn
+
+        def take(number: int) -> None:
+            deque(itertools.islice(batches, number), maxlen=0)
 
         def run() -> float:
-            deque(itertools.islice(batches, waiting), maxlen=0)
-            return timed(lambda: deque(itertools.islice(batches, options.batches), maxlen=0))
+            take(ahead)
+            return common.seconds(lambda: take(options.batches), "cpu")
 
         return run
 
@@ -235,27 +219,6 @@ def endless(loader) -> Iterator:
         yield from loader
 
 
-def time_parts(data: ImageDataModule, options) -> dict[str, float]:
-    """Microseconds an image takes: the order of an epoch, getting a batch's images, and collating
-    them."""
-    loader, dataset = data.train_dataloader(), data.train
-    get_images = getattr(dataset, "__getitems__", None) or (
-        lambda keys: [dataset[key] for key in keys]
-    )
-    order = timed(lambda: list(loader.sampler)) / len(loader.sampler)
-    taken = []
-    for keys in itertools.islice(endless(loader.batch_sampler), options.batches):
-        start = time.perf_counter()
-        images = get_images(keys)
-        middle = time.perf_counter()
-        loader.collate_fn(images)
-        taken.append((middle - start, time.perf_counter() - middle))
-    images, collation = (
-        statistics.median(seconds) / options.batch for seconds in zip(*taken, strict=True)
-    )
-    return {"permutation": 1e6 * order, "images": 1e6 * images, "collation": 1e6 * collation}
-
-
 def time_training(options) -> list[dict]:
     images = some_images(options.batch, options)
 
@@ -270,7 +233,7 @@ def time_training(options) -> list[dict]:
                 loss.backward()
                 optimizer.step()
 
-        return lambda: timed(steps, options.device)
+        return lambda: common.seconds(steps, options.device)
 
     times = take_turns({"CNN": contender(False), "SDN": contender(True)}, options.rounds)
     return [
@@ -286,144 +249,66 @@ def time_training(options) -> list[dict]:
 def time_encoder(options) -> dict:
     model, images = build(options, sdn=False), some_images(ENCODE_BATCH, options)
     encode = torch.no_grad()(lambda: model.represent(model.observation.encode(images)))
-    times = take_turns({"": lambda: timed(encode, options.device)}, options.rounds)
+    run = lambda: common.seconds(encode, options.device)  # noqa: E731
+    times = take_turns({"": run}, options.rounds)
     return {"batch": ENCODE_BATCH, "images/s": ENCODE_BATCH / times[""]}
 
 
 def time_metrics(options) -> list[dict]:
     perfect, rng = perfect_codes(), np.random.default_rng(0)
     noisy = perfect + NOISE * rng.standard_normal(perfect.shape)
-    unused = rng.standard_normal(
-        (len(perfect), DIMENSIONS - perfect.shape[1])
-    )  # as a β-VAE leaves some
-    codes, data, scores = np.concatenate([noisy, unused], axis=1), Shapes3DRendered(), {}
+    unused = rng.standard_normal((len(perfect), DIMENSIONS - perfect.shape[1]))  # as usual
+    codes, scores = np.concatenate([noisy, unused], axis=1), {}
 
-    def run(name: str) -> None:
-        scores[name] = METRICS[name](codes, data, seed=0, **metric_sizes(name, options))["score"]
+    def timed(name: str) -> float:
+        def run() -> None:
+            scores[name] = score_of(name, codes, options)
 
-    contenders = {name: lambda name=name: timed(lambda: run(name)) for name in METRICS}
-    dci = contenders.pop("dci")
-    times = take_turns(contenders, options.rounds) | ({} if options.skip_dci else {"dci": dci()})
+        return common.seconds(run, "cpu")
+
+    quick = {name: lambda name=name: timed(name) for name in METRICS if name != "dci"}
+    times = take_turns(quick, options.rounds)
+    times |= {} if options.skip_dci else {"dci": timed("dci")}
     return [
-        {
-            "metric": name,
-            "seconds": times.get(name),
-            "score": scores.get(name),
-            "sizes": metric_sizes(name, options),
-        }
+        {"metric": name, "seconds": times.get(name), "score": scores.get(name)}
+        | {"sizes": metric_sizes(name, options)}
         for name in METRICS
     ]
 
 
-def command(options, defaults: dict) -> str:
-    """The command with what differs from the defaults; absolute paths are left out."""
-    parts = ["python", "-m", "benchmarks.disentanglement"]
-    for name, value in (
-        (name, value) for name, value in vars(options).items() if value != defaults[name]
-    ):
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        hidden = isinstance(value, Path) and value.is_absolute()
-        parts += [f"--{name}", *([name.upper()] if hidden else map(str, values))]
-    return shlex.join(parts)
-
-
-def markdown(result: dict) -> str:
-    about, file, encoder = result["machine"], result["file"], result["encoder"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    where = ", ".join(filter(None, (about["cpu"], f"{about['cores']} cores", about["gpu"])))
-    made_of = (
-        f", made of {file['source']} ({file['compression']})" if file and file["source"] else ""
-    )
-    parts = [
-        f"What dominates {name} without workers: {max(micro, key=micro.get)}; in µs for each image: "
-        + ", ".join(f"{part} {shown(value)}" for part, value in micro.items())
-        for name, micro in result["loader_parts"].items()
-    ]
-    paragraphs = [
-        "# The disentanglement experiments' speed",
-        f"Measured {result['date']}, {where}, {shown(result['threads'])} threads, load average at the start "
-        f"{shown(about['load_average_at_start'])}; {versions}; medians of {result['rounds']} rounds, with",
-        f"    {result['command']}",
-        f"Training loader, batches of {result['batch']} in random order; the target is for two cores:",
-        table(result["loaders"], ["dataset", "workers", "images/s", "target"]),
-        f"3DShapes reads {file['read']}{made_of}, read through once before."
-        if file
-        else "3DShapes: not run.",
-        *(f"{sentence}." for sentence in parts),
-        f"Training at batch {result['batch']}, SDN with {result['features']} features, backend {result['backend']}:",
-        table(result["training"], ["decoder", "iterations/s", "times CNN's seconds"]),
-        f"The encoder alone: {shown(encoder['images/s'])} images/s in batches of {encoder['batch']}.",
-        f"Metrics on a table of codes of all 480,000 scenes, {DIMENSIONS} dimensions, factors with noise; DCI once:",
-        table(result["metrics"], ["metric", "seconds", "score", "sizes"]),
-    ]
-    return "\n\n".join(paragraphs) + "\n"
-
-
-def table(rows: list[dict], columns: list[str]) -> str:
-    lines = [
-        columns,
-        ["---"] * len(columns),
-        *([shown(row[column]) for column in columns] for row in rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def shown(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {number}" for name, number in value.items()) or "default"
-    if isinstance(value, int | float):
-        return f"{value:,.0f}" if value >= 100 or isinstance(value, int) else f"{value:.3g}"
-    return "not run" if value is None else str(value)
-
-
-def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser("benchmarks.disentanglement", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--root", type=Path, help="folder of 3DShapes/3dshapes.h5; default: a temporary one"
-    )
-    parser.add_argument("--skip_hdf5", action="store_true", help="rendered scenes only")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes")
-    parser.add_argument("--batches", type=int, default=200, help="that a loader gives in a round")
-    parser.add_argument("--batch", type=int, default=128, help="of loaders and training")
-    parser.add_argument("--features", type=int, default=200, help="of the SDN layer")
-    parser.add_argument("--backend", choices=BACKENDS, default="torch", help="of the SDN layer")
-    parser.add_argument("--steps", type=int, default=3, help="of training in a round")
-    parser.add_argument(
-        "--points",
-        type=int,
-        help="training points, votes, samples of a metric; default: the metric's",
-    )
-    parser.add_argument("--trees", type=int, help="of DCI; default: the metric's")
-    parser.add_argument("--skip_dci", action="store_true", help="it takes minutes")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=Path("benchmarks/results"),
-        help="folder of the JSON and the Markdown file",
-    )
+    add = parser.add_argument
+    add("--root", type=Path, help="folder of 3DShapes/3dshapes.h5; default: a temporary one")
+    add("--skip_hdf5", action="store_true", help="rendered scenes only")
+    add("--workers", type=int, nargs="+", default=[0, 2], help="loader processes")
+    add("--batches", type=int, default=200, help="that a loader gives in a round")
+    add("--batch", type=int, default=128, help="of loaders and training")
+    add("--features", type=int, default=200, help="of the SDN layer")
+    add("--backend", choices=BACKENDS, default="torch", help="of the SDN layer")
+    add("--steps", type=int, default=3, help="of training in a round")
+    add("--points", type=int, help="training points, votes, samples of a metric; default: its own")
+    add("--trees", type=int, help="of DCI; default: the metric's")
+    add("--skip_dci", action="store_true", help="it takes minutes")
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int, help="of the CPU; default: torch's")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    given = [
-        value
-        for value in vars(options).values()
-        if isinstance(value, int) and not isinstance(value, bool)
-    ]
+    given = [value for value in vars(options).values() if type(value) is int]
     if min(given) < 1 or min(options.workers) < 0:
         parser.error("all numbers must be at least 1, --workers 0 or more")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available")
-    return options, {name: parser.get_default(name) for name in vars(options)}
+    return options
 
 
 def measure(options) -> dict:
-    loaded = {
-        "Shapes3DRendered": {w: open_data("Shapes3DRendered", w, options) for w in options.workers}
-    }
+    names = ["Shapes3DRendered"]
     if not options.skip_hdf5:
         prepare_file(options.root)
-        loaded["3DShapes"] = {w: open_data("3DShapes", w, options) for w in options.workers}
+        names.append("3DShapes")
+    loaded = {name: {w: open_data(name, w, options) for w in options.workers} for name in names}
     for name, each in loaded.items():
         for data in each.values():
             check_loader(name, data)
@@ -432,9 +317,6 @@ def measure(options) -> dict:
     return {
         "file": None if options.skip_hdf5 else read_once(loaded["3DShapes"][options.workers[0]]),
         "loaders": time_loaders(loaded, options),
-        "loader_parts": {
-            name: time_parts(each[0], options) for name, each in loaded.items() if 0 in each
-        },
         "training": time_training(options),
         "encoder": time_encoder(options),
         "metrics": time_metrics(options),
@@ -442,41 +324,27 @@ def measure(options) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options, defaults = parse(arguments)
-    about = machine(options.device)
+    options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    packages = (
-        "numpy",
-        "scikit-learn",
-        "pytorch-lightning",
-        *(() if options.skip_hdf5 else ("h5py",)),
-    )
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": command(options, defaults),
-        "machine": about,
-        "versions": versions | {name: importlib.metadata.version(name) for name in packages},
-        "threads": torch.get_num_threads(),
-        **{
-            name: getattr(options, name)
-            for name in ("rounds", "batch", "batches", "features", "backend", "steps")
-        },
-    }
+    packages = ("numpy", "scikit-learn", "pytorch-lightning", "h5py")
+    result = common.stamp("disentanglement", arguments, options.device, packages)
+    settings = ("rounds", "batch", "batches", "features", "backend", "steps")
+    result |= {name: getattr(options, name) for name in settings}
     with (
         one_line_errors("benchmarks.disentanglement", DataError, OSError),
         contextlib.ExitStack() as stack,
     ):
         options.root = options.root or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         result |= measure(options)
-        name = re.sub(r"[^a-z0-9]+", "_", (about["gpu"] or "cpu").lower()).strip("_")
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        (options.output_dir / f"disentanglement_{name}.json").write_text(
-            json.dumps(result, indent=2) + "\n"
-        )
-        (options.output_dir / f"disentanglement_{name}.md").write_text(markdown(result))
-        print(markdown(result), end="")
+        common.write(result, options.output)
+    columns = {"dataset": "", "workers": "", "images/s": ",.0f", "target": ",.0f"}
+    print(common.table(result["loaders"], columns))
+    columns = {"decoder": "", "iterations/s": ".3g", "times CNN's seconds": ".3g"}
+    print(common.table(result["training"], columns))
+    print(common.table([result["encoder"]], {"batch": "", "images/s": ",.0f"}))
+    columns = {"metric": "", "seconds": ".3g", "score": ".3g"}
+    print(common.table(result["metrics"], columns))
 
 
 if __name__ == "__main__":

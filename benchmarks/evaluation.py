@@ -19,20 +19,16 @@ medians over rounds in which the contenders take turns, after one round that is 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
-import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import machine
+from benchmarks import common
 from lib.DensityVAE import DensityVAE
 from lib.evaluation.importance import ImportanceSampler
 from lib.evaluation.nearest import nearest_images
@@ -62,27 +58,34 @@ QUERIES = 64
 
 
 def compare(
-    contenders: dict[str, Callable[[], Tensor]], tolerance: float, rounds: int, device: str
-) -> dict[str, float]:
-    """Median seconds of each contender; SystemExit if a result differs from the first one's."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        results = {}
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            results[name] = run()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-        if turn == 0:
-            first, expected = next(iter(results.items()))
-            for name, result in results.items():
-                difference = (result.double() - expected.double()).abs().max().item()
-                if not difference <= tolerance:
-                    sys.exit(
-                        f"{name} is not timed: it differs from {first} by {difference:.1e}, allowed {tolerance:g}"
-                    )
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+    question: str,
+    contenders: dict[str, Callable[[], Tensor]],
+    tolerance: float,
+    unit: str,
+    amount: int,
+    options: argparse.Namespace,
+) -> list[dict]:
+    """A row for each contender, with the medians of their seconds; SystemExit if a result differs
+    from that of the first, the baseline."""
+    baseline, *_ = contenders
+    results = {name: run().double() for name, run in contenders.items()}
+    for name, found in results.items():
+        difference = (found - results[baseline]).abs().max().item()
+        if not difference <= tolerance:
+            sys.exit(f"{name} is not timed: it differs from {baseline} by {difference:.1e}")
+    times = common.take_turns(contenders, options.rounds, options.device)
+    seconds = {name: statistics.median(taken) for name, taken in times.items()}
+    return [
+        {
+            "question": question,
+            "contender": name,
+            "seconds": taken,
+            "unit": unit,
+            "rate": amount / taken,
+            "times_faster": seconds[baseline] / taken,
+        }
+        for name, taken in seconds.items()
+    ]
 
 
 def sampling(name: str, model: DensityVAE, options) -> list[dict]:
@@ -91,14 +94,9 @@ def sampling(name: str, model: DensityVAE, options) -> list[dict]:
     def draw(batch: int) -> Callable[[], Tensor]:
         return lambda: sample_images(model, count, 0.9, seed=0, batch=batch)
 
-    # One level: another batch size may round differently.
-    times = compare(
-        {"one at a time": draw(1), f"{count} at once": draw(count)},
-        1,
-        options.rounds,
-        options.device,
-    )
-    return rows(f"sampling, {name}", times, "one at a time", unit="images/s", amount=count)
+    contenders = {"one at a time": draw(1), f"{count} at once": draw(count)}
+    tolerance = 1  # level: another batch size may round differently
+    return compare(f"sampling, {name}", contenders, tolerance, "images/s", count, options)
 
 
 def likelihood(name: str, model: DensityVAE, options) -> list[dict]:
@@ -130,19 +128,15 @@ def likelihood(name: str, model: DensityVAE, options) -> list[dict]:
         f"shared bottom-up pass, {chunk} at once": shared,
     }
     tolerance = 1e-5 * math.prod(model.image_shape)  # nats
-    times = compare(contenders, tolerance, options.rounds, options.device)
-    return rows(
-        f"likelihood, {name}", times, next(iter(contenders)), unit="samples/s", amount=samples
-    )
+    question = f"likelihood, {name}"
+    return compare(question, contenders, tolerance, "samples/s", samples, options)
 
 
 def nearest(size: int, images: int, options) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
-    training = torch.randint(
-        0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator
-    )
-    queries = torch.randint(
-        0, 256, (QUERIES, 3, size, size), dtype=torch.uint8, generator=generator
+    training, queries = (
+        torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+        for count in (images, QUERIES)
     )
     device, step = options.device, 256
 
@@ -168,30 +162,8 @@ def nearest(size: int, images: int, options) -> list[dict]:
         ).cpu()
 
     names = {"differences": differences, "products in float64": products, "nearest_images": ours}
-    times = compare(names, 0, options.rounds, device)
-    return rows(
-        f"nearest of {images} at {size}x{size}",
-        times,
-        "differences",
-        unit="images/s",
-        amount=images,
-    )
-
-
-def rows(
-    question: str, times: dict[str, float], baseline: str, *, unit: str, amount: int
-) -> list[dict]:
-    return [
-        {
-            "question": question,
-            "contender": name,
-            "seconds": seconds,
-            "unit": unit,
-            "rate": amount / seconds,
-            "times_faster": times[baseline] / seconds,
-        }
-        for name, seconds in times.items()
-    ]
+    question = f"nearest of {images} at {size}x{size}"
+    return compare(question, names, 0, "images/s", images, options)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -213,13 +185,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
-    if (
-        min(options.count, options.samples, options.chunk, options.rounds, *options.training_images)
-        < 1
-    ):
+    numbers = (options.count, options.samples, options.chunk, options.rounds)
+    if min(*numbers, *options.training_images) < 1:
         parser.error("all numbers must be at least 1")
-
-    about = machine(options.device)
+    result = common.stamp("evaluation", arguments, options.device)
     measured = []
     for name, architecture in (
         ("SDN", MODELS[options.model]),
@@ -230,23 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
         measured += sampling(name, model, options) + likelihood(name, model, options)
     for size, images in zip((32, 256), options.training_images, strict=True):
         measured += nearest(size, images, options)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks.evaluation "
-        + shlex.join(sys.argv[1:] if arguments is None else arguments),
-        "machine": about,
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "rows": measured,
-    }
-    print("| question | contender | seconds | rate | times faster |\n|---|---|---|---|---|")
-    for row in measured:
-        print(
-            f"| {row['question']} | {row['contender']} | {row['seconds']:.3g} | {row['rate']:.4g} {row['unit']} | "
-            f"{row['times_faster']:.2f} |"
-        )
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    common.write(result | {"rows": measured}, options.output)
+    columns = {"question": "", "contender": "", "seconds": ".3g", "rate": ".4g", "unit": ""}
+    print(common.table(measured, columns | {"times_faster": ".2f"}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ images.
     python -m benchmarks.loader --output benchmarks/results/loader.json
 
 The data are random images that the script writes into a temporary folder, in the formats of the
-real data sets: batches as CIFAR10 is published, LMDBs as data/tfrecords_to_lmdb.py writes them;
+real data sets: batches as CIFAR10 is published, LMDBs as data/convert/tfrecords.py writes them;
 reading does not depend on the content, but they are in the page cache. What is timed is the
 training loader of `ImageDataModule`, shuffled and flipped as for training, over whole epochs after
 one that starts the workers and is not counted. In that one each image is compared with what was
@@ -78,13 +78,10 @@ def check(name: str, loader, images: np.ndarray) -> None:
         if not (same | mirrored).all():
             sys.exit(f"{name} is not timed: the loader's images are not those that were written")
         seen += indices.tolist()
-    if (
-        len(set(seen)) != len(seen)
-        or len(seen) != len(images) // loader.batch_size * loader.batch_size
-    ):
-        sys.exit(
-            f"{name} is not timed: an epoch of {len(images)} images gave {len(seen)}, {len(set(seen))} of them new"
-        )
+    whole = len(images) // loader.batch_size * loader.batch_size
+    if not len(set(seen)) == len(seen) == whole:
+        given = f"an epoch of {len(images)} images gave {len(seen)}, {len(set(seen))} of them new"
+        sys.exit(f"{name} is not timed: {given}")
 
 
 def measure(name: str, folder: Path, options) -> dict:

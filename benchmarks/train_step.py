@@ -1,7 +1,6 @@
 """How long does a training step take, and how much memory? And does the model learn?
 
-    python -m benchmarks.train_step --device cuda --precision bfloat16 --output
-      benchmarks/results/train_step.json
+    python -m benchmarks.train_step --device cuda --precision bfloat16 --output train_step.json
 
 A step is forward pass, loss, backward pass and Adamax, on random images; models have the
 architecture of the authors' CIFAR10 recipe (batch 32). Contenders: `auto` and `torch` (backends of
@@ -146,15 +145,16 @@ def measure(names: list[str], options) -> list[dict]:
     """A row for each contender: how long until the first step is done, the median of the steps
     after it, memory."""
     architecture = SMALL if options.quick else MODELS[options.model]
-    torch._dynamo.reset()  # or batches of the size above would make compiled code general, and slower
+    torch._dynamo.reset()  # or the sizes above would make compiled code general, and slower
     size = 8 if options.quick else SIZES.get(options.model, 32)
     images = torch.randint(0, 256, (options.batch, 3, size, size), dtype=torch.uint8)
     trainings: dict[str, Callable] = {}
     rows = {}
     for name in names:
+        others = allocated(options.device)
         trainings[name] = Training(build(name, size, architecture), images, options)
         first = common.seconds(trainings[name], options.device)
-        peak = peak_of_step(trainings[name], options.device)
+        peak = peak_of_step(trainings[name], others, options.device)
         rows[name] = {"contender": name, "first_step_s": first, "peak_mib": peak}
     times = common.take_turns(trainings, options.rounds, options.device)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
@@ -167,14 +167,20 @@ def measure(names: list[str], options) -> list[dict]:
     return list(rows.values())
 
 
-def peak_of_step(training: Training, device: str) -> float | None:
-    """MiB that a step takes at most, with what is there before it: on a GPU, else None."""
+def allocated(device: str) -> int:
+    """Bytes of tensors that are there, on a GPU."""
+    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+
+
+def peak_of_step(training: Training, others: int, device: str) -> float | None:
+    """MiB that a step takes at most, weights and optimizer included and `others` bytes not; None on
+    a CPU."""
     if not device.startswith("cuda"):
         return None
     torch.cuda.reset_peak_memory_stats(device)
     training()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
+    return (torch.cuda.max_memory_allocated(device) - others) / 2**20
 
 
 def learn(name: str, options) -> dict:

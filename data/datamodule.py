@@ -19,15 +19,15 @@ from lib.training.signals import EXIT_STATUS
 from lib.utils import mixed_seed
 
 from .errors import DataError
-from .get_dataset import DATASETS, SPLITS, get_dataset
+from .get_dataset import SPLITS, dataset_spec, get_dataset
 
 PADDING = -1
 LOADER_TIMEOUT = 600  # seconds without a batch: a loader that hangs is a fault, not a wait
-FLIP = 1  # beside seed and key: a random number of its own
+FLIP = 1  # hashed with seed and key, so that mirroring is independent of other augmentation
 
 
 class IndexedImages(Dataset):
-    """A data set addressed by keys, `pass * len(dataset) + index`, whose items are (uint8 [3, H,
+    """A data set addressed by keys, `pass * len(dataset) + index`, whose items are (uint8 [C, H,
     W], key).
 
     Augmentation is a pure function of (seed, key), so it depends on neither workers nor ranks nor
@@ -35,12 +35,12 @@ class IndexedImages(Dataset):
     count.
 
     Arguments:
-        dataset: Images; its `draw(index, generator)`, if it has one, is its own augmentation, and
-            its `batch(indices)` gives the images of a list of indices at once, faster than one by
-            one.
+        dataset: The images. If it has a method `draw(index, generator)`, that is its own
+            augmentation; if it has `batch(indices)`, that gives the images of a list of indices at
+            once, which is faster than one by one.
         augment: Whether to augment at all.
-        flip: Whether augmentation flips images left to right with probability 1/2.
-        seed: Of the augmentation.
+        flip: Whether augmentation mirrors images left to right with probability 1/2.
+        seed: The seed of the augmentation.
     """
 
     def __init__(self, dataset: Dataset, *, augment: bool, flip: bool, seed: int):
@@ -91,8 +91,8 @@ class BatchLoader(DataLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = super().__iter__()
-        # torch's own limit is for the first byte of a batch; a worker that stops in its middle
-        # would stop all.
+        # torch's own time limit only covers the first byte of a batch: a worker that stops in the
+        # middle of one would stop the whole run.
         with (
             Watchdog(self.timeout * 1.1, loader_hangs(self.timeout))
             if self.timeout
@@ -112,7 +112,7 @@ class BatchLoader(DataLoader):
 
 
 def loader_hangs(seconds: float) -> str:
-    """What to tell of it."""
+    """The message about a loader that gave no batch for so many seconds."""
     return f"the loader gave no batch for {seconds:g} s"
 
 
@@ -125,8 +125,8 @@ def _as_arrays(batch: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
-    """A signal to a whole job reaches loader workers, too, which are needed until the checkpoint is
-    written."""
+    """Makes a loader worker ignore signals: one that is sent to a whole job reaches the workers,
+    too, but they are needed until the checkpoint is written."""
     for signum in EXIT_STATUS:
         signal.signal(signum, signal.SIG_IGN)
 
@@ -183,7 +183,7 @@ class EpochSampler(Sampler[int]):
         return iter(keys[done + self.rank : len(self) * self.world_size : self.world_size])
 
     def _shuffled(self, start: int, stop: int) -> list[int]:
-        """Entries of the row of permutations."""
+        """Entries `start` to `stop` of the row of permutations."""
         keys = []
         for number in range(start // self.size, -(-stop // self.size)):
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, number))
@@ -194,16 +194,17 @@ class EpochSampler(Sampler[int]):
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Batches (uint8 images [B, 3, H, W], int64 keys [B]; in validation, indices) of a registered
+    """Batches (uint8 images [B, C, H, W], int64 keys [B]; in validation, indices) of a registered
     data set.
 
     Arguments:
-        name: A name of `DATASETS`.
+        name: The name of the data set, as in `get_dataset`.
         root: Folder that holds the data sets.
         batch, batch_val: Batch sizes of each process.
-        num_workers: Loader processes of each process.
-        seed: Of order and augmentation.
-        epoch_images, val_images: Images of a training epoch and of a validation; 0: all.
+        num_workers: Number of loader processes of each process.
+        seed: The seed of the order and of augmentation.
+        epoch_images, val_images: Number of images of a training epoch and of a validation; 0 means
+            all of them.
 
     Raises:
         DataError: if the data are missing or damaged, or too few for one batch on every process.
@@ -235,7 +236,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if stage != "validate":
-            flip = DATASETS[self.name].flip
+            flip = dataset_spec(self.name, self.root).flip
             self.train = IndexedImages(self._open("train"), augment=True, flip=flip, seed=self.seed)
         self.validation = IndexedImages(
             self._open("validation"), augment=False, flip=False, seed=self.seed

@@ -1,10 +1,10 @@
-"""Downloads one large file; interrupted, the same command goes on where it was.
+"""Downloads one large file; if it is interrupted, the same command continues where it stopped.
 
-python -m data.download URL DESTINATION [--sha256 SUM]
+    python -m data.download URL DESTINATION [--sha256 SUM]
 
-The bytes so far are in DESTINATION.partial. DESTINATION.sha256 (the format of sha256sum) is written
-when they are complete; whatever it holds already, from an earlier download or from you, is checked
-instead. Where the sum of the published file is known, it is given.
+The bytes so far are in DESTINATION.partial. DESTINATION.sha256, in the format of sha256sum, is
+written when they are complete. If it exists already, from an earlier download or written by you,
+the file is checked against it; otherwise against the sum of the published file, if that is given.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import http.client
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -22,7 +21,7 @@ import urllib.error
 import urllib.request
 from email.message import Message
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -44,13 +43,14 @@ class TransferError(Exception):
 def download(
     url: str, destination: Path, *, sha256: str | None = None, attempts: int | None = None
 ) -> None:
-    """Brings `destination` from `url`, or checks the one that is there.
+    """Downloads `url` to `destination`, or checks the file that is there already.
 
     Arguments:
         url: https; plain http from this machine only.
         destination: The file; its folder is made if need be.
-        sha256: Of the published file, for where no sum is recorded yet.
-        attempts: In a row that bring no byte, after which it gives up; default: `ATTEMPTS`.
+        sha256: The published file's, which counts where no sum is recorded yet.
+        attempts: After so many attempts in a row that bring no byte it gives up; by default
+            `ATTEMPTS`.
 
     Raises:
         DataError: if the URL is refused, the server answers with an error or without the file's
@@ -60,7 +60,7 @@ def download(
     """
     _check_url(url)
     if destination.exists():
-        _check_existing(url, destination, sha256)
+        _check_sum(destination, destination, sha256)
         return
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(destination, ".partial")
@@ -76,25 +76,6 @@ def download(
         _check_sum(partial, destination, sha256)
         partial.rename(destination)
     _beside(destination, ".partial.json").unlink(missing_ok=True)
-
-
-def _check_existing(url: str, destination: Path, sha256: str | None) -> None:
-    """A file without a recorded or known sum is not from here: it has at least to be as long as the
-    server's."""
-    if not sha256 and not _beside(destination, ".sha256").exists():
-        try:
-            with _request(url) as response:
-                size = _identity(url, response.headers)["size"]
-        except TransferError as error:
-            raise DataError(
-                f"{destination} exists, but cannot be compared with {url} ({error}); to keep it as it is: "
-                f"sha256sum {destination} > {_beside(destination, '.sha256')}"
-            ) from None
-        if destination.stat().st_size != size:
-            raise DataError(
-                f"{destination} has {destination.stat().st_size} bytes, {url} has {size}: move it away to download it"
-            )
-    _check_sum(destination, destination, sha256)
 
 
 def _fetch_all(url: str, file: BinaryIO, identity_file: Path, attempts: int) -> None:
@@ -116,62 +97,34 @@ def _fetch_all(url: str, file: BinaryIO, identity_file: Path, attempts: int) -> 
 
 
 def _fetch(url: str, file: BinaryIO, identity_file: Path) -> None:
-    """One request for what is missing, or for everything if the server's file is not the one that
-    was begun."""
-    begun = _begun(identity_file)
-    have = _size(file) if begun and begun["url"] == url else 0
-    if have and have == begun["size"]:
-        return
-    headers = {}
-    if have:
-        headers = {"Range": f"bytes={have}-"}
-        validator = (
-            begun["etag"]
-            if not (begun["etag"] or "W/").startswith("W/")
-            else begun["last_modified"]
-        )
-        if validator:
-            headers["If-Range"] = validator
-    try:
-        response = _request(url, headers)
-    except _RangeRefusedError:
-        response = _request(url)
-    if response.status == 206 and _identity(url, response.headers) != begun:
+    """Requests the file, and then only what is missing of it if it is the one that was begun."""
+    response = _request(url)
+    identity = _identity(url, response.headers)
+    have, size = _size(file), identity["size"]
+    if have > size or _begun(identity_file) != identity:
+        have = 0
+    if 0 < have < size:
         response.close()
-        response = _request(url)
-    with response:
-        identity = _identity(url, response.headers)
-        if response.status == 206:
-            if not re.match(rf"bytes {have}-", response.headers["Content-Range"]):
-                raise DataError(
-                    f"{url}: the server sent {response.headers['Content-Range']}, not bytes from {have}"
-                )
-        else:
+        response = _request(url, {"Range": f"bytes={have}-"})
+        if response.status != 206:  # the server sends everything
             have = 0
+        elif not (sent := response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
+            raise DataError(f"{url}: the server sent {sent}, not bytes from {have}")
+    with response:
+        if not have:
             file.truncate(0)
             identity_file.write_text(json.dumps(identity))
-        missing, folder = identity["size"] - have, identity_file.parent
+        missing, folder = size - have, identity_file.parent
         if missing > (free := shutil.disk_usage(folder).free):
             raise DataError(f"{folder} has {free} bytes free, {missing} more are needed for {url}")
-        with tqdm(
-            total=identity["size"],
-            initial=have,
-            unit="B",
-            unit_scale=True,
-            desc="download",
-            disable=None,
-        ) as bar:
+        with _bar("download", size, initial=have) as bar:
             while missing > 0 and (block := _read(response, min(BLOCK, missing))):
                 file.write(block)
                 missing -= len(block)
                 bar.update(len(block))
         file.flush()
     if missing:
-        raise TransferError(f"the connection ended {missing} of {identity['size']} bytes too early")
-
-
-class _RangeRefusedError(Exception):
-    """Status 416: the server's file has no such bytes."""
+        raise TransferError(f"the connection ended {missing} of {size} bytes too early")
 
 
 class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
@@ -182,18 +135,14 @@ class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
 
 def _request(url: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
     handlers: list[urllib.request.BaseHandler] = [_CheckedRedirects()]
-    if urlsplit(url).scheme == "http":
-        handlers.append(
-            urllib.request.ProxyHandler({})
-        )  # no proxy reaches this machine's own server
+    if urlsplit(url).scheme == "http":  # no proxy reaches this machine's own server
+        handlers.append(urllib.request.ProxyHandler({}))
     try:
         return urllib.request.build_opener(*handlers).open(
             urllib.request.Request(url, headers=headers or {}), timeout=TIMEOUT
         )
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416 and "Range" in (headers or {}):
-            raise _RangeRefusedError from None
         if error.code in (408, 429) or error.code >= 500:
             raise TransferError(f"the server answers {error.code} {error.reason}") from None
         raise DataError(f"{url}: the server answers {error.code} {error.reason}") from None
@@ -212,18 +161,13 @@ def _read(response: http.client.HTTPResponse, size: int) -> bytes:
 
 def _identity(url: str, headers: Message) -> dict[str, str | int | None]:
     """What tells whether the server's file is still the one that was begun."""
-    content_range = re.fullmatch(r"bytes \d+-\d+/(\d+)", headers.get("Content-Range", ""))
-    size = content_range[1] if content_range else headers.get("Content-Length")
-    if not (size or "").isdecimal():
+    size = headers.get("Content-Length") or ""
+    if not size.isdecimal():
         raise DataError(
             f"{url}: the server does not tell how long the file is, so it could not be checked"
         )
-    return {
-        "url": url,
-        "size": int(size),
-        "etag": headers.get("ETag"),
-        "last_modified": headers.get("Last-Modified"),
-    }
+    identity = {"url": url, "size": int(size)}
+    return identity | {name: headers.get(name) for name in ("ETag", "Last-Modified")}
 
 
 def _check_url(url: str) -> None:
@@ -243,26 +187,22 @@ def _check_sum(file: Path, destination: Path, sha256: str | None) -> None:
     if not record.exists():
         if sha256 and actual != sha256:
             raise DataError(
-                f"{file} has SHA-256 {actual}, but the published file has {sha256}: remove it to download it again, or "
-                f"accept it: sha256sum {file} > {record}"
+                f"{file} has SHA-256 {actual}, but the published file has {sha256}: remove it to "
+                f"download it again, or accept it: sha256sum {file} > {record}"
             )
         record.write_text(f"{actual}  {destination.name}\n")
         return
     expected = (record.read_text(errors="replace").split() or ["nothing"])[0].lower()
     if actual != expected:
         raise DataError(
-            f"{file} has SHA-256 {actual}, but {record} says {expected}: remove {file} to download it again, or "
-            f"{record} to accept it"
+            f"{file} has SHA-256 {actual}, but {record} says {expected}: remove {file} to download "
+            f"it again, or {record} to accept it"
         )
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    total = path.stat().st_size
-    with (
-        path.open("rb") as file,
-        tqdm(total=total, unit="B", unit_scale=True, desc="SHA-256", disable=None) as bar,
-    ):
+    with path.open("rb") as file, _bar("SHA-256", path.stat().st_size) as bar:
         while block := file.read(BLOCK):
             digest.update(block)
             bar.update(len(block))
@@ -277,17 +217,17 @@ def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def _begun(identity_file: Path) -> dict[str, str | int | None] | None:
+def _begun(identity_file: Path) -> Any:
     """The identity of the file that was begun; None if that is not known."""
     try:
-        identity = json.loads(identity_file.read_text())
+        return json.loads(identity_file.read_text())
     except (OSError, ValueError):
         return None
-    return (
-        identity
-        if isinstance(identity, dict) and {"url", "size", "etag", "last_modified"} <= {*identity}
-        else None
-    )
+
+
+def _bar(title: str, size: int, initial: int = 0) -> tqdm:
+    """A bar of the progress over so many bytes, in a terminal."""
+    return tqdm(desc=title, total=size, initial=initial, unit="B", unit_scale=True, disable=None)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -303,9 +243,8 @@ def main(arguments: list[str] | None = None) -> None:
             download(flags.url, flags.destination, sha256=flags.sha256)
         except KeyboardInterrupt:
             raise DataError("interrupted; the same command goes on where it was") from None
-    print(
-        f"{flags.destination}: {flags.destination.stat().st_size} bytes, as recorded in {flags.destination}.sha256"
-    )
+    size = flags.destination.stat().st_size
+    print(f"{flags.destination}: {size} bytes, as recorded in {flags.destination}.sha256")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ if [ -f "$folder/train.lmdb/data.mdb" ] && [ -f "$folder/validation.lmdb/data.md
     echo "$folder has train.lmdb and validation.lmdb already"
 else
     "$python" -m data.download "${SDN_DATA_URL:-https://openaipublic.azureedge.net/glow-demo/data/$archive_name}" "$archive"
-    "$python" -m data.tfrecords_to_lmdb "$name" --source "$archive" --target "$folder"
+    "$python" -m data.convert.tfrecords "$name" --source "$archive" --target "$folder"
 fi
 [ ! -e "$archive" ] || echo "no longer needed: $archive"
 [ "$root" = "$repository/data" ] && flags= || flags=" --root '$root'"

@@ -13,7 +13,7 @@ from lib.cli import OneLineParser, one_line_errors
 
 from .datamodule import IndexedImages
 from .errors import DataError
-from .get_dataset import DATASETS, get_dataset
+from .get_dataset import get_dataset
 
 
 def histogram_bits_per_dim(train: Dataset, validation: Dataset, nbits: int = 8) -> float:
@@ -33,8 +33,8 @@ def histogram_bits_per_dim(train: Dataset, validation: Dataset, nbits: int = 8) 
 
 
 def colour_histogram(images: IndexedImages, nbits: int) -> torch.Tensor:
-    """Occurrences of each level of each colour: float64 [3, 2^nbits]."""
-    counts = torch.zeros(3, 2**nbits, dtype=torch.float64)
+    """Occurrences of each level of each colour: float64 [C, 2^nbits]."""
+    counts = torch.zeros(len(images[0][0]), 2**nbits, dtype=torch.float64)
     for index in range(len(images)):
         levels = (images[index][0] >> (8 - nbits)).flatten(1).long()
         counts += torch.stack([torch.bincount(colour, minlength=2**nbits) for colour in levels])
@@ -43,7 +43,7 @@ def colour_histogram(images: IndexedImages, nbits: int) -> torch.Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser("data.histogram", description="bits/dim of a histogram of each colour")
-    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("dataset", help="name of a data set")
     parser.add_argument("--nbits", type=int, default=8, choices=range(1, 9))
     parser.add_argument("--root", default="data")
     flags = parser.parse_args(arguments)

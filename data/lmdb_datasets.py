@@ -1,8 +1,9 @@
-"""Images in an LMDB: the key is the decimal index as ASCII, the value raw uint8 H x W x 3."""
+"""Images in an LMDB: the key is the decimal index as ASCII, the value raw uint8 H x W x C."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import DataError
+
+KINDS = {  # beginnings of values in the LMDBs of other programs
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"RIFF": "a WebP picture",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+}
 
 # LMDB allows a file to be open once in a process and forbids using, after a fork, what was opened
 # before it. So a process shares its environments, and a fork waits for the reads under way and
@@ -35,14 +47,14 @@ os.register_at_fork(
 
 
 class LmdbImages(Dataset):
-    """Images of one shape as uint8 tensors [3, H, W].
+    """Images of one shape as uint8 tensors [C, H, W].
 
     It may be pickled, and read in any kind of loader worker and in any process that has read it
     before a fork.
 
     Arguments:
         path: The LMDB's folder.
-        shape: (3, H, W).
+        shape: (C, H, W).
         command: What gets the data, for the message if they are missing.
 
     Raises:
@@ -53,6 +65,10 @@ class LmdbImages(Dataset):
     def __init__(self, path: str | Path, shape: tuple[int, int, int], command: str):
         self.path, self.shape, self.command = Path(path), shape, command
         self._key = os.path.realpath(path)
+        if self.path.is_file():
+            raise DataError(
+                f"{self.path} is a file; needed is a folder with data.mdb, as from: {command}"
+            )
         if not (self.path / "data.mdb").is_file():
             raise DataError(f"there is no {self.path}; get it with: {command}")
         with _reading, self._damage_in_one_line():
@@ -70,28 +86,50 @@ class LmdbImages(Dataset):
         return self.batch([index])[0]
 
     def batch(self, indices: list[int]) -> Tensor:
-        """The items at `indices` [N] at once: uint8 [N, 3, H, W]."""
+        """The items at `indices` [N] at once: uint8 [N, C, H, W]."""
         if wrong := [index for index in indices if not 0 <= index < self._length]:
             raise IndexError(f"{self.path} has {self._length} images, there is no image {wrong[0]}")
-        _, height, width = self.shape
-        images = np.empty((len(indices), height * width * 3), np.uint8)
+        channels, height, width = self.shape
+        images = np.empty((len(indices), height * width * channels), np.uint8)
         with _reading, self._damage_in_one_line(), self._open().begin(buffers=True) as transaction:
             for image, index in zip(images, indices, strict=True):
                 value = transaction.get(str(index).encode())
                 if value is None:
-                    raise DataError(
-                        f"{self.path} has no image {index}; make it again with: {self.command}"
+                    problem = f"{self.path} has no image {index}"
+                elif len(value) != len(image):
+                    problem = (
+                        f"{self.path}: image {index} has {len(value)} bytes, "
+                        f"{height}x{width}x{channels} has {len(image)}"
                     )
-                if len(value) != len(image):
-                    raise DataError(
-                        f"{self.path}: image {index} has {len(value)} bytes, {height}x{width}x3 has {len(image)}; "
-                        f"make it again with: {self.command}"
-                    )
-                image[:] = np.frombuffer(value, np.uint8)
+                else:
+                    image[:] = np.frombuffer(value, np.uint8)
+                    continue
+                raise DataError(f"{problem}; {self._remedy(transaction)}")
         # Contiguous as from torch.stack: convolutions would follow another order of dimensions, and
         # round differently.
         return (
-            torch.from_numpy(images.reshape(-1, height, width, 3)).permute(0, 3, 1, 2).contiguous()
+            torch.from_numpy(images.reshape(-1, height, width, channels))
+            .permute(0, 3, 1, 2)
+            .contiguous()
+        )
+
+    def _remedy(self, transaction: Any) -> str:
+        """What to do with a wrong LMDB, and what it is if another project made it."""
+        cursor = transaction.cursor()
+        cursor.first()
+        key, value = bytes(cursor.key()), bytes(cursor.value())
+        again = f"make it again with: {self.command}"
+        kind = next((kind for start, kind in KINDS.items() if value.startswith(start)), "")
+        if key == b"0" and not kind:
+            return again
+        first = f"its first key is {ascii(key[:40])}, its first value {kind or 'something'}"
+        convert = (
+            f"python -m data.convert.images {shlex.quote(str(self.path))} --name NAME --size SIZE"
+        )
+        ways = f"; pictures become a data set with: {convert}" if "picture" in kind else ""
+        return (
+            f"it was made by another program ({first} of {len(value)} bytes), where the keys here "
+            f"are 0, 1, ... and the values raw images{ways}; or {again}"
         )
 
     def _open(self) -> Any:
@@ -102,7 +140,7 @@ class LmdbImages(Dataset):
             environment = lmdb.open(
                 self._key, readonly=True, lock=False, readahead=False, meminit=False, create=False
             )
-            expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            expected = size_in_use(environment)
             actual = (self.path / "data.mdb").stat().st_size
             if actual < expected:  # reading past the end of the file would kill the process
                 environment.close()
@@ -129,3 +167,9 @@ class LmdbImages(Dataset):
             raise DataError(
                 f"{self.path} is damaged ({error}); make it again with: {self.command}"
             ) from None
+
+
+def size_in_use(environment: Any) -> int:
+    """Bytes that the file of an open LMDB must have; reading past the end of a shorter one kills
+    the process."""
+    return (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]

@@ -19,7 +19,7 @@ from functools import reduce
 import numpy as np
 from numpy import ndarray
 
-from .shapes3d import SIZE, factor_values
+from .scenes import SIZE, factor_values
 
 SUBSAMPLES = 6  # on each side of a pixel
 SHAPES = ("cube", "cylinder", "sphere", "pill")

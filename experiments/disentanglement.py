@@ -46,15 +46,7 @@ SEEDS = list(range(10))
 ANNEALED = 1 / 3  # part of the iterations in which β rises: the paper's 100,000 of 300,000
 # Flags of train.py, beside those of its groups Run, Hardware and Logging, that runs of one
 # experiment may differ in.
-FREE = (
-    "num_workers",
-    "root",
-    "batch_val",
-    "epoch_images",
-    "val_images",
-    "beta_final",
-    "sdn_max_scale",
-)
+FREE = "num_workers root batch_val epoch_images val_images beta_final sdn_max_scale".split()
 OURS = {
     "task": "it is disentanglement",
     "exp_name": "use --name",
@@ -94,34 +86,17 @@ class Experiment:
 
 def make_parser() -> OneLineParser:
     parser = OneLineParser("train_3dshapes.sh", description=__doc__)
-    parser.add_argument(
-        "--name", default="3dshapes", help="of the experiment: runs are NAME_cnn_beta1_seed0, ..."
-    )
-    parser.add_argument(
-        "--betas", type=float, nargs="+", default=BETAS, help="weights of the KL, once annealed"
-    )
-    parser.add_argument(
-        "--decoders",
-        nargs="+",
-        choices=DECODERS,
-        default=list(DECODERS),
-        help="networks to compare",
-    )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=SEEDS, help="of the runs of each beta and decoder"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time; several GPUs are given out in turn"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=10_000, help="validation images of the final ELBO"
-    )
-    parser.add_argument(
-        "--metrics", nargs="+", choices=METRICS, default=DEFAULT_METRICS, help="scores to compute"
-    )
-    parser.add_argument(
-        "--levels", type=int, nargs="+", default=None, help="see evaluate.py; default: all levels"
-    )
+    add = parser.add_argument
+    add("--name", default="3dshapes", help="of the experiment: runs are NAME_cnn_beta1_seed0, ...")
+    add("--betas", type=float, nargs="+", default=BETAS, help="weights of the KL, once annealed")
+    choices = dict(choices=DECODERS, default=list(DECODERS))
+    add("--decoders", nargs="+", help="networks to compare", **choices)
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="of the runs of each beta and decoder")
+    add("--jobs", type=int, default=1, help="runs at a time; several GPUs are given out in turn")
+    add("--limit", type=int, default=10_000, help="validation images of the final ELBO")
+    choices = dict(choices=METRICS, default=DEFAULT_METRICS)
+    add("--metrics", nargs="+", help="scores to compute", **choices)
+    add("--levels", type=int, nargs="+", help="see evaluate.py; default: all levels")
     return parser
 
 
@@ -306,34 +281,17 @@ def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> s
             decoder = ["--sdn_max_scale", "0"] if run.decoder == "cnn" else []
             command = ["train.py", *experiment.train_flags, *decoder, "--exp_name", run.folder]
             command += ["--random_seed", str(run.seed), "--beta_final", f"{run.beta:g}"]
-            execute(
-                experiment,
-                [*command, "--make_checkpoint", "--use_checkpoint"],
-                folder,
-                lock,
-                surroundings,
-            )
-            story = f"trained{f' from step {step}' if step else ''} in {(time.perf_counter() - start) / 60:.1f} min, "
-        command = [
-            "evaluate.py",
-            "--model",
-            run.folder,
-            "--output_dir",
-            experiment.config.output_dir,
-        ]
-        command += [
-            "--elbo",
-            "--limit",
-            str(experiment.limit),
-            "--traversal",
-            "--reconstruction",
-            "--count",
-            "32",
-        ]
+            command += ["--make_checkpoint", "--use_checkpoint"]
+            execute(experiment, command, folder, lock, surroundings)
+            begun = f" from step {step}" if step else ""
+            story = f"trained{begun} in {(time.perf_counter() - start) / 60:.1f} min, "
+        output_dir = experiment.config.output_dir
+        command = ["evaluate.py", "--model", run.folder, "--output_dir", output_dir]
+        command += ["--elbo", "--limit", str(experiment.limit)]
+        command += ["--traversal", "--reconstruction", "--count", "32"]
         command += ["--disentanglement", "--metrics", *experiment.metrics]
         command += ["--levels", *map(str, experiment.levels)]
-        if experiment.config.gpus == 0:
-            command += ["--device", "cpu"]
+        command += ["--device", "cpu"] if experiment.config.gpus == 0 else []
         execute(experiment, command, folder, lock, surroundings)
     finally:
         os.close(lock)

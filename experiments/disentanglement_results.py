@@ -17,8 +17,6 @@ which training writes, and figs/RUN/results.json of evaluate.py; RUN is `naming.
 from __future__ import annotations
 
 import os
-import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +27,21 @@ import numpy as np
 
 from experiments import output
 from experiments.naming import DECODERS, Run
-from experiments.output import limits, mean_and_deviation, note_differences, panels, write_csv
+from experiments.output import (
+    Row,
+    limits,
+    mean_and_deviation,
+    note,
+    note_differences,
+    over_seeds,
+    panels,
+    write_csv,
+    write_text,
+)
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import ConfigError
 from lib.DisentanglementVAE.metrics import TITLES
 from lib.evaluation.results import read_results
-from lib.files import whole_file
 from lib.utils import nats_to_bits_per_dim
 
 PROGRAM = "disentanglement_results"
@@ -102,77 +109,63 @@ def evaluated(run: Run, path: Path) -> dict[str, Any] | str:
     results = read_results(path)
     elbo, scored = results.get("elbo"), results.get("disentanglement")
     if elbo is None or scored is None:
-        return (
-            "not evaluated" if not (elbo or scored) else "no disentanglement" if elbo else "no ELBO"
-        )
+        missing = "no disentanglement" if elbo else "no ELBO"
+        return missing if elbo or scored else "not evaluated"
     try:
         for what in ("step", "weights"):
-            if elbo.get(what) != scored.get(what):
-                return (
-                    f"ELBO of {what} {elbo.get(what)}, disentanglement of {what} {scored.get(what)}"
-                )
+            one, other = elbo.get(what), scored.get(what)
+            if one != other:
+                return f"ELBO of {what} {one}, disentanglement of {what} {other}"
         bits, distortion, rate = (
             float(elbo[part]) for part in ("bits_per_dim", "distortion", "rate")
         )
-        row = {"run": run.folder, "decoder": run.decoder, "beta": run.beta, "seed": run.seed}
-        row |= {
+        kl = rate * NATS_PER_BIT_PER_DIM
+        return {
+            "run": run.folder,
+            "decoder": run.decoder,
+            "beta": run.beta,
+            "seed": run.seed,
             "steps": int(elbo["step"]),
             "images": int(elbo["images"]),
             "elbo": -bits * NATS_PER_BIT_PER_DIM,
-        }
-        row |= {
             "log_likelihood": -distortion * NATS_PER_BIT_PER_DIM,
-            "kl": rate * NATS_PER_BIT_PER_DIM,
-        }
-        row |= {
-            "beta_kl": run.beta * row["kl"],
+            "kl": kl,
+            "beta_kl": run.beta * kl,
             "neg_elbo_bits_per_dim": bits,
             "levels": scored.get("levels"),
-        }
-        return row | {metric: float(found["score"]) for metric, found in scored["scores"].items()}
+        } | {metric: float(found["score"]) for metric, found in scored["scores"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({type(error).__name__}: {error}): evaluate again"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path} is damaged ({reason}): evaluate again") from None
 
 
-def quantities(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def quantities(rows: Sequence[Row]) -> list[str]:
     """What the rows have, in the order of the columns; the paper's two metrics always."""
     scores = {key for row in rows for key in row} - {*QUANTITIES, *ROW_START, "levels"}
-    known = [
-        metric for metric in TITLES if metric in scores or metric in ("beta_vae", "factor_vae")
-    ]
+    scores |= {"beta_vae", "factor_vae"}
+    known = [metric for metric in TITLES if metric in scores]
     return [*QUANTITIES, *known, *sorted(scores - set(TITLES))]
 
 
-def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of table.csv: for each β and decoder the number of seeds, and `QUANTITY_mean` and
-    `QUANTITY_std` (ddof 1).
-
-    None stands for what is not there: all of a quantity's values, or a deviation of a single one.
-    """
+def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows of table.csv: for each β and decoder the number of seeds, and mean and deviation."""
     table = []
     for beta, decoder in sorted({(row["beta"], row["decoder"]) for row in rows}):
         members = [row for row in rows if (row["beta"], row["decoder"]) == (beta, decoder)]
-        line: dict[str, Any] = {"beta": beta, "decoder": decoder, "seeds": len(members)}
-        for quantity in quantities(rows):
-            values = [row[quantity] for row in members if quantity in row]
-            line[f"{quantity}_mean"] = statistics.fmean(values) if values else None
-            line[f"{quantity}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        table.append(line)
+        line = {"beta": beta, "decoder": decoder, "seeds": len(members)}
+        table.append(line | over_seeds(members, quantities(rows)))
     return table
 
 
-def markdown(table: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
+def markdown(table: Sequence[Row], names: Iterable[str]) -> str:
     """The table as Markdown: mean ± standard deviation, the mean alone where there is no
     deviation."""
     shown = {name: QUANTITIES.get(name, (TITLES.get(name, name), 3)) for name in names}
     lines = [["β", "decoder", "seeds", *(heading for heading, _ in shown.values())]]
     for line in table:
-        cells = [f"{line['beta']:g}", line["decoder"].upper(), str(line["seeds"])]
-        for name, (_, decimals) in shown.items():
-            cells.append(mean_and_deviation(line[f"{name}_mean"], line[f"{name}_std"], decimals))
-        lines.append(cells)
+        cells = [mean_and_deviation(line, name, digits) for name, (_, digits) in shown.items()]
+        start = [f"{line['beta']:g}", line["decoder"].upper(), str(line["seeds"])]
+        lines.append([*start, *cells])
     return output.markdown(lines)
 
 
@@ -245,35 +238,28 @@ def learning_curves(paths: Mapping[Run, Path], bins: int = 200) -> Curves:
     return Curves((edges[:-1] + 1 + edges[1:]) / 2, values, annealed)
 
 
-def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_scores(rows: Sequence[Row], path: Path) -> None:
     """Figure 7: the two metrics against β, mean and standard deviation over seeds; each seed a
     faint dot."""
     betas = sorted({row["beta"] for row in rows})
-    with panels(path, 1, 2, size=(9.2, 3.9)) as ((left, right),):
-        left.set_ylabel("score (mean ± s.d. over seeds)")
-        for axes, metric in ((left, "beta_vae"), (right, "factor_vae")):
+    dots = dict(linestyle="", alpha=0.3, markersize=4, markeredgewidth=0, label=None)
+    bars = dict(capsize=3, elinewidth=1.2, linewidth=1.8, markersize=6.5, zorder=3)
+    with panels(path, 1, 2, size=(9.2, 3.9)) as (both,):
+        both[0].set_ylabel("score (mean ± s.d. over seeds)")
+        for axes, metric in zip(both, ("beta_vae", "factor_vae"), strict=True):
             for decoder, side in zip(DECODERS, (-1, 1), strict=True):
-                style, scored = (
-                    STYLES[decoder],
-                    [row for row in rows if row["decoder"] == decoder and metric in row],
-                )
+                scored = [row for row in rows if row["decoder"] == decoder and metric in row]
                 places = [betas.index(row["beta"]) + 0.2 * side for row in scored]
-                dots = dict(linestyle="", alpha=0.3, markersize=4, markeredgewidth=0, label=None)
-                axes.plot(places, [row[metric] for row in scored], **style | dots)
+                axes.plot(places, [row[metric] for row in scored], **STYLES[decoder] | dots)
                 table = summarize(scored)
                 places = [betas.index(line["beta"]) + 0.06 * side for line in table]
                 means, deviations = (
                     [line[f"{metric}_{part}"] or 0 for line in table] for part in ("mean", "std")
                 )
-                bars = dict(capsize=3, elinewidth=1.2, linewidth=1.8, markersize=6.5, zorder=3)
-                axes.errorbar(places, means, deviations, **style | bars)
+                axes.errorbar(places, means, deviations, **STYLES[decoder] | bars)
             axes.axhline(1 / 6, color="0.35", linewidth=1, linestyle=":", label="chance", zorder=1)
-            axes.set(
-                title=f"{TITLES[metric]} metric",
-                xlabel="β",
-                xlim=(-0.5, len(betas) - 0.5),
-                ylim=(0, 1.05),
-            )
+            ranges = dict(xlim=(-0.5, len(betas) - 0.5), ylim=(0, 1.05))
+            axes.set(title=f"{TITLES[metric]} metric", xlabel="β", **ranges)
             axes.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
 
 
@@ -288,45 +274,25 @@ def draw_curves(curves: Curves, path: Path) -> None:
             decoders = [decoder for decoder in DECODERS if (beta, decoder) in curves.values]
             for column, axes in enumerate(row):
                 for decoder in decoders:
-                    style = STYLES[decoder] | dict(
-                        marker="", linewidth=1.6, zorder=3 if decoder == "cnn" else 2
-                    )
+                    style = STYLES[decoder] | dict(marker="", linewidth=1.6)
                     mean, std = (part[column] for part in curves.spread(beta, decoder))
-                    axes.plot(x, mean, **style)
-                    axes.fill_between(
-                        x, mean - std, mean + std, color=style["color"], alpha=0.22, linewidth=0
-                    )
-                low, high = limits(
-                    np.concatenate(
-                        [curves.values[beta, decoder][:, column] for decoder in decoders]
-                    )
-                )
+                    axes.plot(x, mean, **style, zorder=3 if decoder == "cnn" else 2)
+                    band = dict(color=style["color"], alpha=0.22, linewidth=0)
+                    axes.fill_between(x, mean - std, mean + std, **band)
+                shown = [curves.values[beta, decoder][:, column] for decoder in decoders]
+                low, high = limits(np.concatenate(shown))
                 axes.set(xlim=(0, x[-1] * 1.02), ylim=(0 if column == 3 else low, high))
-                axes.xaxis.set(
-                    major_locator=MaxNLocator(4, steps=[1, 2, 5, 10]),
-                    major_formatter=EngFormatter(sep=""),
-                )
-                axes.yaxis.set(
-                    major_locator=MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]),
-                    major_formatter="{x:,.10g}",
-                )
+                ticks = MaxNLocator(4, steps=[1, 2, 5, 10])
+                axes.xaxis.set(major_locator=ticks, major_formatter=EngFormatter(sep=""))
+                ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+                axes.yaxis.set(major_locator=ticks, major_formatter="{x:,.10g}")
             if beta in curves.annealed:
-                row[2].axvline(
-                    curves.annealed[beta], color="0.35", linewidth=1, linestyle=":", zorder=1
-                )
+                end = curves.annealed[beta]
+                row[2].axvline(end, color="0.35", linewidth=1, linestyle=":", zorder=1)
             row[0].set_ylabel(f"β = {beta:g}", fontsize=13, fontweight="bold", labelpad=8)
         for column, title in enumerate(CURVES):
             grid[0, column].set_title(title)
             grid[-1, column].set_xlabel("iterations")
-
-
-def note_runs(runs: Sequence[str], total: int, what: str) -> None:
-    """Names runs in one line on stderr, if there are any."""
-    if runs:
-        print(
-            f"{PROGRAM}: note: {len(runs)} of {total} runs {what}: {', '.join(runs)}",
-            file=sys.stderr,
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -349,53 +315,42 @@ def gather(output_dir: Path, name: str, folder: Path) -> None:
     runs = find_runs(output_dir, name)
     found = {run: evaluated(run, output_dir / "figs" / run.folder / "results.json") for run in runs}
     logs = {run: output_dir / "checkpoints" / run.folder / "steps.csv" for run in runs}
-    ends = {run: last_step(path) if path.is_file() else 0 for run, path in logs.items()}
-    curves = (
-        learning_curves({run: logs[run] for run in runs if ends[run]})
-        if any(ends.values())
-        else None
-    )
+    ends = {run.folder: last_step(path) if path.is_file() else 0 for run, path in logs.items()}
+    logs = {run: path for run, path in logs.items() if ends[run.folder]}
+    curves = learning_curves(logs) if logs else None
     rows = [result for result in found.values() if not isinstance(result, str)]
     names = quantities(rows)
+
+    def note_runs(some: Sequence[str], total: int, what: str) -> None:
+        if some:
+            note(PROGRAM, f"{len(some)} of {total} runs {what}: {', '.join(some)}")
+
     left_out = [f"{run.folder} ({why})" for run, why in found.items() if isinstance(why, str)]
     note_runs(left_out, len(runs), "are left out of the table")
     for metric in names[len(QUANTITIES) :]:
         note_runs([row["run"] for row in rows if metric not in row], len(rows), f"have no {metric}")
-    note_runs(
-        [run.folder for run, end in ends.items() if not end],
-        len(runs),
-        "have no learning curve in steps.csv",
-    )
-    note_differences(
-        PROGRAM, "the last step of training", {run.folder: end for run, end in ends.items() if end}
-    )
-    for what, column in (
-        ("step", "steps"),
-        ("number of images", "images"),
-        ("levels of the factors", "levels"),
-    ):
-        note_differences(
-            PROGRAM, f"the {what} evaluated", {row["run"]: row[column] for row in rows}
-        )
-    text = markdown(table := summarize(rows), names)
-    written = [folder / file for file in ("runs.csv", "table.csv", "table.md")]
-    write_csv(written[0], [*ROW_START, *names], rows)
-    columns = [
-        "beta",
-        "decoder",
-        "seeds",
-        *(f"{quantity}_{part}" for quantity in names for part in ("mean", "std")),
-    ]
-    write_csv(written[1], columns, table)
-    with whole_file(written[2]) as partial:
-        partial.write_text(text)
+    without = [run for run, end in ends.items() if not end]
+    note_runs(without, len(runs), "have no learning curve in steps.csv")
+    trained = {run: end for run, end in ends.items() if end}
+    note_differences(PROGRAM, "the last step of training", trained)
+    notes = {"step": "steps", "number of images": "images", "levels of the factors": "levels"}
+    for what, column in notes.items():
+        values = {row["run"]: row[column] for row in rows}
+        note_differences(PROGRAM, f"the {what} evaluated", values)
+    table = summarize(rows)
+    text = markdown(table, names)
+    columns = [f"{quantity}_{part}" for quantity in names for part in ("mean", "std")]
+    write_csv(folder / "runs.csv", [*ROW_START, *names], rows)
+    write_csv(folder / "table.csv", ["beta", "decoder", "seeds", *columns], table)
+    write_text(folder / "table.md", text)
+    written = ["runs.csv", "table.csv", "table.md"]
     if rows:
-        written.append(folder / "figure7.png")
-        draw_scores(rows, written[-1])
+        draw_scores(rows, folder / "figure7.png")
+        written.append("figure7.png")
     if curves:
-        written.append(folder / "figure12.png")
-        draw_curves(curves, written[-1])
-    print(text, *written, sep="\n")
+        draw_curves(curves, folder / "figure12.png")
+        written.append("figure12.png")
+    print(text, *(folder / file for file in written), sep="\n")
 
 
 if __name__ == "__main__":

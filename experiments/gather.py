@@ -13,8 +13,7 @@ seeds of one row. Writes:
 - curves_TASK_DATASET.png: validation -ELBO against steps and against time, each seed thin and their
   mean thick.
 - claims.md, with `--claim LOWER HIGHER`: whether -ELBO of the first name is lower than that of the
-  second. That *holds* if the means over seeds differ so by more than two standard errors of the
-  difference, is *refuted* if they differ so the other way, and is else *open*.
+  second (see `experiments.claims`).
 
 -ELBO is that of the checkpoint that evaluate.py reads: the best validation, or for β-VAEs the last.
 Its unit is bits/dim, nats per image for β-VAEs. -log p(x) is taken from figs/RUN/results.json if
@@ -27,10 +26,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 import re
-import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,51 +34,37 @@ from typing import Any
 
 import numpy as np
 
+from experiments.claims import judged
 from experiments.output import (
     limits,
     markdown,
     mean_and_deviation,
+    note,
     note_differences,
+    over_seeds,
     panels,
     write_csv,
+    write_text,
 )
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import ConfigError, TrainConfig
 from lib.evaluation.results import read_results
-from lib.files import whole_file
 from lib.training.resume import RUN_FILE
 
 PROGRAM = "gather"
 UNITS = {"density_estimation": "bits/dim", "disentanglement": "nats"}
 # Fields of a configuration in which seeds of one row may differ: they change no result. Of devices,
 # the global batch and the precision count.
-FREE = {
-    "random_seed",
-    "exp_name",
-    "output_dir",
-    "make_checkpoint",
-    "use_checkpoint",
-    "root",
-    "num_workers",
-}
-FREE |= {
-    "checkpoint_every_n_steps",
-    "checkpoint_every_minutes",
-    "keep_last",
-    "batch",
-    "batch_val",
-    "gpus",
-}
-FREE |= {
-    "num_processes",
-    "num_nodes",
-    "distributed_backend",
-    "backend",
-    "compile",
-    "checkpoint_activations",
-}
-FREE |= {"profiler_mode", "logger", "figsize", "sampling_temperature"}
-MEASURED = ("steps", "hours", "neg_elbo", "neg_log_p")
+FREE = (
+    "random_seed exp_name output_dir make_checkpoint use_checkpoint root num_workers "
+    "checkpoint_every_n_steps checkpoint_every_minutes keep_last batch batch_val gpus "
+    "num_processes num_nodes distributed_backend backend compile checkpoint_activations "
+    "profiler_mode logger figsize sampling_temperature"
+).split()
+# Headings and decimals in table.md.
+MEASURED = {"steps": ("steps", 0), "hours": ("hours", 2)}
+MEASURED |= {"neg_elbo": ("−ELBO", 3), "neg_log_p": ("−log p(x)", 3)}
+EXTRA = re.compile("steps_to_|neg_elbo_at_")
 
 
 @dataclass(frozen=True)
@@ -167,28 +149,16 @@ def read_run(folder: Path) -> Run | str:
     except FileNotFoundError as error:
         return f"no {Path(error.filename).name}"
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        return (
-            f"damaged ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        )
+        reason = (str(error).splitlines() or [""])[0]
+        return f"damaged ({type(error).__name__}: {reason})"
     if not rows:
         return "no validation yet"
     steps, seconds, neg_elbo = map(np.array, columns)
     if not np.isfinite([steps, seconds]).all():
         return "damaged (epochs.csv: a step or a time is no number)"
-    likelihood = read_results(folder.parent.parent / "figs" / folder.name / "results.json").get(
-        "likelihood", {}
-    )
-    return Run(
-        folder,
-        config,
-        parameters,
-        commits,
-        steps,
-        seconds.cumsum() / 3600,
-        neg_elbo,
-        epochs,
-        likelihood,
-    )
+    results = read_results(folder.parent.parent / "figs" / folder.name / "results.json")
+    curve = steps, seconds.cumsum() / 3600, neg_elbo
+    return Run(folder, config, parameters, commits, *curve, epochs, results.get("likelihood", {}))
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -198,29 +168,23 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         ConfigError: if there are none.
     """
     places = sorted({path.parent for folder in folders for path in folder.rglob(RUN_FILE)})
-    found = {place: read_run(place) for place in places}
-    for place, run in found.items():
-        if isinstance(run, str):
-            print(f"{PROGRAM}: note: {place} is left out: {run}", file=sys.stderr)
-    runs, known = [], {}
-    for place, run in found.items():
+    known: dict[tuple, Run] = {}
+    for place in places:
+        run = read_run(place)
         if isinstance(run, Run):
-            first = known.setdefault((run.key, run.config.random_seed), place)
-            if first == place:
-                runs.append(run)
-            else:
-                print(
-                    f"{PROGRAM}: note: {place} is left out: {first} is the same run",
-                    file=sys.stderr,
-                )
+            first = known.setdefault((run.key, run.config.random_seed), run)
+            run = run if run is first else f"{first.folder} is the same run"
+        if isinstance(run, str):
+            note(PROGRAM, f"{place} is left out: {run}")
+    runs = known.values()
     if not runs:
-        raise ConfigError(
-            f"there are no runs of train.py in {', '.join(map(str, folders))} ({RUN_FILE}, epochs.csv)"
-        )
-    return sorted(
-        runs,
-        key=lambda run: (run.config.task, run.config.dataset, run.name, run.config.random_seed),
-    )
+        where = ", ".join(map(str, folders))
+        raise ConfigError(f"there are no runs of train.py in {where} ({RUN_FILE}, epochs.csv)")
+
+    def place_of(run: Run) -> tuple:
+        return run.config.task, run.config.dataset, run.name, run.config.random_seed
+
+    return sorted(runs, key=place_of)
 
 
 def neg_log_p_of(run: Run) -> float | None:
@@ -230,21 +194,17 @@ def neg_log_p_of(run: Run) -> float | None:
     if not isinstance(value, int | float):
         return None
     if step is not None and step != run.steps[run.chosen]:
-        print(
-            f"{PROGRAM}: note: -log p(x) of {run.folder} is left out: it is of step {step}",
-            file=sys.stderr,
-        )
+        note(PROGRAM, f"-log p(x) of {run.folder} is left out: it is of step {step}")
         return None
     return float(value)
 
 
 def row_of(
     run: Run,
-    *,
     reach: Sequence[float] = (),
     at_steps: Sequence[int] = (),
     at_minutes: Sequence[float] = (),
-):
+) -> dict[str, Any]:
     """The run's row of runs.csv.
 
     Arguments:
@@ -272,10 +232,9 @@ def row_of(
     for value in reach:
         below = np.flatnonzero(run.neg_elbo <= value)
         row[f"steps_to_{value:g}"] = int(run.steps[below[0]]) if len(below) else None
-    for limit, clock, unit in (
-        *((limit, run.steps, "steps") for limit in at_steps),
-        *((limit, run.hours * 60, "minutes") for limit in at_minutes),
-    ):
+    clocks = [(limit, run.steps, "steps") for limit in at_steps]
+    clocks += [(limit, run.hours * 60, "minutes") for limit in at_minutes]
+    for limit, clock, unit in clocks:
         before = np.flatnonzero(clock <= limit)
         enough = len(before) and clock[-1] >= limit * 0.98
         row[f"neg_elbo_at_{limit:g}_{unit}"] = float(run.neg_elbo[before[-1]]) if enough else None
@@ -290,68 +249,33 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def summarize(
-    groups: Sequence[Sequence[Run]], rows: dict[Path, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Rows of table.csv: what seeds share, their number, and mean and deviation of what was
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row of table.csv: what seeds share, their number, and mean and deviation of what was
     measured."""
-    table = []
-    for members in groups:
-        of = [rows[run.folder] for run in members]
-        line = {name: of[0][name] for name in ("name", "kind", "dataset", "unit", "parameters")}
-        line |= {"seeds": len(of), "finished": sum(row["state"] == "finished" for row in of)}
-        for name in [
-            *MEASURED,
-            *(name for name in of[0] if re.match("steps_to_|neg_elbo_at_", name)),
-        ]:
-            values = [row[name] for row in of if row[name] is not None and math.isfinite(row[name])]
-            line[f"{name}_n"] = len(values)
-            line[f"{name}_mean"] = statistics.fmean(values) if values else None
-            line[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        line["commits"] = " ".join(
-            sorted({commit[:8] + commit[40:] for run in members for commit in run.commits})
-        )
-        table.append(line)
-    return table
+    line = {name: rows[0][name] for name in ("name", "kind", "dataset", "unit", "parameters")}
+    line |= {"seeds": len(rows), "finished": sum(row["state"] == "finished" for row in rows)}
+    line |= over_seeds(rows, [*MEASURED, *filter(EXTRA.match, rows[0])])
+    commits = {commit[:8] + commit[40:] for row in rows for commit in row["commits"].split()}
+    return line | {"commits": " ".join(sorted(commits))}
 
 
 def as_markdown(table: Sequence[dict[str, Any]]) -> str:
     """The table for people; a number of seeds behind a cell says that not all have it."""
-    extra = [
-        name.removesuffix("_mean")
-        for name in table[0]
-        if re.match("(steps_to_|neg_elbo_at_).*_mean$", name)
-    ]
-    titles = [name.replace("neg_elbo_at_", "−ELBO at ").replace("_", " ") for name in extra]
-    heading = [
-        "run",
-        "top-down path",
-        "data",
-        "parameters",
-        "seeds",
-        "steps",
-        "hours",
-        "−ELBO",
-        "−log p(x)",
-    ]
-    lines = [[*heading, *titles, "commit"]]
+    shown = dict(MEASURED)
+    for name in (name.removesuffix("_mean") for name in table[0] if name.endswith("_mean")):
+        title = name.replace("neg_elbo_at_", "−ELBO at ").replace("_", " ")
+        shown.setdefault(name, (title, 0 if name.startswith("steps_to_") else 3))
+    titles = [title for title, _ in shown.values()]
+    lines = [["run", "top-down path", "data", "parameters", "seeds", *titles, "commit"]]
     for line in table:
-        seeds = str(line["seeds"]) + (
-            "" if line["finished"] == line["seeds"] else f" ({line['finished']} finished)"
-        )
-        cells = [line["name"], line["kind"], line["dataset"], f"{line['parameters']:,}", seeds]
-        for name, decimals in (
-            ("steps", 0),
-            ("hours", 2),
-            ("neg_elbo", 3),
-            ("neg_log_p", 3),
-            *((n, 3) for n in extra),
-        ):
-            decimals = 0 if name.startswith("steps_to_") else decimals
+        seeds = line["seeds"]
+        unfinished = "" if line["finished"] == seeds else f" ({line['finished']} finished)"
+        cells = [line["name"], line["kind"], line["dataset"], f"{line['parameters']:,}"]
+        cells.append(f"{seeds}{unfinished}")
+        for name, (_, decimals) in shown.items():
             decimals = 1 if line["unit"] == "nats" and name.startswith("neg_elbo") else decimals
-            cell = mean_and_deviation(line[f"{name}_mean"], line[f"{name}_std"], decimals)
-            partly = 0 < line[f"{name}_n"] < line["seeds"]
-            cells.append(f"{cell} ({line[f'{name}_n']} of {line['seeds']})" if partly else cell)
+            partly = f" ({line[f'{name}_n']} of {seeds})" * (0 < line[f"{name}_n"] < seeds)
+            cells.append(mean_and_deviation(line, name, decimals) + partly)
         lines.append([*cells, line["commits"]])
     return markdown(lines)
 
@@ -386,41 +310,6 @@ def draw_curves(groups: Sequence[Sequence[Run]], path: Path) -> None:
         right.set(xlabel="minutes", ylim=left.get_ylim())
 
 
-def judged(claims: Sequence[tuple[str, str]], table: Sequence[dict[str, Any]]) -> str:
-    """For people: differences of claimed lower and higher -ELBO, and whether the claims hold.
-
-    Raises:
-        ConfigError: if a name is not that of exactly one row of finished runs, or the rows' units
-            differ.
-    """
-    lines = [["claim: −ELBO is lower", "than", "difference", "standard error", "the claim"]]
-    for names in claims:
-        pair = []
-        for name in names:
-            rows = [row for row in table if row["name"] == name]
-            if len(rows) != 1 or rows[0]["finished"] < rows[0]["seeds"]:
-                problem = "there is no run" if not rows else "there are several configurations"
-                problem = "there are runs that are not finished" if len(rows) == 1 else problem
-                raise ConfigError(f"--claim {name}: {problem} of this name")
-            if not rows[0]["neg_elbo_n"]:
-                raise ConfigError(f"--claim {name}: no -ELBO of it is finite")
-            pair += rows
-        lower, higher = pair
-        if (lower["unit"], lower["dataset"]) != (higher["unit"], higher["dataset"]):
-            raise ConfigError(f"--claim {' '.join(names)}: their data or units differ")
-        difference = lower["neg_elbo_mean"] - higher["neg_elbo_mean"]
-        error, verdict = None, "open: it needs two seeds of each"
-        if min(lower["neg_elbo_n"], higher["neg_elbo_n"]) > 1:
-            error = math.sqrt(sum(row["neg_elbo_std"] ** 2 / row["neg_elbo_n"] for row in pair))
-            verdict = (
-                "open" if abs(difference) <= 2 * error else "holds" if difference < 0 else "refuted"
-            )
-        lines.append(
-            [*names, f"{difference:+.3f}", "-" if error is None else f"{error:.3f}", verdict]
-        )
-    return markdown(lines)
-
-
 def gather(
     folders: Sequence[Path],
     output: Path,
@@ -436,18 +325,16 @@ def gather(
     runs = find_runs(folders)
     groups = grouped(runs)
     rows = {run.folder: row_of(run, **more) for run in runs}
-    table = summarize(groups, rows)
+    table = [summarize([rows[run.folder] for run in members]) for members in groups]
     verdicts = judged(claims, table) if claims else None
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "runs.csv", list(next(iter(rows.values()))), rows.values())
     write_csv(output / "table.csv", list(table[0]), table)
     text = as_markdown(table)
-    with whole_file(output / "table.md") as partial:
-        partial.write_text(text)
+    write_text(output / "table.md", text)
     if verdicts:
         text += f"\n{verdicts}"
-        with whole_file(output / "claims.md") as partial:
-            partial.write_text(verdicts)
+        write_text(output / "claims.md", verdicts)
     for task, dataset in sorted({(run.config.task, run.config.dataset) for run in runs}):
         of = [
             group
@@ -455,9 +342,8 @@ def gather(
             if (group[0].config.task, group[0].config.dataset) == (task, dataset)
         ]
         draw_curves(of, output / f"curves_{task}_{dataset}.png")
-    names = ("images", "samples")
     settings = {
-        run.folder.name: [run.likelihood.get(name) for name in names]
+        run.folder.name: [run.likelihood.get(name) for name in ("images", "samples")]
         for run in runs
         if run.likelihood
     }
@@ -470,31 +356,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(
         PROGRAM, description="Gathers runs of train.py into one table and learning curves."
     )
-    parser.add_argument("folders", type=Path, nargs="+", help="where runs are, at any depth")
-    parser.add_argument(
-        "--output", type=Path, default=Path("figs/gathered"), help="folder to write into"
-    )
-    parser.add_argument(
-        "--reach", type=float, nargs="+", default=[], help="adds the steps until -ELBO is so low"
-    )
-    parser.add_argument(
-        "--at_steps", type=int, nargs="+", default=[], help="adds -ELBO after so many steps"
-    )
-    parser.add_argument(
-        "--at_minutes", type=float, nargs="+", default=[], help="adds -ELBO after so many minutes"
-    )
+    add = parser.add_argument
+    add("folders", type=Path, nargs="+", help="where runs are, at any depth")
+    add("--output", type=Path, default=Path("figs/gathered"), help="folder to write into")
+    many = dict(nargs="+", default=[])
+    add("--reach", type=float, help="adds the steps until -ELBO is so low", **many)
+    add("--at_steps", type=int, help="adds -ELBO after so many steps", **many)
+    add("--at_minutes", type=float, help="adds -ELBO after so many minutes", **many)
     meaning = "two names: is -ELBO of the first lower? may be given again"
-    parser.add_argument(
-        "--claim", nargs=2, action="append", default=[], metavar=("LOWER", "HIGHER"), help=meaning
-    )
+    pair = dict(nargs=2, action="append", default=[], metavar=("LOWER", "HIGHER"))
+    add("--claim", help=meaning, **pair)
     flags = parser.parse_args(arguments)
     with one_line_errors(PROGRAM, ConfigError, OSError):
         more = dict(reach=flags.reach, at_steps=flags.at_steps, at_minutes=flags.at_minutes)
-        print(
-            gather(flags.folders, flags.output, flags.claim, **more),
-            f"written to {flags.output}",
-            sep="\n",
-        )
+        text = gather(flags.folders, flags.output, flags.claim, **more)
+        print(text, f"written to {flags.output}", sep="\n")
 
 
 if __name__ == "__main__":

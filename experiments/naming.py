@@ -39,12 +39,10 @@ class Run:
             )
         if self.decoder not in DECODERS:
             raise ValueError(f"decoder is one of {', '.join(DECODERS)}; got {self.decoder!r}")
-        if not (
-            math.isfinite(self.beta) and self.beta >= 0 and float(f"{self.beta:g}") == self.beta
-        ):
-            raise ValueError(
-                f"beta is finite, not negative and has at most six significant digits; got {self.beta}"
-            )
+        told = math.isfinite(self.beta) and float(f"{self.beta:g}") == self.beta
+        if not told or self.beta < 0:
+            what = "finite, not negative and has at most six significant digits"
+            raise ValueError(f"beta is {what}; got {self.beta}")
         if self.seed < 0:
             raise ValueError(f"seed is not negative; got {self.seed}")
 

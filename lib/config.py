@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from .DensityVAE.blocks import BLOCKS, HIGHWAY
 from .nn import BACKENDS, BORDERS
-from .probability import OBSERVATIONS, POSTERIORS, PRIORS
+from .probability import OBSERVATIONS, POSTERIORS, PRIORS, TAILS
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 NOISES = ("batch", "image")
@@ -159,9 +159,21 @@ class TrainConfig:
     )
 
     dataset: str = _data(
-        "CIFAR10", "CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes or Shapes3DRendered"
+        "CIFAR10",
+        "CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes, Shapes3DRendered, one that was "
+        "converted, or the path of pictures to convert now (with --image_size)",
     )
     root: str = _data("data", "folder that holds the data sets")
+    image_size: list[int] = _data(
+        [],
+        "height and width, or one number for both, of the images that pictures are made to; "
+        "other data sets have their own",
+    )
+    channels: int = _data(
+        0,
+        "3, or 1 for grey images, that pictures are made to; 0: 3, or the data set's",
+        Range("0, 1 or 3", 0, 3),
+    )
     num_workers: int = _data(
         2, "loader processes of each training process", NOT_NEGATIVE, _at_most(1024)
     )
@@ -193,6 +205,9 @@ class TrainConfig:
     prior_model: str = _model("IsoGaussian", "prior", *PRIORS)
     obs_model: str = _model("DML", "observation model", *OBSERVATIONS)
     mix_components: int = _model(5, "mixture components of DML", POSITIVE, _at_most(2**20))
+    dml_tails: str = _model(
+        "approximate", "DML's bins below 1e-5: as in the literature, or exact", *TAILS
+    )
     nbits: int = _model(8, "bits per colour, 1 to 8", Range("1 to 8", 1, 8))
     sdn_max_scale: int = _model(
         32, "largest scale with SDN layers; 0: none, the IAF-VAE+ baseline", NOT_NEGATIVE
@@ -299,6 +314,9 @@ class TrainConfig:
         self._require("max_epochs", epochs_ok, "-1 (no limit) or at least 1")
         name_ok = self.exp_name not in ("", ".", "..") and not set(self.exp_name) & set("/\\\0")
         self._require("exp_name", name_ok, "a plain folder name")
+        self._require("channels", self.channels != 2, "0, 1 or 3")
+        sizes_ok = len(self.image_size) <= 2 and all(n in range(1, 4097) for n in self.image_size)
+        self._require("image_size", sizes_ok, "one or two numbers from 1 to 4096")
         for contradiction in self._contradictions():
             raise ConfigError(contradiction)
 

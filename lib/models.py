@@ -17,19 +17,22 @@ VAE = DensityVAE | DisentanglementVAE
 __all__ = ["VAE", "Output", "build_model"]
 
 
-def build_model(config: TrainConfig, image_size: int | Sequence[int]) -> VAE:
+def build_model(config: TrainConfig, image_size: int | Sequence[int], channels: int = 3) -> VAE:
     """The model of a run, with new weights.
 
     Arguments:
         config: Its task says which of the two; its group "Architecture" the rest.
         image_size: (height, width) of the images, or one number for both.
+        channels: Of the images, 3 or 1.
 
     Raises:
         ValueError: if the model cannot be, or its weights do not fit into memory; the message says
             what is allowed.
     """
     with torch.device("meta"):  # takes no memory
-        needed = sum(parameter.nbytes for parameter in _build(config, image_size).parameters())
+        needed = sum(
+            parameter.nbytes for parameter in _build(config, image_size, channels).parameters()
+        )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise ValueError(
@@ -37,11 +40,11 @@ def build_model(config: TrainConfig, image_size: int | Sequence[int]) -> VAE:
             f"{memory / 1e9:.1f}: use a smaller depth, h_size, z_size, mix_components or "
             "sdn_nfeat_0"
         )
-    return _build(config, image_size)
+    return _build(config, image_size, channels)
 
 
-def _build(config: TrainConfig, image_size: int | Sequence[int]) -> VAE:
-    common = dict(backend=config.backend, analytic_kl=config.analytic_kl)
+def _build(config: TrainConfig, image_size: int | Sequence[int], channels: int = 3) -> VAE:
+    common = dict(channels=channels, backend=config.backend, analytic_kl=config.analytic_kl)
     if config.task == "density_estimation":
         common["checkpoint_activations"] = config.checkpoint_activations
         return DensityVAE(image_size, **config.architecture(), **common)
@@ -52,6 +55,7 @@ def _build(config: TrainConfig, image_size: int | Sequence[int]) -> VAE:
         obs_model=config.obs_model,
         nbits=config.nbits,
         mix_components=config.mix_components,
+        dml_tails=config.dml_tails,
         sdn_nfeat=config.sdn_nfeat_0 if with_sdn else 0,
         sdn_dirs=range(config.sdn_num_dirs),
         border=config.border,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from .files import whole_file
+from .picture_files import PictureError, read_picture
 
 SMALLEST = 64  # pixels of a picture's side; smaller images are enlarged
 FONT_SIZE = 16
@@ -21,49 +19,32 @@ GAP = 8
 
 
 def save_image(image: Tensor, path: str | Path, enlarge: int = 1) -> Path:
-    """Writes a uint8 image [3, H, W] as PNG, each pixel `enlarge` x `enlarge` large; makes the
-    folder if needed."""
+    """Writes a uint8 image [C, H, W], grey or colour, as PNG, each pixel `enlarge` x `enlarge`
+    large; makes the folder if needed."""
     return _save(_picture(image, enlarge), path)
 
 
 def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
-    """A picture file as uint8 [3, H, W]; of a grey picture of 16 bits the upper 8.
+    """A picture file as uint8 [C, H, W], read as `lib.picture_files` does: upright, in sRGB, on
+    white.
 
     Raises:
-        ValueError: if it cannot be read, is not of this shape, or has pixels of more than 8 bits
-            other than those.
+        ValueError: if it cannot be read or is not of this shape.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            raise ValueError("it is not a file")
-        with Image.open(path) as picture:
-            width, height = picture.size
-            fits = (3, height, width) == tuple(shape)
-            pixels = bytearray(_levels(picture) if fits else b" ")
-    except Exception as error:  # damaged files make PIL fail in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a picture: {reason}") from None
-    if not fits:
+        levels, _ = read_picture(path, shape[0])
+    except PictureError as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+    height, width, _ = levels.shape
+    if (height, width) != tuple(shape[1:]):
         raise ValueError(
             f"{path} has {width}x{height} pixels; the model's images have {shape[2]}x{shape[1]}"
         )
-    levels = torch.frombuffer(pixels, dtype=torch.uint8)
-    return levels.view(height, width, 3).permute(2, 0, 1)
-
-
-def _levels(picture: Image.Image) -> bytes:
-    """The picture's red, green and blue levels, 0 to 255, pixel after pixel."""
-    if picture.mode.startswith("I;16"):  # PIL would cut off at 255
-        grey = np.asarray(picture).astype(np.uint16) >> 8
-        picture = Image.fromarray(grey.astype(np.uint8))
-    elif picture.mode in ("I", "F"):
-        kind = "floating-point" if picture.mode == "F" else "32-bit"
-        raise ValueError(f"it has {kind} pixels; save it with 8 bits a channel")
-    return picture.convert("RGB").tobytes()
+    return torch.from_numpy(levels.copy()).permute(2, 0, 1)
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> Path:
-    """Writes uint8 images [N, 3, H, W] as one PNG, row after row, small images enlarged to be
+    """Writes uint8 images [N, C, H, W] as one PNG, row after row, small images enlarged to be
     seen."""
     return save_image(
         make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255), path, _enlarge(images)
@@ -81,7 +62,7 @@ def save_table(
     """Writes a table of grids as one PNG, with labels left of the rows and below the columns.
 
     Arguments:
-        rows: Cells of each row, each uint8 images [N, 3, H, W], laid out as a grid.
+        rows: Cells of each row, each uint8 images [N, C, H, W], laid out as a grid.
         columns: Of the grid in a cell, at most; rows may be of different lengths.
     """
     enlarge = _enlarge(rows[0][0])
@@ -154,7 +135,7 @@ def save_rates(
 
 
 def side_by_side(left: Tensor, right: Tensor) -> Tensor:
-    """Two batches [N, 3, H, W] interleaved to [2N, 3, H, W]: left[0], right[0], left[1], ..."""
+    """Two batches [N, C, H, W] interleaved to [2N, C, H, W]: left[0], right[0], left[1], ..."""
     return torch.stack([left, right], dim=1).flatten(0, 1)
 
 
@@ -174,7 +155,10 @@ def _enlarge(images: Tensor) -> int:
 
 
 def _picture(image: Tensor, enlarge: int) -> Image.Image:
-    picture = Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
+    levels = image.cpu().permute(1, 2, 0)
+    if levels.shape[2] == 1:
+        levels = levels[..., 0]
+    picture = Image.fromarray(levels.contiguous().numpy())
     if enlarge > 1:
         picture = picture.resize(
             (picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST

@@ -8,21 +8,16 @@ float32 whatever the training precision.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .chunks import sum_over_positions
 from .utils import MaskedConv2d, full_precision, sum_over_image
 
-# Numbers in one of the some 30 intermediates of DML's likelihood. Up to the first limit they are
-# all kept for the backward pass: 120 MiB. Beyond it there are chunks, in a CPU's cache; on a GPU as
-# large as launches cost little.
-WHOLE = 2**20
-CHUNK_CPU = 2**17
-CHUNK_GPU = 2**22
+TAILS = ("approximate", "exact")  # of DML
 
 
 class IsoGaussian(nn.Module):
@@ -55,7 +50,9 @@ class IAF(nn.Module):
 
     Parameters are the channels [mean, log-variance, context]. With `z0 ~ N(mean, variance)` and
     `(m, s)` the output of an autoregressive network of masked convolutions over positions in raster
-    order, `z = (z0 - m) / exp(s)` and `log q(z) = log N(z0) + sum(s)`.
+    order, `z = (z0 - m) / exp(s)` and `log q(z) = log N(z0) + sum(s)`. Only positions are ordered:
+    the channels of one position do not depend on each other. On a 1x1 map, `m` and `s` therefore
+    depend on the context alone, and `z` is Gaussian (DEVIATIONS.md).
 
     Arguments:
         z_size: Number of latent channels Z.
@@ -107,25 +104,44 @@ class DML(nn.Module):
     """Discretized mixture of logistics with sub-pixel correlation (PixelCNN++, Salimans et al.
     2017).
 
-    Data are RGB levels `k` in [-1, 1]: `2 k / (2^nbits - 1) - 1`. Parameter channels: `mix` logits,
-    then for each colour `mix` means, `mix` log-scales (clamped at -7) and `mix` coefficients
-    (through tanh).
+    Data are levels `k` in [-1, 1]: `2 k / (2^nbits - 1) - 1`. Parameter channels of colour images:
+    `mix` logits, then for each colour `mix` means, `mix` log-scales (clamped at -7) and `mix`
+    coefficients (through tanh), with which a colour depends on those before it. Grey images have
+    one colour and no coefficients.
 
     Arguments:
         nbits: Bits per colour, 1 to 8.
         mix_components: Number of mixture components M.
+        channels: C, 3 (red, green, blue) or 1 (grey).
+        tails: How a level is scored to which a component gives a probability of less than 1e-5.
+            "approximate": as in the literature since PixelCNN++, by the density at the middle of
+            its bin times the bin's width. At 5 bits this is up to 31 nats too low, and the levels'
+            probabilities do not quite sum to 1. "exact": by the probability of the bin.
 
-    Shapes: parameters [B, 10M, H, W]; images [B, 3, H, W]; log-probability [B].
+    Shapes: parameters [B, 10M, H, W], or [B, 3M, H, W] of grey images; images [B, C, H, W];
+    log-probability [B].
     """
 
-    def __init__(self, nbits: int = 8, mix_components: int = 5):
+    def __init__(
+        self,
+        nbits: int = 8,
+        mix_components: int = 5,
+        channels: int = 3,
+        tails: str = "approximate",
+    ):
         super().__init__()
         _check_nbits(nbits)
+        if tails not in TAILS:
+            raise ValueError(f"dml_tails must be one of {', '.join(TAILS)}, got {tails!r}")
+        _check_channels(channels)
         if mix_components < 1:
             raise ValueError(f"mix_components must be at least 1, got {mix_components}")
         self.nbits = nbits
         self.mix_components = mix_components
-        self.param_channels = 10 * mix_components
+        self.channels = channels
+        self.tails = tails
+        self.numbers_per_colour = 3 if channels == 3 else 2  # mean, log-scale, coefficient
+        self.param_channels = (1 + channels * self.numbers_per_colour) * mix_components
         self.half_bin = 1 / (2**nbits - 1)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -137,55 +153,51 @@ class DML(nn.Module):
         return ((full_precision(x) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        numbers = 3 * self.mix_components
-        # A compiler fuses the intermediates away.
-        if torch.compiler.is_compiling() or x.requires_grad or numbers * x[:, 0].numel() <= WHOLE:
-            return self._log_prob(params, x)
-        return _InChunks.apply(params, x, self._log_prob, numbers)
+        return sum_over_positions(self._log_prob, params, x, self.channels * self.mix_components)
 
     def _log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         logits, means, log_scales, coefficients = self._split(params)
-        x = x.to(means.dtype).unsqueeze(2)  # [B, 3, 1, H, W]
-        red, green = x[:, 0], x[:, 1]
-        means = torch.stack(
-            [
-                means[:, 0],
-                means[:, 1] + coefficients[:, 0] * red,
-                means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green,
-            ],
-            dim=1,
-        )
-        centred = x - means  # [B, 3, M, H, W]
+        x = x.to(means.dtype).unsqueeze(2)  # [B, C, 1, H, W]
+        if self.channels == 3:
+            red, green = x[:, 0], x[:, 1]
+            means = torch.stack(
+                [
+                    means[:, 0],
+                    means[:, 1] + coefficients[:, 0] * red,
+                    means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green,
+                ],
+                dim=1,
+            )
+        centred = x - means  # [B, C, M, H, W]
         inverse_scale = torch.exp(-log_scales)
         upper = inverse_scale * (centred + self.half_bin)
         lower = inverse_scale * (centred - self.half_bin)
         middle = inverse_scale * centred
-        probability = torch.sigmoid(upper) - torch.sigmoid(lower)
-        # In the far tails the difference cancels: density at the middle times the bin's width
-        # instead.
-        log_density = middle - log_scales - 2 * F.softplus(middle)
-        log_bin = torch.where(
-            probability > 1e-5,
-            torch.log(probability.clamp(min=1e-12)),
-            log_density + math.log(2 * self.half_bin),
-        )
-        log_bin = torch.where(
-            x < self.half_bin - 1, upper - F.softplus(upper), log_bin
-        )  # darkest bin: open below
-        log_bin = torch.where(
-            x > 1 - self.half_bin, -F.softplus(lower), log_bin
-        )  # brightest bin: open above
+        log_width = math.log(2 * self.half_bin) - log_scales
+        if self.tails == "exact":
+            # log(sigmoid(u) - sigmoid(l)) = logsigmoid(u) + logsigmoid(-l) + log(1 - exp(l - u))
+            log_bin = F.logsigmoid(upper) + F.logsigmoid(-lower) + _log_one_minus_exp(log_width)
+        else:
+            # In the far tails the difference cancels: the density at the middle times the bin's
+            # width stands for it (DEVIATIONS.md).
+            probability = torch.sigmoid(upper) - torch.sigmoid(lower)
+            log_bin = torch.where(
+                probability > 1e-5,
+                torch.log(probability.clamp(min=1e-12)),
+                middle + log_width - 2 * F.softplus(middle),
+            )
+        first, last = x < self.half_bin - 1, x > 1 - self.half_bin
+        log_bin = torch.where(first, F.logsigmoid(upper), log_bin)  # darkest bin: open below
+        log_bin = torch.where(last, F.logsigmoid(-lower), log_bin)  # brightest bin: open above
         log_components = log_bin.sum(1) + F.log_softmax(logits, dim=1)  # [B, M, H, W]
         return sum_over_image(torch.logsumexp(log_components, dim=1))
 
     def most_probable(self, params: Tensor) -> Tensor:
-        """Mean of the most probable component at each position, in [-1, 1], not rounded to
-        levels."""
+        """Mean of the component with the greatest weight at each position, in [-1, 1], not rounded
+        to levels. Another level may be more probable where components overlap."""
         logits, means, _, coefficients = self._split(params)
         component = logits.argmax(1)
-        return self._colours(
-            self._take(means, component), self._take(coefficients, component), lambda c, mean: mean
-        )
+        return self._colours(means, coefficients, component, lambda colour, mean: mean)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A draw at the data's levels: component, then red, green given red, blue given both."""
@@ -202,29 +214,35 @@ class DML(nn.Module):
             level = ((value.clamp(-1, 1) + 1) / (2 * self.half_bin)).round()
             return level * (2 * self.half_bin) - 1
 
-        return self._colours(
-            self._take(means, component), self._take(coefficients, component), draw
-        )
+        return self._colours(means, coefficients, component, draw)
 
-    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits [B, M, H, W]; means, log-scales and coefficients, each [B, 3, M, H, W]."""
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Logits [B, M, H, W]; means, log-scales and, of colour images, coefficients, each
+        [B, C, M, H, W]."""
         params = full_precision(params)
         B, _, H, W = params.shape
-        logits, rest = params.split([self.mix_components, 9 * self.mix_components], dim=1)
-        means, log_scales, coefficients = rest.reshape(B, 3, 3, self.mix_components, H, W).unbind(2)
-        return logits, means, log_scales.clamp(min=-7), torch.tanh(coefficients)
+        M, numbers = self.mix_components, self.numbers_per_colour
+        logits, rest = params.split([M, self.channels * numbers * M], dim=1)
+        rest = rest.reshape(B, self.channels, numbers, M, H, W)
+        means, log_scales = rest[:, :, 0], rest[:, :, 1].clamp(min=-7)
+        return logits, means, log_scales, torch.tanh(rest[:, :, 2]) if numbers == 3 else None
 
     @staticmethod
     def _take(values: Tensor, component: Tensor) -> Tensor:
-        """[B, 3, M, H, W] at the chosen component [B, H, W]: [B, 3, H, W]."""
-        index = component[:, None, None].expand(-1, 3, 1, -1, -1)
+        """[B, C, M, H, W] at the chosen component [B, H, W]: [B, C, H, W]."""
+        index = component[:, None, None].expand(-1, values.shape[1], 1, -1, -1)
         return values.gather(2, index).squeeze(2)
 
-    @staticmethod
-    def _colours(means: Tensor, coefficients: Tensor, choose) -> Tensor:
-        """Red, green, blue in turn, each chosen by `choose(colour, mean)` given those before it:
-        [B, 3, H, W]."""
-        red = choose(0, means[:, 0]).clamp(-1, 1)
+    def _colours(
+        self, means: Tensor, coefficients: Tensor | None, component: Tensor, choose: Callable
+    ) -> Tensor:
+        """The colours of the chosen component [B, H, W] in turn, each chosen by
+        `choose(colour, mean)` given those before it: [B, C, H, W]."""
+        means = self._take(means, component)
+        red = choose(0, means[:, 0]).clamp(-1, 1)  # or grey
+        if coefficients is None:
+            return red.unsqueeze(1)
+        coefficients = self._take(coefficients, component)
         green = choose(1, means[:, 1] + coefficients[:, 0] * red).clamp(-1, 1)
         blue = choose(2, means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green).clamp(
             -1, 1
@@ -232,70 +250,36 @@ class DML(nn.Module):
         return torch.stack([red, green, blue], dim=1)
 
 
-class _InChunks(torch.autograd.Function):
-    """A log-probability [B] that is a sum over positions, some positions at a time; the backward
-    pass computes it anew.
-
-    Of the dozens of intermediates, each as large as a third of DML's parameters, only a chunk's
-    exist at any time.
-    """
-
-    @staticmethod
-    def forward(ctx, params: Tensor, x: Tensor, log_prob: Callable, numbers: int) -> Tensor:
-        """`log_prob(params, x)`, whose intermediates have so many `numbers` for each position."""
-        ctx.save_for_backward(params, x)
-        ctx.log_prob, ctx.numbers = log_prob, numbers
-        total = params.new_zeros(
-            len(params), dtype=torch.promote_types(params.dtype, torch.float32)
-        )
-        for images, rows in _chunks(params, numbers):
-            total[images] += log_prob(params[images, :, rows], x[images, :, rows])
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        params, x = ctx.saved_tensors
-        grad_params = torch.empty_like(params)
-        for images, rows in _chunks(params, ctx.numbers):
-            chunk = params[images, :, rows].detach().requires_grad_()
-            with torch.enable_grad():
-                value = ctx.log_prob(chunk, x[images, :, rows])
-            (grad_params[images, :, rows],) = torch.autograd.grad(value, chunk, grad[images])
-        return grad_params, None, None, None
-
-
-def _chunks(params: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of images and of rows of [B, channels, H, W]: some whole images, or some rows of
-    one."""
-    batch, _, height, width = params.shape
-    limit = CHUNK_CPU if params.device.type == "cpu" else CHUNK_GPU
-    rows = max(1, limit // max(1, numbers * width))
-    images = max(1, rows // max(1, height))
-    for first_image in range(0, batch, images):
-        for first_row in range(0, height, rows):
-            yield slice(first_image, first_image + images), slice(first_row, first_row + rows)
+def _log_one_minus_exp(log_width: Tensor) -> Tensor:
+    """`log(1 - exp(-w))` of `w = exp(log_width)`, also where `w` is too small for a number."""
+    width = torch.exp(log_width)
+    little = width.clamp(max=1e-3)
+    series = log_width - little / 2 + little**2 / 24  # the next term is w^4 / 2880
+    return torch.where(width < 1e-3, series, torch.log(-torch.expm1(-width.clamp(min=1e-3))))
 
 
 class DL(nn.Module):
     """Discretized logistic with one learnt scale (Kingma et al. 2016), as a proper distribution.
 
     Level `k` is the bin [k / 2^nbits - 0.5, (k + 1) / 2^nbits - 0.5), given as data by its lower
-    edge. The first and the last bin are open, so that the levels' probabilities sum to 1 (the
-    authors' release leaves them closed; see DEVIATIONS.md). Parameter channels: the three means,
+    edge. The first and the last bin are open, so that the levels' probabilities sum to 1. The
+    authors' release leaves them closed and has its data at k / (2^nbits - 1) - 0.5, so that its
+    checkpoints with DL are refused (DEVIATIONS.md). Parameter channels: the colours' means,
     clamped to +-(0.5 - 1/512).
 
     Arguments:
         nbits: Bits per colour, 1 to 8.
+        channels: C, 3 (red, green, blue) or 1 (grey).
 
-    Shapes: parameters [B, 3, H, W]; images [B, 3, H, W]; log-probability [B].
+    Shapes: parameters [B, C, H, W]; images [B, C, H, W]; log-probability [B].
     """
 
-    def __init__(self, nbits: int = 8):
+    def __init__(self, nbits: int = 8, channels: int = 3):
         super().__init__()
         _check_nbits(nbits)
+        _check_channels(channels)
         self.nbits = nbits
-        self.param_channels = 3
+        self.channels = self.param_channels = channels
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -345,11 +329,20 @@ PRIORS = {"IsoGaussian": IsoGaussian}
 OBSERVATIONS = ("DML", "DL")
 
 
-def make_observation(name: str, nbits: int, mix_components: int) -> DML | DL:
-    """The observation model called `name`, "DML" or "DL" (`mix_components` is DML's)."""
+def make_observation(
+    name: str,
+    nbits: int,
+    mix_components: int,
+    channels: int = 3,
+    dml_tails: str = "approximate",
+) -> DML | DL:
+    """The observation model called `name`, "DML" or "DL" (`mix_components` and `dml_tails` are
+    DML's), of images with 3 or 1 `channels`."""
     if name not in OBSERVATIONS:
         raise ValueError(f"obs_model must be one of {', '.join(OBSERVATIONS)}, got {name!r}")
-    return DML(nbits, mix_components) if name == "DML" else DL(nbits)
+    if name == "DML":
+        return DML(nbits, mix_components, channels, dml_tails)
+    return DL(nbits, channels)
 
 
 def standard_normal(
@@ -359,9 +352,8 @@ def standard_normal(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Standard normal noise, drawn with torch's global generator if none is given."""
-    if (
-        generator is None
-    ):  # torch.compile cannot draw for a batch of any size with a generator, not even with None
+    # torch.compile cannot draw for a batch of any size with a generator, not even with None.
+    if generator is None:
         return torch.randn(shape, device=device, dtype=dtype)
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
@@ -391,6 +383,11 @@ def quantize(images: Tensor, nbits: int) -> Tensor:
 def _check_nbits(nbits: int) -> None:
     if nbits not in range(1, 9):
         raise ValueError(f"nbits must be an integer from 1 to 8, got {nbits!r}")
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels!r}")
 
 
 def _inside_unit_interval(uniform: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ class Released:
     def remarks(self) -> list[str]:
         """One line for each reason for which stored tensors are ignored."""
         return [
-            f"ignored: {', '.join(name for name, why in self.ignored.items() if why == reason)} ({reason})"
+            f"ignored: {', '.join(name for name, why in self.ignored.items() if why == reason)} "
+            f"({reason})"
             for reason in dict.fromkeys(self.ignored.values())
         ]
 
@@ -178,13 +179,19 @@ def rebuild_config(
     needed = [name for name in (*architecture, "dataset") if stored.get(name) is not None]
     # The release leaves a sweep's first line as it is, and has no blocks for ablations.
     values = (
-        {"border": "keep", "block": "sdn", "highway": "auto"}
+        {"border": "keep", "block": "sdn", "highway": "auto", "dml_tails": "approximate"}
         | OPTIONAL
         | {name: _plain(stored[name], name, path) for name in needed}
     )
     lacking = sorted({*architecture, "dataset"} - values.keys())
     if lacking:
         raise CheckpointError(f"{path}: its hyper-parameters lack {', '.join(lacking)}")
+    if values["obs_model"] == "DL":
+        raise CheckpointError(
+            f"{path} has the observation model DL, whose data are k / (2^nbits - 1) - 0.5 in the "
+            "authors' program and k / 2^nbits - 0.5 in this one (DEVIATIONS.md): it would see other "
+            "images than it was trained on"
+        )
     config, left_out = _checked(values, path), {}
     for name in [name for name in TRAINING if stored.get(name) is not None]:
         try:
@@ -250,12 +257,15 @@ def load_weights(
             if name not in weights:
                 raise CheckpointError(f"{path}: {where} lack {name}")
             if weights[name].shape != tensor.shape:
-                shapes = f"{list(weights[name].shape)}, its hyper-parameters make it {list(tensor.shape)}"
-                raise CheckpointError(f"{path}: in {where} {name} is {shapes}")
+                raise CheckpointError(
+                    f"{path}: in {where} {name} is {list(weights[name].shape)}, its "
+                    f"hyper-parameters make it {list(tensor.shape)}"
+                )
     if unknown := sorted(released.average.keys() - expected.keys()):
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise CheckpointError(
-            f"{path}: the averaged weights hold {unknown[0]}{more}, which its hyper-parameters have no place for"
+            f"{path}: the averaged weights hold {unknown[0]}{more}, which its "
+            "hyper-parameters have no place for"
         )
     for name in sorted(released.current.keys() - expected.keys()):
         del released.current[name]
@@ -296,7 +306,8 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
     released = translate(checkpoint, source, training=True)
     if released.config.dataset not in IMAGE_SIZES:
         raise CheckpointError(
-            f"{source} is of the data set {released.config.dataset}; known: {', '.join(IMAGE_SIZES)}"
+            f"{source} is of the data set {released.config.dataset}; known: "
+            f"{', '.join(IMAGE_SIZES)}"
         )
     converted = _training_checkpoint(released, checkpoint, source)
     try:

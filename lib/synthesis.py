@@ -37,7 +37,7 @@ def sample_images(
         temperature: Multiplies the prior's standard deviations.
         seed: Image `i` depends on (seed, i) and the temperature.
         batch: Images computed at a time.
-        output: "most_probable" (the most probable component's mean, as in the paper's figures) or
+        output: "most_probable" (the mean of the heaviest component, as in the paper's figures) or
             "sample" (a draw from the observation model, at the data's levels).
     """
     if output not in OUTPUTS:

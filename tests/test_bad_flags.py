@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import evaluate
 import train
-from data import download, histogram, shapes3d, tfrecords_to_lmdb
+from data import download, histogram
+from data.convert import shapes3d, tfrecords
 from experiments import disentanglement, disentanglement_results
 from lib import released
 from lib.config import TrainConfig
@@ -253,11 +254,11 @@ def test_evaluate_with_a_nonsense_value(name, here, images, finished, data):
 
 
 COMMANDS = {
-    "data.tfrecords_to_lmdb": (
-        tfrecords_to_lmdb.main,
+    "data.convert.tfrecords": (
+        tfrecords.main,
         ["ImageNet32", "--source", "file", "--target", "new"],
     ),
-    "data.shapes3d": (shapes3d.main, ["check", "file"]),
+    "data.convert.shapes3d": (shapes3d.main, ["check", "file"]),
     "data.histogram": (histogram.main, ["ImageNet32", "--root", "file", "--nbits", "8"]),
     "python -m lib.released": (released.main, ["file", "new.ckpt"]),
     "data.download": (download.main, ["http://127.0.0.1:9/x", "new", "--sha256", "0"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -110,8 +112,8 @@ def test_rows_of_a_batch_are_independent():
 
 def test_sdn_is_placed_featured_and_directed_as_specified():
     model = DensityVAE(
-        16, h_size=8, z_size=2, depth=4, ds_list=[1, 2], mix_components=1, sdn_min_scale=8, sdn_max_scale=16,
-        sdn_nfeat_0=80, sdn_nfeat_diff=20, sdn_num_dirs=3,
+        16, h_size=8, z_size=2, depth=4, ds_list=[1, 2], mix_components=1,
+        sdn_min_scale=8, sdn_max_scale=16, sdn_nfeat_0=80, sdn_nfeat_diff=20, sdn_num_dirs=3,
     )  # fmt: skip
     blocks = [block for layer in model.ladder_layers for block in (layer.down_a, layer.down_b)]
     assert [isinstance(block, ResSDNLayer) for block in blocks] == [True] * 6 + [False] * 2
@@ -199,8 +201,8 @@ def test_blocks_stand_where_the_sdn_layers_would():
 def test_sdn_features_never_fall_below_fifty_nor_rise():
     for first, expected in ((70, [70, 50]), (30, [30, 30])):
         model = DensityVAE(
-            8, h_size=8, z_size=2, depth=2, ds_list=[0], mix_components=1, sdn_max_scale=8, sdn_nfeat_0=first,
-            sdn_nfeat_diff=128, sdn_num_dirs=1,
+            8, h_size=8, z_size=2, depth=2, ds_list=[0], mix_components=1,
+            sdn_max_scale=8, sdn_nfeat_0=first, sdn_nfeat_diff=128, sdn_num_dirs=1,
         )  # fmt: skip
         assert [
             layer.down_a.sdn.project_in_stage.out_channels for layer in model.ladder_layers
@@ -266,7 +268,7 @@ def test_autocast_is_close_to_float32_with_likelihoods_in_float32(dtype):
         (dict(sdn_num_dirs=5), "sdn_num_dirs 1 to 4"),
         (dict(sdn_nfeat_0=0), "sdn_nfeat_0 must be at least 1"),
         (dict(analytic_kl=True), "analytic_kl needs post_model IsoGaussian"),
-        (dict(image_size=7), "layer 0 cannot halve a map of 7x7"),
+        (dict(image_size=7), "images of 7x7 cannot be halved 2 times.*or images of 8x8 or 4x8"),
         (dict(backend="cuda"), "backend must be one of"),
     ],
 )
@@ -315,3 +317,44 @@ def test_checkpointed_activations_change_memory_alone(variant, autocast):
             assert not model(x).distortion.requires_grad
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert kept[1] < kept[0] / 2, "the likelihood's are left"
+
+
+@pytest.mark.parametrize("obs_model", ["DML", "DL"])
+@pytest.mark.parametrize("downsample_first", [False, True])
+@pytest.mark.parametrize(("channels", "image_size"), [(1, (8, 16)), (3, (16, 8)), (1, 8)])
+def test_grey_and_oblong_images(channels, image_size, obs_model, downsample_first):
+    model = small_model(
+        image_size=image_size,
+        channels=channels,
+        obs_model=obs_model,
+        downsample_first=downsample_first,
+    )
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    assert model.image_shape == (channels, height, width)
+    images = torch.randint(0, 256, (2, channels, height, width), dtype=torch.uint8)
+    output = model(model.observation.encode(images))
+    objective(output, free_bits=0.0).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    params, _ = model.sample(3)
+    drawn = model.observation.to_uint8(model.observation.sample(params))
+    assert drawn.shape == (3, channels, height, width) and drawn.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("size", [(s, t) for s in range(1, 41, 3) for t in (s, 24, 32)])
+@pytest.mark.parametrize("ds_list", [[0], [0, 1], [0, 1, 2]])
+def test_sizes_that_cannot_be_halved_are_refused_with_ones_that_can(size, ds_list):
+    try:
+        model = small_model(image_size=size, ds_list=ds_list)
+    except ValueError as error:
+        message = str(error)
+    else:
+        for (_, h, w), (_, below_h, below_w) in itertools.pairwise(model.latent_shapes):
+            assert (below_h, below_w) in ((h, w), (2 * h, 2 * w)), "maps are halved exactly"
+        return
+    assert message.startswith(
+        f"images of {size[0]}x{size[1]} cannot be halved {len(ds_list)} times"
+    )
+    offered = re.findall(r"(\d+)x(\d+)", message.split("images of", 2)[2])
+    assert offered
+    for height, width in offered:
+        small_model(image_size=(int(height), int(width)), ds_list=ds_list)

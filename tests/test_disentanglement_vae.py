@@ -142,3 +142,14 @@ def test_images_of_another_size_are_refused():
         ValueError, match=r"images must be \[batch, 3, 64, 64\], got \[2, 3, 32, 32\]"
     ):
         model(torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("obs_model", ["DML", "DL"])
+def test_grey_scenes(obs_model):
+    model = DisentanglementVAE(channels=1, obs_model=obs_model)
+    images = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    output = model(model.observation.encode(images))
+    output.elbo.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    drawn = model.observation.sample(model.sample(3)[0])
+    assert drawn.shape == (3, 1, 64, 64)

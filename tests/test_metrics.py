@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 pytest.importorskip("sklearn")
 
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import LinearSVC
 
 from lib.DisentanglementVAE import metrics
@@ -187,12 +188,37 @@ def test_constant_dimensions_beside_a_perfect_code_change_nothing(metric, perfec
 
 
 def test_dimensions_that_vary_by_rounding_only_count_as_constant(perfect):
-    """MIG could not divide their range into bins; SAP's second best is 0, not chance."""
+    """MIG could not divide their range into bins; SAP's second best is chance.
+
+    The orientation alone: SAP's machine cuts off both ends of 15 levels, where chance is one.
+    """
     last_bits = 1 + np.finfo(np.float64).eps * (perfect[:, :1] > 0)
-    for metric in ("mig", "sap"):
+    for metric, least in (("mig", 0.1), ("sap", 0.8 / 15 / 6)):
         alone = scores(metric, perfect[:, -1:])
-        assert alone["score"] > 0.1
+        assert alone["score"] > least
         assert scores(metric, np.concatenate([perfect[:, -1:], last_bits], axis=1)) == alone, metric
+
+
+def test_sap_compares_with_chance_where_the_other_dimensions_are_dead(noise):
+    """As disentanglement_lib, which fits a machine to each dimension, also to those at a constant;
+    noise among them says nothing, whatever the accuracy of chance is."""
+    dead = np.broadcast_to([0.0, 2.0, -1.0], (len(noise), 3))
+    codes = np.concatenate([dead[:, :1], noise[:, :1], dead[:, 1:]], axis=1)
+    source = metrics._Source(codes, DATA, 0, 512)
+    (train, factors), (test, test_factors) = source.samples(2000), source.samples(1000)
+    gaps = []
+    for levels, test_levels in zip(factors.T, test_factors.T, strict=True):
+        accuracies = sorted(
+            LinearSVC(C=0.01, class_weight="balanced")
+            .fit(train[:, [dimension]], levels)
+            .score(test[:, [dimension]], test_levels)
+            for dimension in range(4)
+        )
+        gaps.append(accuracies[-1] - accuracies[-2])
+    found = scores("sap", codes)["score"]
+    # Which of equally likely levels a machine for a constant predicts is a matter of rounding.
+    assert found == pytest.approx(np.mean(gaps), abs=0.015)
+    assert found < 0.03
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e5])
@@ -343,6 +369,30 @@ def test_beta_vae_agrees_with_open_loops():
     right = np.argmax(margins, axis=0) == labels
     assert found == {"score": right[300:].mean(), "train_accuracy": right[:300].mean()}
     assert 0.4 < found["score"] < 1
+
+
+def test_beta_vae_has_the_classifier_of_the_older_scikit_learn():
+    """Up to version 0.21 the default was liblinear, one level against the rest; the multinomial
+    regression of later versions gives other scores, here of a code that is a twentieth as large."""
+    recorder = Recorder()
+    found = scores(
+        "beta_vae",
+        lambda images: 0.05 * recorder(images),
+        recorder.data,
+        train=2000,
+        test=1000,
+        pairs=20,
+    )
+    points = [(np.array(levels), np.array(codes)) for levels, codes in recorder.points(40)]
+    features = np.stack([np.abs(0.05 * (codes[:20] - codes[20:])).mean(0) for _, codes in points])
+    labels = np.array([(levels[:20] == levels[20:]).all(0).argmax() for levels, _ in points])
+    older = OneVsRestClassifier(LogisticRegression(solver="liblinear"))
+    older, later = (
+        classifier.fit(features[:2000], labels[:2000]).score(features[2000:], labels[2000:])
+        for classifier in (older, LogisticRegression())
+    )
+    assert found["score"] == pytest.approx(older, abs=0.002)
+    assert 0.02 < later - older < 0.08
 
 
 def test_mig_agrees_with_open_loops():

@@ -135,3 +135,13 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ValueError, match="pipe.png cannot be read as a picture: it is not a file"):
         load_image(tmp_path / "pipe.png", (3, 4, 6))
+
+
+def test_grey_images_are_grey_pictures(tmp_path):
+    image = torch.arange(0, 240, 10, dtype=torch.uint8).view(1, 4, 6)
+    assert Image.open(save_image(image, tmp_path / "image.png")).mode == "L"
+    assert torch.equal(load_image(tmp_path / "image.png", (1, 4, 6)), image)
+    assert torch.equal(load_image(tmp_path / "image.png", (3, 4, 6)), image.expand(3, -1, -1))
+    grid = save_grid(image.expand(4, -1, -1, -1), tmp_path / "grid.png", columns=2)
+    levels = np.asarray(Image.open(grid))
+    assert (levels == levels[..., :1]).all() and np.isin(image.numpy(), levels).all()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,17 @@ from helpers import GOLDEN, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lib import probability
-from lib.probability import DL, DML, IAF, IsoGaussian, gaussian_kl, make_observation, quantize
+from lib import chunks
+from lib.probability import (
+    DL,
+    DML,
+    IAF,
+    TAILS,
+    IsoGaussian,
+    gaussian_kl,
+    make_observation,
+    quantize,
+)
 from lib.utils import keyed_noise
 
 LAYERS = np.load(GOLDEN / "layers.npz")
@@ -142,6 +152,131 @@ def test_dl_sums_to_one_over_all_levels(nbits, log_scale, mean):
     torch.testing.assert_close(dl.log_prob(params, x).exp().sum().item(), 1.0, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["DML", "DL"])
+@pytest.mark.parametrize("nbits", range(1, 9))
+def test_grey_levels_sum_to_one(name, nbits):
+    torch.manual_seed(4)
+    observation = make_observation(name, nbits, mix_components=3, channels=1).double()
+    levels = (torch.arange(2**nbits) << (8 - nbits)).to(torch.uint8)[:, None, None, None]
+    x = observation.encode(levels).double()
+    for spread in (0.3, 1.0, 5.0):
+        params = spread * torch.randn(1, observation.param_channels, 1, 1, dtype=torch.float64)
+        total = observation.log_prob(params.expand(len(x), -1, -1, -1), x).exp().sum()
+        # In far tails, where a bin has less than 1e-5, DML takes the density at its middle.
+        torch.testing.assert_close(total.item(), 1.0, rtol=0, atol=1e-5 * 2**nbits)
+
+
+def test_grey_dml_is_a_mixture_of_logistics():
+    """Against a sum over components with bins from torch's own logistic distribution function."""
+    torch.manual_seed(4)
+    dml = DML(nbits=3, mix_components=2, channels=1, tails="exact").double()
+    params = torch.randn(5, dml.param_channels, 3, 4, dtype=torch.float64)
+    images = torch.randint(0, 256, (5, 1, 3, 4), dtype=torch.uint8)
+    x = dml.encode(images).double()
+    weights, means, scales = params[:, :2].softmax(1), params[:, 2:4], params[:, 4:6].exp()
+    level = (images >> 5).double()
+    above = torch.where(level == 7, 1.0, torch.sigmoid((x + dml.half_bin - means) / scales))
+    below = torch.where(level == 0, 0.0, torch.sigmoid((x - dml.half_bin - means) / scales))
+    expected = (weights * (above - below)).sum(1).log().sum((1, 2))
+    torch.testing.assert_close(dml.log_prob(params, x), expected)
+
+
+@pytest.mark.parametrize("name", ["DML", "DL"])
+def test_grey_samples_follow_the_distribution(name):
+    torch.manual_seed(5)
+    observation = make_observation(name, 3, mix_components=2, channels=1)
+    if name == "DL":
+        torch.nn.init.constant_(observation.log_scale, -1.5)
+    params = 0.7 * torch.randn(1, observation.param_channels, 1, 1)
+    x = observation.sample(params.expand(20_000, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert x.shape == (20_000, 1, 1, 1)
+    levels = observation.encode((torch.arange(8) << 5).to(torch.uint8))[:, None, None, None]
+    probability = observation.log_prob(params.expand(8, -1, -1, -1), levels).exp()
+    drawn = (x - levels.view(1, -1, 1, 1)).abs().argmin(1).flatten().bincount(minlength=8) / 20_000
+    assert (drawn - probability).abs().max() < 5 * 0.5 / math.sqrt(20_000)
+    image = observation.most_probable(params)
+    assert image.shape == (1, 1, 1, 1) and observation.to_uint8(image).dtype == torch.uint8
+
+
+def log_bin_of_logistic(level, nbits, mean, log_scale):
+    """log P(level) of a discretized logistic with open edges, to 1500 digits."""
+    with mpmath.workdps(1500):
+        mean, scale = mpmath.mpf(mean), mpmath.exp(mpmath.mpf(log_scale))
+        half = mpmath.mpf(1) / (2**nbits - 1)
+        x = 2 * half * level - 1
+
+        def below(value):
+            return 1 / (1 + mpmath.exp(-(value - mean) / scale))
+
+        low = mpmath.mpf(0) if level == 0 else below(x - half)
+        high = mpmath.mpf(1) if level == 2**nbits - 1 else below(x + half)
+        return float(mpmath.log(high - low))
+
+
+@pytest.mark.parametrize("nbits", [1, 5, 8])
+def test_exact_tails_of_dml_against_many_digits(nbits):
+    """Each level under logistics from a needle to almost flat, whose far tails have 1e-900."""
+    dml = DML(nbits, mix_components=1, channels=1, tails="exact").double()
+    levels = sorted({0, 1, 2**nbits // 2, 2**nbits - 2, 2**nbits - 1} & {*range(2**nbits)})
+    for level, mean, log_scale in itertools.product(
+        levels, (-1.0, -0.7, 0.123, 0.9), (-7.0, -5.5, -2.0, 0.0, 9.0, 300.0)
+    ):
+        params = torch.tensor([0.0, mean, log_scale], dtype=torch.float64).view(1, 3, 1, 1)
+        x = torch.full((1, 1, 1, 1), 2 * level / (2**nbits - 1) - 1, dtype=torch.float64)
+        expected = log_bin_of_logistic(level, nbits, mean, log_scale)
+        assert dml.log_prob(params, x).item() == pytest.approx(expected, rel=1e-11, abs=1e-13)
+        # In float32 the position itself is rounded, which a needle feels as 1e-7 * exp(7).
+        single = dml.log_prob(params.float(), x.float()).item()
+        assert single == pytest.approx(expected, rel=2e-4, abs=1e-3)
+
+
+def test_the_approximate_tails_of_dml_are_31_nats_too_low_at_5_bits():
+    """What the field's form costs, and the exact form beside it: two levels from the mean of a
+    needle, and one where both agree."""
+    approximate, exact = (DML(5, 1, channels=1, tails=tails).double() for tails in TAILS)
+    mean = 2 * 15 / 31 - 1
+    for level, error in ((17, -31.0), (15, 0.0)):
+        params = torch.tensor([0.0, mean, -7.0], dtype=torch.float64).view(1, 3, 1, 1)
+        x = torch.full((1, 1, 1, 1), 2 * level / 31 - 1, dtype=torch.float64)
+        expected = log_bin_of_logistic(level, 5, mean, -7.0)
+        assert exact.log_prob(params, x).item() == pytest.approx(expected, rel=1e-12)
+        found = approximate.log_prob(params, x).item()
+        assert found - expected == pytest.approx(error, abs=0.2)
+
+
+@pytest.mark.parametrize("nbits", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_with_exact_tails_dml_sums_to_one(nbits, channels):
+    """Also where the levels are far in the tails; of colour images up to 2 bits, 64 triples."""
+    if channels == 3 and nbits > 2:
+        pytest.skip("a million colours")
+    torch.manual_seed(4)
+    dml = DML(nbits, mix_components=3, channels=channels, tails="exact").double()
+    levels = torch.arange(2**nbits, dtype=torch.float64) * 2 * dml.half_bin - 1
+    x = torch.cartesian_prod(*[levels] * channels).view(-1, channels, 1, 1)
+    for spread in (0.3, 1.0, 5.0, 50.0):
+        params = spread * torch.randn(1, dml.param_channels, 1, 1, dtype=torch.float64)
+        total = dml.log_prob(params.expand(len(x), -1, -1, -1), x).exp().sum()
+        torch.testing.assert_close(total.item(), 1.0, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_exact_tails(dtype):
+    """Finite everywhere, and those of finite differences."""
+    torch.manual_seed(9)
+    for nbits, scale in itertools.product((1, 5, 8), (1.0, 30.0, 1e3, 1e6)):
+        dml = DML(nbits, 2, tails="exact")
+        params = (scale * torch.randn(2, dml.param_channels, 4, 4, dtype=dtype)).requires_grad_()
+        x = dml.encode(torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)).to(dtype)
+        value = dml.log_prob(params, x)
+        value.sum().backward()
+        assert value.isfinite().all() and params.grad.isfinite().all()
+    dml = DML(5, 2, tails="exact")
+    params = torch.randn(1, dml.param_channels, 2, 2, dtype=torch.float64).requires_grad_()
+    x = dml.encode(torch.randint(0, 256, (1, 3, 2, 2), dtype=torch.uint8)).double()
+    assert torch.autograd.gradcheck(lambda params: dml._log_prob(params, x), params)
+
+
 @pytest.mark.parametrize("nbits", range(1, 9))
 def test_dml_data_are_the_quantized_levels(nbits):
     dml = DML(nbits)
@@ -222,6 +357,9 @@ def test_wrong_arguments_say_what_is_allowed():
         DML(mix_components=0)
     with pytest.raises(ValueError, match="obs_model must be one of DML, DL, got 'DLM'"):
         make_observation("DLM", 8, 1)
+    for observation in (DML, DL):
+        with pytest.raises(ValueError, match="channels must be 1 .grey. or 3 .colour., got 2"):
+            observation(channels=2)
     with pytest.raises(ValueError, match="images must be uint8"):
         quantize(torch.zeros(1, 3, 2, 2), 8)
 
@@ -252,8 +390,8 @@ def test_keyed_noise_depends_on_nothing_but_its_keys():
 @pytest.mark.parametrize("limit", [1, 30, 170, 500, 10**6])
 def test_dml_in_chunks_equals_dml_at_once(monkeypatch, limit):
     """Chunks of one row, of some rows, the last ones incomplete, of some images, of all."""
-    monkeypatch.setattr(probability, "WHOLE", 0)
-    monkeypatch.setattr(probability, "CHUNK_CPU", limit)
+    monkeypatch.setattr(chunks, "WHOLE", 0)
+    monkeypatch.setattr(chunks, "CHUNK_CPU", limit)
     torch.manual_seed(7)
     dml = DML(8, 2)
     params = torch.randn(5, dml.param_channels, 7, 4, dtype=torch.float64, requires_grad=True)
@@ -271,8 +409,8 @@ def test_dml_in_chunks_equals_dml_at_once(monkeypatch, limit):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dml_in_chunks_rounds_gradients_once(monkeypatch, dtype):
-    monkeypatch.setattr(probability, "WHOLE", 0)
-    monkeypatch.setattr(probability, "CHUNK_CPU", 50)
+    monkeypatch.setattr(chunks, "WHOLE", 0)
+    monkeypatch.setattr(chunks, "CHUNK_CPU", 50)
     torch.manual_seed(8)
     dml = DML(8, 2)
     params = torch.randn(2, dml.param_channels, 5, 4).to(dtype).requires_grad_()
@@ -289,8 +427,8 @@ def test_dml_in_chunks_rounds_gradients_once(monkeypatch, dtype):
 
 
 def test_dml_needs_no_memory_but_a_chunks(monkeypatch):
-    monkeypatch.setattr(probability, "WHOLE", 0)
-    monkeypatch.setattr(probability, "CHUNK_CPU", 1000)
+    monkeypatch.setattr(chunks, "WHOLE", 0)
+    monkeypatch.setattr(chunks, "CHUNK_CPU", 1000)
     dml = DML(8, 5)
     params, x = (
         torch.randn(2, dml.param_channels, 32, 32, requires_grad=True),

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY
 
-# The one class that reads pickles, which looks nothing up: tests/data/test_cifar10.py shows it.
-RESTRICTED = {("data/cifar10.py", "pickle.Unpickler")}
+# The one class that reads pickles, which looks nothing up, as tests/data/sets/test_cifar10.py
+# shows.
+RESTRICTED = {("data/sets/cifar10.py", "pickle.Unpickler")}
 # Tests that show that malicious files would run, that load what they saved themselves, or start our
 # own scripts.
 SHOWN = {
     "tests/forked.py": {"runpy.run_path"},
-    "tests/data/test_cifar10.py": {"eval", "__import__", "os.system", "pickle.loads"},
-    "tests/data/test_shapes3d.py": {"pickle.loads"},
+    "tests/data/sets/test_cifar10.py": {"eval", "__import__", "os.system", "pickle.loads"},
+    "tests/data/sets/test_shapes3d.py": {"pickle.loads"},
     "tests/test_bad_checkpoints.py": {"eval", "os.system", "pickle.loads"},
     "tests/test_nn.py": {"torch.load without weights_only=True"},
 }
@@ -158,7 +159,7 @@ def test_the_search_sees_the_programs_and_the_tests():
         "train.py",
         "evaluate.py",
         "lib/checkpoint.py",
-        "data/cifar10.py",
+        "data/sets/cifar10.py",
         "tests/test_security.py",
     } <= names
     assert not [name for name in names if "site-packages" in name]

@@ -20,6 +20,6 @@ url=https://storage.googleapis.com/3d-shapes/3dshapes.h5
 sha256=0a0f6ed98baff276a50f3a081a7434d788da63cb135a98189b2a5b5769be1785 # of that file, in TensorFlow Datasets' list
 if [ -n "${SDN_DATA_URL:-}" ]; then url=$SDN_DATA_URL sha256=; fi
 [ -f "${file%.h5}.uncompressed.h5" ] || "$python" -m data.download "$url" "$file" ${sha256:+--sha256 "$sha256"}
-"$python" -m data.shapes3d convert "$file"
+"$python" -m data.convert.shapes3d convert "$file"
 [ "$root" = "$repository/data" ] && flags= || flags=" --root '$root'"
 echo "next: bash '$repository/train_3dshapes.sh'$flags"

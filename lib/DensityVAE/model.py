@@ -3,6 +3,7 @@ decoding."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,14 +48,15 @@ class DensityVAE(nn.Module):
 
     Arguments (names of the authors' release):
         image_size: (height, width) of the images, or one number for both.
+        channels: Colours of the images, 3 or 1 (grey).
         h_size: Deterministic channels.
         z_size: Latent channels of each layer.
         depth: Number of ladder layers; layer 0 is at the image's scale.
         ds_list: Layers that halve the scale (those reached at scale 1 do not).
         downsample_first: Whether the first convolution halves the scale already.
         post_model, prior_model: "IAF" or "IsoGaussian"; "IsoGaussian".
-        obs_model, nbits, mix_components: Observation model "DML" or "DL", bits per colour,
-            components of DML.
+        obs_model, nbits, mix_components, dml_tails: Observation model "DML" or "DL", bits per
+            colour, components and tails of DML.
         sdn_min_scale, sdn_max_scale: A layer whose lower side has a scale in this range uses ResSDN
             layers, or whatever `block` says.
         sdn_nfeat_0, sdn_nfeat_diff: Features of the SDN layers: at first, and how many fewer after
@@ -77,6 +79,7 @@ class DensityVAE(nn.Module):
         self,
         image_size: int | Sequence[int],
         *,
+        channels: int = 3,
         h_size: int,
         z_size: int,
         depth: int,
@@ -87,6 +90,7 @@ class DensityVAE(nn.Module):
         obs_model: str = "DML",
         nbits: int = 8,
         mix_components: int = 5,
+        dml_tails: str = "approximate",
         sdn_min_scale: int = 0,
         sdn_max_scale: int = 0,
         sdn_nfeat_0: int = 0,
@@ -102,14 +106,14 @@ class DensityVAE(nn.Module):
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.image_shape = (3, height, width)
+        self.image_shape = (channels, height, width)
         _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl)
-        self.observation = make_observation(obs_model, nbits, mix_components)
+        self.observation = make_observation(obs_model, nbits, mix_components, channels, dml_tails)
 
         if block not in BLOCKS or highway not in HIGHWAY:
             raise ValueError(
-                f"block must be one of {', '.join(BLOCKS)}, and highway one of {', '.join(HIGHWAY)}; "
-                f"got {block!r} and {highway!r}"
+                f"block must be one of {', '.join(BLOCKS)}, and highway one of "
+                f"{', '.join(HIGHWAY)}; got {block!r} and {highway!r}"
             )
         gated = highway == "on" or highway == "auto" and block == "sdn"
         first_direction = 0
@@ -120,14 +124,18 @@ class DensityVAE(nn.Module):
                 return Block(block, gated)
             if num_features < 1 or num_dirs not in range(1, 5):
                 raise ValueError(
-                    f"with SDN on (sdn_max_scale {sdn_max_scale}) sdn_nfeat_0 must be at least 1 and sdn_num_dirs "
-                    f"1 to 4, got {num_features} and {num_dirs}; sdn_max_scale 0 turns SDN off"
+                    f"with SDN on (sdn_max_scale {sdn_max_scale}) sdn_nfeat_0 must be at least 1 "
+                    f"and sdn_num_dirs 1 to 4, got {num_features} and {num_dirs}; sdn_max_scale 0 "
+                    "turns SDN off"
                 )
             dirs = tuple((first_direction + i) % 4 for i in range(num_dirs))
             first_direction += num_dirs
             return Block(block, gated, num_features, dirs, border, backend)
 
-        scale = _halved((height, width), "the first layer") if downsample_first else (height, width)
+        _check_halvings((height, width), downsample_first + len({*ds_list}))
+        if downsample_first and min(height, width) < 2:
+            raise ValueError(f"downsample_first cannot halve images of {height}x{width}")
+        scale = (height // 2, width // 2) if downsample_first else (height, width)
         num_features = sdn_nfeat_0
         layers, shapes = [], []
         for i in range(depth):
@@ -146,7 +154,7 @@ class DensityVAE(nn.Module):
                 )
             )
             if downsample:
-                scale = _halved(scale, f"layer {i}")
+                scale = (scale[0] // 2, scale[1] // 2)
                 if in_range:  # small models are not raised to SMALLEST_SDN (DEVIATIONS.md)
                     num_features = max(
                         num_features - sdn_nfeat_diff, min(num_features, SMALLEST_SDN)
@@ -155,7 +163,7 @@ class DensityVAE(nn.Module):
 
         kernel = HALF_SCALE if downsample_first else SAME_SCALE
         last_block = next_block(sdn_nfeat_0, 4) if sdn_max_scale >= max(height, width) else PLAIN
-        self.first_layer = make_block(3, h_size, kernel, upsample=False)
+        self.first_layer = make_block(channels, h_size, kernel, upsample=False)
         self.ladder_layers = nn.ModuleList(layers)
         self.h = nn.Parameter(torch.zeros(h_size))
         self.last_layer = nn.Sequential(
@@ -193,7 +201,7 @@ class DensityVAE(nn.Module):
 
         Arguments:
             x: Data as the observation model encodes them (`self.observation.encode(uint8_images)`),
-                [B, 3, H, W].
+                [B, C, H, W].
             noise: Standard normal noise of each layer, top-down order, [B, z_size, H_i, W_i]; drawn
                 if not given.
         """
@@ -202,11 +210,12 @@ class DensityVAE(nn.Module):
         return Output(-self.observation.log_prob(params, x), rates, latents, params)
 
     def bottom_up(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Posterior parameters of each layer, top-down order, and the output of the pass, [B,
-        h_size, H_0, W_0]."""
+        """Posterior parameters of each layer in top-down order, [B, q, H_i, W_i], and the output of
+        the pass, [B, h_size, H_top, W_top]."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}"
+                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got "
+                f"{list(x.shape)}"
             )
         hidden = self.first_layer(x)
         posterior = []
@@ -300,7 +309,8 @@ class DensityVAE(nn.Module):
             return [None] * len(self.latent_shapes)
         if len(tensors) != len(self.latent_shapes):
             raise ValueError(
-                f"{name} must have one entry for each of the {len(self.latent_shapes)} layers, top first"
+                f"{name} must have one entry for each of the {len(self.latent_shapes)} layers, top "
+                "first"
             )
         for step, (tensor, shape) in enumerate(zip(tensors, self.latent_shapes, strict=True)):
             if tensor is not None and tuple(tensor.shape) != (batch, *shape):
@@ -310,12 +320,32 @@ class DensityVAE(nn.Module):
         return tensors
 
 
-def _halved(scale: tuple[int, int], where: str) -> tuple[int, int]:
-    if scale[0] % 2 or scale[1] % 2:
-        raise ValueError(
-            f"{where} cannot halve a map of {scale[0]}x{scale[1]}: choose fewer entries of ds_list"
-        )
-    return scale[0] // 2, scale[1] // 2
+def _check_halvings(size: tuple[int, int], wanted: int) -> None:
+    """Raises ValueError unless a map of this size can be halved so often, or until a side is 1."""
+    if _can_halve(size, wanted):
+        return
+    near = set()
+    for factor in (2**halvings for halvings in range(1, wanted + 1)):
+        sides = [(side // factor * factor, -(-side // factor) * factor) for side in size]
+        near |= {(h, w) for h in sides[0] for w in sides[1] if _can_halve((h, w), wanted)}
+    nearest = sorted(near, key=lambda other: (math.dist(other, size), other))[:3]
+    fitting = " or ".join(f"{h}x{w}" for h, w in nearest)
+    raise ValueError(
+        f"images of {size[0]}x{size[1]} cannot be halved {wanted} times: choose fewer entries of "
+        f"ds_list, or images of {fitting} (height x width)"
+    )
+
+
+def _can_halve(size: tuple[int, int], wanted: int) -> bool:
+    if min(size) < 1:
+        return False
+    for _ in range(wanted):
+        if min(size) == 1:  # such a map stays as it is
+            return True
+        if size[0] % 2 or size[1] % 2:
+            return False
+        size = (size[0] // 2, size[1] // 2)
+    return True
 
 
 def _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl) -> None:

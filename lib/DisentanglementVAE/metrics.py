@@ -9,15 +9,16 @@ Read BetaVAE and FactorVAE together. BetaVAE saturates early: its classifier wei
 at once, so it can tell the factors of a code that mixes them in every dimension. FactorVAE has one
 dimension to tell each factor by.
 
-Each metric gives a dictionary of numbers with the score, in [0, 1], under "score". What all have in
-common:
+Each metric returns a dictionary of numbers with the score, in [0, 1], under "score". All of them
+have these in common:
 
 Arguments:
     represent: A function from images to their codes, or the codes of all images as `encode_all`
-        gives them.
+        returns them.
     data: A data set that knows its factors.
-    seed: Of all draws. The same seed gives the same numbers to the bit on one machine.
-    batch_size: Images encoded at a time; no score depends on it but for rounding.
+    seed: The seed of all random draws. On one machine the same seed gives the same numbers to the
+        bit.
+    batch_size: Number of images encoded at a time; scores depend on it only by rounding.
 
 Raises:
     MetricError: if `data` has no factors, or the codes are not [images, Z] or not finite.
@@ -98,9 +99,12 @@ def beta_vae(
 
     A point has a factor drawn at random and `pairs` pairs of images that agree in it and are
     independent otherwise; its features are the means of `|z1 - z2|` over the pairs. The score is
-    the accuracy on test points of a logistic regression for each factor against the others. Its
-    penalty is felt by codes far smaller than 1, from 0.01 or so. Chance, and the score of a
-    constant code, is one over the number of factors.
+    the accuracy on test points of a logistic regression for each factor against the others, as
+    scikit-learn fitted by default when Locatello et al. used it (up to version 0.21: liblinear,
+    one against the rest). The default of later versions, one multinomial regression, can score a
+    few hundredths more for entangled codes. The penalty of the regression is felt by codes far
+    smaller than 1, from 0.01 or so. Chance, and the score of a constant code, is one over the
+    number of factors.
 
     Arguments:
         train, test: Points.
@@ -127,8 +131,6 @@ def beta_vae(
 
     features, labels = points(train)
     _warn_if_constant(features)
-    # scikit-learn's defaults of 2019. Today's (multinomial) score 0.005 to 0.015 more for entangled
-    # codes.
     classifier = OneVsRestClassifier(LogisticRegression(solver="liblinear")).fit(features, labels)
     return {
         "score": classifier.score(*points(test)),
@@ -170,7 +172,10 @@ def factor_vae(
     variances = source.codes(source.factors(variance_samples)).var(0, ddof=1)
     active = np.sqrt(variances) >= least_deviation
     if not active.any():
-        message = f"no dimension of the representation has a standard deviation of {least_deviation}: its score is 0"
+        message = (
+            "no dimension of the representation has a standard deviation of "
+            f"{least_deviation}: its score is 0"
+        )
         warnings.warn(message, stacklevel=2)
         return {"score": 0.0, "train_accuracy": 0.0, "active_dimensions": 0}
 
@@ -302,9 +307,10 @@ def sap(
     each factor?
 
     The mean over factors of the difference between the test accuracies of the two dimensions that
-    predict the factor best, each by a linear support vector machine of its own; the accuracy of a
-    constant dimension is 0. Scores are low: cuts of a line, one against all, do not tell many
-    levels apart, not even those of a perfect code.
+    predict the factor best, each by a linear support vector machine of its own. As in
+    disentanglement_lib, a constant dimension is as accurate as chance: its machine always predicts
+    the same level. A code of one dimension is compared with a constant one. Scores are low: cuts
+    of a line, one against all, do not tell many levels apart, not even those of a perfect code.
 
     Arguments:
         train, test: Images.
@@ -316,13 +322,18 @@ def sap(
     source = _Source(represent, data, seed, batch_size)
     (codes, factors), (test_codes, test_factors) = source.samples(train), source.samples(test)
     _warn_if_constant(codes)
+    varying = codes.std(0) > CONSTANT
+    # All constant dimensions are alike, and no more than two can be the best.
+    constant = max(min(2, np.sum(~varying)), 2 - np.sum(varying))
+    columns, test_columns = (
+        np.pad(values[:, varying], ((0, 0), (0, constant))) for values in (codes, test_codes)
+    )
     gaps = []
     for levels, test_levels in zip(factors.T, test_factors.T, strict=True):
-        accuracies = [0.0, 0.0]
-        for values, test_values in zip(codes.T, test_codes.T, strict=True):
-            if values.std() > CONSTANT:
-                model = LinearSVC(C=penalty, class_weight="balanced").fit(values[:, None], levels)
-                accuracies.append(model.score(test_values[:, None], test_levels))
+        accuracies = []
+        for values, test_values in zip(columns.T, test_columns.T, strict=True):
+            model = LinearSVC(C=penalty, class_weight="balanced").fit(values[:, None], levels)
+            accuracies.append(model.score(test_values[:, None], test_levels))
         second, first = sorted(accuracies)[-2:]
         gaps.append(first - second)
     return {"score": float(np.mean(gaps))}
@@ -379,13 +390,14 @@ def factor_sizes(data: FactorData) -> tuple[int, ...]:
     """Levels of each factor; raises MetricError if `data` has none that metrics can use."""
     if not isinstance(data, FactorData):
         raise MetricError(
-            f"{type(data).__name__} has no factors of variation; a metric needs a data set with factor_sizes and "
-            "images(factors), such as one of 3D-Shapes"
+            f"{type(data).__name__} has no factors of variation; a metric needs a data set with "
+            "factor_sizes and images(factors), such as one of 3D-Shapes"
         )
     sizes = tuple(data.factor_sizes)
     if len(sizes) < 2 or min(sizes) < 2:
         raise MetricError(
-            f"a metric needs two factors or more, of two levels or more each; got factor_sizes {sizes}"
+            "a metric needs two factors or more, of two levels or more each; got factor_sizes "
+            f"{sizes}"
         )
     return sizes
 

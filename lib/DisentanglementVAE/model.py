@@ -26,9 +26,10 @@ class DisentanglementVAE(nn.Module):
 
     Arguments:
         image_size: (64, 64) or 64.
+        channels: Colours of the images, 3 or 1 (grey).
         z_size: Number of latent dimensions Z.
-        obs_model, nbits, mix_components: Observation model "DL" or "DML", bits per colour,
-            components of DML.
+        obs_model, nbits, mix_components, dml_tails: Observation model "DL" or "DML", bits per
+            colour, components and tails of DML.
         sdn_nfeat: Features of the SDN layer; 0: the convolutional decoder.
         sdn_dirs: Directions of its sweeps.
         border, backend: See `lib.nn.SDNLayer`.
@@ -42,10 +43,12 @@ class DisentanglementVAE(nn.Module):
         self,
         image_size: int | Sequence[int] = IMAGE_SIZE,
         *,
+        channels: int = 3,
         z_size: int = 10,
         obs_model: str = "DL",
         nbits: int = 8,
         mix_components: int = 5,
+        dml_tails: str = "approximate",
         sdn_nfeat: int = 0,
         sdn_dirs: Sequence[int] = (0,),
         border: str = "zeros",
@@ -60,11 +63,11 @@ class DisentanglementVAE(nn.Module):
             )
         if z_size < 1:
             raise ValueError(f"z_size must be at least 1, got {z_size}")
-        self.image_shape = (3, IMAGE_SIZE, IMAGE_SIZE)
+        self.image_shape = (channels, IMAGE_SIZE, IMAGE_SIZE)
         self.latent_shapes = [(z_size,)]
         self.analytic_kl = analytic_kl
         self.posterior = IsoGaussian(z_size)
-        self.observation = make_observation(obs_model, nbits, mix_components)
+        self.observation = make_observation(obs_model, nbits, mix_components, channels, dml_tails)
 
         def down(in_ch: int, out_ch: int) -> nn.Module:
             return make_convolution(in_ch, out_ch, *HALF_SCALE, upsample=False)
@@ -85,7 +88,7 @@ class DisentanglementVAE(nn.Module):
                 backend=backend,
             )
         self.encoder = nn.Sequential(
-            *(down(3, 32), nn.ReLU()),  # scale 32
+            *(down(channels, 32), nn.ReLU()),  # scale 32
             *(down(32, 32), nn.ReLU()),  # 16
             *(down(32, 64), nn.ReLU()),  # 8
             *(down(64, 64), nn.ReLU()),  # 4
@@ -122,7 +125,7 @@ class DisentanglementVAE(nn.Module):
 
         Arguments:
             x: Data as the observation model encodes them (`self.observation.encode(uint8_images)`),
-                [B, 3, 64, 64].
+                [B, C, 64, 64].
             noise: [standard normal noise [B, Z]]; drawn if not given.
         """
         posterior, _ = self.bottom_up(x)
@@ -139,7 +142,8 @@ class DisentanglementVAE(nn.Module):
         pass's output."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}"
+                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got "
+                f"{list(x.shape)}"
             )
         q_params = self.encoder(x)
         return [q_params], q_params

@@ -130,7 +130,7 @@ def negative_log_likelihood(
         open_model: Called with a device's name; gives the model in evaluation mode on that device,
             and the images, uint8 [3, H, W] by index. With several devices it must be picklable.
         indices: Of the images, each once.
-        image_shape: (3, H, W).
+        image_shape: (C, H, W).
         samples: K.
         seed: Of the noise.
         ledger: The file of finished images, see `Ledger`. It may hold further images, which do not

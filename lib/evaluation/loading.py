@@ -111,7 +111,8 @@ def load_model(
 
     Arguments:
         path: Checkpoint written by `train.py`, or in the authors' format.
-        image_sizes: (height, width) of the images of each data set by its name.
+        image_sizes: (height, width) of the images of each data set by its name; of another data
+            set the configuration has it.
         backend: Of the sweeps, see `lib.nn.SDNLayer`.
         device: Where the model goes.
 
@@ -121,12 +122,13 @@ def load_model(
     checkpoint = read_checkpoint(path)
     released = translate(checkpoint, path) if is_released(checkpoint) else None
     config = released.config if released else stored_config(checkpoint, path)
-    if config.dataset not in image_sizes:
+    size = config.image_size or image_sizes.get(config.dataset)
+    if not size:
         raise CheckpointError(
             f"{path} is of the data set {config.dataset}; known are {', '.join(image_sizes)}"
         )
     try:
-        model = build_model(replace(config, backend=backend), image_sizes[config.dataset])
+        model = build_model(replace(config, backend=backend), size, config.channels or 3)
     except ValueError as error:
         raise CheckpointError(f"{path}: its configuration cannot be: {error}") from None
     if released:

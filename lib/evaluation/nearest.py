@@ -35,7 +35,7 @@ class Neighbours:
         mse: Mean over C, H, W of the squared differences of uint8 levels, float64 [Q, k].
         mirrored: Whether the image flipped left to right was the nearer one, bool [Q, k].
         images: The training images as compared (prepared, and flipped where `mirrored`), uint8 [Q,
-            k, 3, H, W].
+            k, C, H, W].
         searched: Number of training images seen.
     """
 
@@ -66,8 +66,8 @@ def nearest_images(
     seen.
 
     Arguments:
-        queries: uint8 [Q, 3, H, W].
-        batches: (uint8 training images [B, 3, H, W], their indices [B]); images with a negative
+        queries: uint8 [Q, C, H, W].
+        batches: (uint8 training images [B, C, H, W], their indices [B]); images with a negative
             index do not count.
         count: Neighbours of each query.
         device: Where to compute.
@@ -163,7 +163,7 @@ def nearest_images(
 
 
 def _padded_levels(images: Tensor) -> Tensor:
-    """Images [N, 3, H, W] as [N, D], D the next multiple of BLOCK: filled up with zeros, in which
+    """Images [N, C, H, W] as [N, D], D the next multiple of BLOCK: filled up with zeros, in which
     no two differ."""
     levels = images.flatten(1)
     missing = -levels.shape[1] % BLOCK
@@ -197,13 +197,14 @@ def _squared_norms(blocks: Tensor) -> Tensor:
 
 
 def _check_images(images: Tensor, what: str, shape: torch.Size | None = None) -> None:
-    """Raises ValueError unless `images` are uint8 [N, 3, H, W], of `shape` [3, H, W] if given."""
+    """Raises ValueError unless `images` are uint8 [N, C, H, W] with 1 or 3 channels, and of `shape`
+    [C, H, W] if given."""
     if (
         images.dtype != torch.uint8
         or images.ndim != 4
-        or images.shape[1:] != (shape or (3, *images.shape[2:]))
+        or (images.shape[1:] != shape if shape else images.shape[1] not in (1, 3))
     ):
-        size = ", ".join(map(str, shape or (3, "H", "W")))
+        size = ", ".join(map(str, shape or ("1 or 3", "H", "W")))
         raise ValueError(
             f"{what} must be uint8 [N, {size}], got {images.dtype} {list(images.shape)}"
         )

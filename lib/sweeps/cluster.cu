@@ -465,8 +465,7 @@ DEVICE void sweep_forward(const ForwardArguments& args, u32 weights, u32 bias, u
             u32 packed[2][ROOM];
             float value[2][2 * ROOM];
 #if KEEPS
-            float r_[2][2 * ROOM], z_[2][2 * ROOM], n_[2][2 * ROOM], m_[2][2 * ROOM];
-            float h_[2][2 * ROOM];
+            u32 kept[2][5][ROOM];  // the coefficients, packed at once: registers are few
 #endif
             for_places([&](int half, auto first, auto width, int channel) {
                 constexpr int G = decltype(first)::value, W = decltype(width)::value;
@@ -477,6 +476,9 @@ DEVICE void sweep_forward(const ForwardArguments& args, u32 weights, u32 bias, u
                     Product::unpack(own.gates[half][1] + G + i, own_z[0], own_z[1]);
                     Product::unpack(own.gates[half][2] + G + i, own_m[0], own_m[1]);
                     Feature::unpack(own.features[half] + (G + i) * Feature::WORDS, h[0], h[1]);
+#if KEEPS
+                    float a[5][2];
+#endif
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         const float* sum = sums + (G + i) * 12 + half * 2 + e;
@@ -491,11 +493,18 @@ DEVICE void sweep_forward(const ForwardArguments& args, u32 weights, u32 bias, u
                         if (is_kept) z = 1;
                         value[half][2 * (G + i) + e] = is_kept ? h[e] : n + z * (h[e] - n);
 #if KEEPS
-                        const int index = 2 * (G + i) + e;
-                        r_[half][index] = r, z_[half][index] = z, n_[half][index] = n;
-                        m_[half][index] = m, h_[half][index] = h[e];
+                        a[0][e] = (1 - z) * (1 - n * n);
+                        a[3][e] = a[0][e] * r;
+                        a[1][e] = a[3][e] * m * (1 - r);
+                        a[2][e] = (h[e] - n) * z * (1 - z);
+                        a[4][e] = z;
 #endif
                     }
+#if KEEPS
+#pragma unroll
+                    for (int j = 0; j < 5; j++)
+                        Product::pack(a[j][0], a[j][1], kept[half][j] + G + i);
+#endif
                     Product::pack(value[half][2 * (G + i)], value[half][2 * (G + i) + 1],
                                   packed[half] + G + i);
                 }
@@ -521,27 +530,10 @@ DEVICE void sweep_forward(const ForwardArguments& args, u32 weights, u32 bias, u
                 store_global<W * Feature::WORDS>(
                     at(args.corrected, in_lines(half, line, channel), Feature::BYTES), words);
 #if KEEPS
-                u32 kept[5][W];
+                char* coefficients = at(args.coefficients, in_rows(half, line) * (5 * C) + channel, 2);
 #pragma unroll
-                for (int i = 0; i < W; i++) {
-                    float a[5][2];
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const int index = 2 * (G + i) + e;
-                        const float r = r_[half][index], z = z_[half][index], n = n_[half][index];
-                        const float a_n = (1 - z) * (1 - n * n), a_m = a_n * r;
-                        a[0][e] = a_n;
-                        a[1][e] = a_m * m_[half][index] * (1 - r);
-                        a[2][e] = (h_[half][index] - n) * z * (1 - z);
-                        a[3][e] = a_m;
-                        a[4][e] = z;
-                    }
-#pragma unroll
-                    for (int j = 0; j < 5; j++) Product::pack(a[j][0], a[j][1], kept[j] + i);
-                }
-                char* to = at(args.coefficients, in_rows(half, line) * (5 * C) + channel, 2);
-#pragma unroll
-                for (int j = 0; j < 5; j++) store_global<W>(to + j * C * 2, kept[j]);
+                for (int j = 0; j < 5; j++)
+                    store_global<W>(coefficients + j * C * 2, kept[half][j] + G);
 #endif
             });
             if (k + 1 < args.num_lines) fetch(line + args.step, own);

@@ -27,6 +27,7 @@ the tile of Hopper's wgmma instruction, and 32 clusters fill an H100 with a batc
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ from .products import kept  # noqa: F401 - what the backend keeps
 BLOCK_ROWS = 131072
 FEATURES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # names of types in cluster.cu
 TILE = 64  # rows of a warpgroup
+MOST_UNITS = {1: 5, 2: 8}  # of a block, by groups: more would not fit in registers
 
 
 class Limits(NamedTuple):
@@ -89,7 +91,7 @@ def plan(
         estimate = limits.multiprocessors if blocks == 1 else parts * (16 // blocks)
         for groups in (2, 1):
             widest = -(-blocks // groups) * units if backward else units // groups
-            if units > 4 * groups or widest > 32:
+            if units > MOST_UNITS[groups] or widest > 32:
                 continue  # registers
             clusters = (active or {}).get((blocks, groups), estimate)
             for images in range(1, min(batch, 2 * TILE // groups // num_positions) + 1):
@@ -97,7 +99,7 @@ def plan(
                 shared, offset = _shared_bytes(*sizes, limits.shared_bytes)
                 if shared > limits.shared_bytes:
                     break
-                waves = -(-(-(-batch // images)) // max(1, clusters))
+                waves = math.ceil(math.ceil(batch / images) / max(1, clusters))
                 line = waves * _cycles(images * num_positions, C, blocks, units, groups, backward)
                 if clusters and (best is None or line < best.cycles):
                     best = Plan(blocks, units, groups, images, shared, offset, line)
@@ -315,6 +317,9 @@ def _launch(
         if chosen[:1] + chosen[2:3] in active:
             break
         active[chosen.cluster, chosen.groups] = kernel.active
+    if not backward and not graphs.is_small(lines) and not graphs.is_capturing(lines.device):
+        # Whether coefficients are kept depends on the free memory, and a capture must not compile.
+        cluster.load(lines.device, constants._replace(KEEPS=not constants.KEEPS))
     num_clusters = min(-(-batch // chosen.images), kernel.active)
     sizes = dict(num_lines=len(block), num_positions=num_positions, batch=batch)
     strides = zip(("line_stride", "position_stride", "image_stride"), lines.stride(), strict=False)

@@ -70,7 +70,7 @@ def _should_keep(lines: Tensor, product_dtype: torch.dtype) -> bool:
     if lines.device.type == "cpu":
         return True
     if graphs.is_small(lines):
-        return graphs.is_capturing(lines.device)
+        return False
     if lines.device.type != "cuda" or torch.compiler.is_compiling():
         return True
     if SAVED_TENSORS_HOOKS is None or SAVED_TENSORS_HOOKS(True) is not None:

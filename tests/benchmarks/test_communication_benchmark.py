@@ -7,7 +7,7 @@ import torch
 from helpers import TINY
 
 import train
-from benchmarks.communication import BACKWARD_SHARE, BETWEEN_NODES, count, efficiency, recipe_flags
+from benchmarks.communication import BACKWARD_SHARE, BETWEEN_NODES, count, efficiency, recipe
 from lib.training.base import objective
 
 
@@ -18,16 +18,13 @@ def test_the_bytes_counted_are_those_of_the_gradients():
     output = module.model(module.model.observation.encode(images))
     objective(output).backward()
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    counted = count(TINY)
+    counted = count(config)
     assert counted["gradient_bytes"] == sum(4 * gradient.numel() for gradient in gradients)
     assert counted["gradient_tensors"] == len(gradients)
 
 
 def test_flags_are_those_of_the_recipes():
-    sdn, cnn = (
-        train.parse([*recipe_flags("train_cifar.sh", variant), "--gpus", "0"])
-        for variant in ("sdn", "cnn")
-    )
+    sdn, cnn = (recipe("train_cifar.sh", variant) for variant in ("sdn", "cnn"))
     assert (sdn.dataset, sdn.depth, sdn.sdn_nfeat_0, sdn.sdn_max_scale) == ("CIFAR10", 15, 360, 32)
     assert cnn.sdn_max_scale == 0
 

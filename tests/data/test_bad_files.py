@@ -25,10 +25,11 @@ from PIL import Image
 
 import evaluate
 import train
-from data import histogram, shapes3d, tfrecords_to_lmdb
-from data.cifar10 import images_of
+from data import histogram, scenes
+from data.convert import shapes3d, tfrecords
 from data.errors import DataError
 from data.lmdb_datasets import LmdbImages
+from data.sets.cifar10 import images_of
 from lib import released
 
 pytest.importorskip("lmdb")
@@ -188,10 +189,8 @@ def test_damaged_tfrecords(tmp_path_factory, formats, data, cut, changes, as_arc
     target = tmp_path_factory.mktemp("target")
     (target / "mine").write_text("mine")
     with leaving_files_alone(folder, target):
-        ending = ending_of(
-            tfrecords_to_lmdb.main, ["ImageNet32", "--source", source, "--target", target]
-        )
-    assert_told(ending, "data.tfrecords_to_lmdb")
+        ending = ending_of(tfrecords.main, ["ImageNet32", "--source", source, "--target", target])
+    assert_told(ending, "data.convert.tfrecords")
     assert damaged != whole or ending.status == 0
     if not as_archive and damaged != whole and "-r05-" in name:
         assert ending.status == 2
@@ -205,8 +204,8 @@ def hdf5_bytes(tmp_path_factory):
     h5py = pytest.importorskip("h5py")
     path = tmp_path_factory.mktemp("h5") / "3dshapes.h5"
     with h5py.File(path, "w") as file:
-        shape = (shapes3d.SCENES, *shapes3d.IMAGE_SHAPE)
-        file.create_dataset("labels", data=shapes3d.all_labels(), compression="gzip")
+        shape = (scenes.SCENES, *scenes.IMAGE_SHAPE)
+        file.create_dataset("labels", data=scenes.all_labels(), compression="gzip")
         file.create_dataset("images", shape, np.uint8, chunks=(64, 64, 64, 3), compression="gzip")
     return path.read_bytes()
 
@@ -222,7 +221,7 @@ def test_a_damaged_hdf5_file(tmp_path_factory, hdf5_bytes, cut, changes, action)
     def work():
         with leaving_files_alone(path.parent):
             ending = ending_of(shapes3d.main, [action, path])
-        assert_refused(ending, "data.shapes3d", "3dshapes.h5")
+        assert_refused(ending, "data.convert.shapes3d", "3dshapes.h5")
         assert list(path.parent.iterdir()) == [path]
         sys.exit(ending.status)
 
@@ -310,8 +309,8 @@ def commands_that_write(finished: Path, source: Path, folder: Path) -> dict[str,
             ["--checkpoint", best, "--likelihood", "--latents", "--sampling", *drawn],
         ),
         "python -m lib.released": (released.main, [GOLDEN / "tiny_8bit.ckpt", folder / "new.ckpt"]),
-        "data.tfrecords_to_lmdb": (
-            tfrecords_to_lmdb.main,
+        "data.convert.tfrecords": (
+            tfrecords.main,
             ["ImageNet32", "--source", source, "--target", folder / "data", "--force"],
         ),
     }
@@ -340,7 +339,7 @@ def test_a_full_disk(finished, tmp_path_factory, formats, size, number):
     new, figures = folder / "new.ckpt", folder / "figs/tiny"
     if program != "python -m lib.released":  # which never writes a second time
         assert ending_of(main, arguments).status == 0
-    before = images_in(folder / "data") if program == "data.tfrecords_to_lmdb" else []
+    before = images_in(folder / "data") if program == "data.convert.tfrecords" else []
     for path in figures.glob("likelihood_*.csv"):  # it is begun anew
         path.unlink()
     with leaving_files_alone(finished), files_of_at_most(size):

@@ -6,7 +6,7 @@ from test_datamodule import NoisyPictures, Pictures
 from torch.utils.data import Subset, default_collate
 
 from data.datamodule import PADDING, BatchLoader, ImageDataModule, IndexedImages
-from data.shapes3d_rendered import Shapes3DRendered
+from data.sets.shapes3d_rendered import Shapes3DRendered
 
 
 class BatchedPictures(Pictures):

@@ -12,6 +12,7 @@ import torch
 
 from data.datamodule import PADDING, EpochSampler, ImageDataModule, IndexedImages
 from data.errors import DataError
+from data.get_dataset import DATASETS
 from lib.utils import mixed_seed
 
 
@@ -216,8 +217,8 @@ def test_validation_counts_each_index_once_over_the_ranks(size, world_size):
 
 @pytest.fixture
 def few_photos(monkeypatch):
-    monkeypatch.setattr("data.photos32.TRAIN_LENGTH", 150)
-    monkeypatch.setattr("data.photos32.VALIDATION_LENGTH", 130)
+    monkeypatch.setattr("data.sets.photos32.TRAIN_LENGTH", 150)
+    monkeypatch.setattr("data.sets.photos32.VALIDATION_LENGTH", 130)
 
 
 @pytest.mark.usefixtures("few_photos")
@@ -244,11 +245,9 @@ def test_workers_give_the_same_batches():
 def test_training_flips_where_the_registry_says_so_and_validation_never(monkeypatch):
     from dataclasses import replace
 
-    from data import datamodule
-
     for flip in (True, False):
-        spec = replace(datamodule.DATASETS["Photos32"], flip=flip)
-        monkeypatch.setitem(datamodule.DATASETS, "Photos32", spec)
+        spec = replace(DATASETS["Photos32"], flip=flip)
+        monkeypatch.setitem(DATASETS, "Photos32", spec)
         data = module()
         assert (data.train.augment, data.train.flip) == (True, flip)
         assert (data.validation.augment, data.validation.flip) == (False, False)

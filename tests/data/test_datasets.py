@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers import REPOSITORY
 
-from data import photos32
 from data.errors import DataError
 from data.get_dataset import DATASETS, get_dataset
-from data.photos32 import Photos32, photographs
+from data.sets import photos32
+from data.sets.photos32 import Photos32, photographs
+
+STRIPES = """
+import torch
+from torch.utils.data import Dataset
+
+from ..registry import DatasetSpec, register
+
+
+class Stripes(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        rows = torch.arange(4, dtype=torch.uint8) // (index + 1)
+        return rows.view(1, 4, 1).expand(3, 4, 4).clone()
+
+
+register(DatasetSpec("Stripes", (3, 4, 4), False, "nothing to get", lambda root, split: Stripes()))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +175,19 @@ def test_an_unfinished_conversion_counts_as_missing(tmp_path):
         DataError, match=r"there is no .*train\.lmdb; get it with: .*get_imagenet_data\.sh"
     ):
         get_dataset("ImageNet32", tmp_path)
+
+
+def test_a_new_data_set_is_one_file(tmp_path):
+    """A module in `data/sets/` is enough for the programs to know it."""
+    copy = tmp_path / "repository"
+    shutil.copytree(REPOSITORY / "data", copy / "data", ignore=shutil.ignore_patterns("*.lmdb"))
+    (copy / "lib").symlink_to(REPOSITORY / "lib")
+    (copy / "data/sets/stripes.py").write_text(STRIPES)
+    program = "from data.get_dataset import *; print(get_dataset('Stripes')[1][0, :, 0].tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[0, 0, 1, 1]\n"
+    command = [sys.executable, "-m", "data.histogram", "Stripes", "--nbits", "1"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Stripes, 1 bits: histogram of each colour: ")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import REPOSITORY
 
-from data.shapes3d import SCENES, all_labels, uncompressed
+from data.scenes import SCENES, all_labels
 
 h5py = pytest.importorskip("h5py")
 SCRIPT = REPOSITORY / "data/3DShapes/get_3dshapes_data.sh"
@@ -37,9 +37,9 @@ def test_the_script_downloads_converts_and_names_the_data_set(tmp_path):
     published = "0a0f6ed98baff276a50f3a081a7434d788da63cb135a98189b2a5b5769be1785"
     url = "https://storage.googleapis.com/3d-shapes/3dshapes.h5"
     assert download == f"-m data.download {url} {file} --sha256 {published}"
-    assert convert == f"-m data.shapes3d convert {file}"
+    assert convert == f"-m data.convert.shapes3d convert {file}"
     assert following == f"next: bash '{REPOSITORY}/train_3dshapes.sh' --root '{root}'"
-    uncompressed(file).touch()
+    file.with_suffix(".uncompressed.h5").touch()
     done = run_script(root, SDN_PYTHON=str(fake), SDN_DATA_URL="")
     assert done.stdout.splitlines() == [convert, following]
 

@@ -76,8 +76,6 @@ def test_the_scripts_download_convert_and_name_the_recipe(script, archive, recip
     download, convert, following = done.stdout.splitlines()
     url = f"https://openaipublic.azureedge.net/glow-demo/data/{archive}"
     assert download == f"-m data.download {url} {root / name / archive}"
-    assert (
-        convert
-        == f"-m data.tfrecords_to_lmdb {name} --source {root / name / archive} --target {root / name}"
-    )
+    source, target = root / name / archive, root / name
+    assert convert == f"-m data.convert.tfrecords {name} --source {source} --target {target}"
     assert f"bash {recipe} --root '{root}'" in following

@@ -150,6 +150,36 @@ def test_a_value_of_the_wrong_length(tmp_path, formats):
         images[0]
 
 
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ({"00000000": b"\x89PNG\r\n\x1a\n123"}, "first key is b'00000000', its first value a PNG"),
+        ({"a1b2.webp": b"RIFF1234WEBP"}, "a WebP picture of 12 bytes"),
+        (
+            {"0": b"\xff\xd8\xff\xe0", "1": b"\xff\xd8\xff\xe0"},
+            "'0', its first value a JPEG picture",
+        ),
+        ({"0": b"\x80\x04]q.", "length": b"\x80\x04K\x01."}, "a pickle of 5 bytes"),
+        ({"image-000000001": bytes(72), "num-samples": b"1"}, "'image-000000001'"),
+    ],
+)
+def test_lmdbs_of_other_programs_are_told_apart_from_damage(tmp_path, formats, values, kind):
+    path = tmp_path / "x.lmdb"
+    formats.write_lmdb(path, values)
+    with pytest.raises(DataError) as caught:
+        LmdbImages(path, SHAPE, "bash get_it.sh")[0]
+    line = str(caught.value)
+    assert "made by another program" in line and kind in line and "\n" not in line
+    assert "keys here are 0, 1, ... and the values raw images" in line
+    assert ("data.convert.images" in line) == ("picture" in kind or "PNG" in kind)
+
+
+def test_an_lmdb_that_is_a_file(tmp_path):
+    (tmp_path / "x.lmdb").write_bytes(b"data")
+    with pytest.raises(DataError, match=r"x\.lmdb is a file; needed is a folder with data\.mdb"):
+        LmdbImages(tmp_path / "x.lmdb", SHAPE, "get it")
+
+
 def test_a_missing_image(tmp_path, formats):
     formats.write_lmdb(tmp_path / "x.lmdb", {0: bytes(72), 2: bytes(72), 5: bytes(72)})
     images = LmdbImages(tmp_path / "x.lmdb", SHAPE, "get it")

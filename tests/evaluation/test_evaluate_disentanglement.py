@@ -12,7 +12,7 @@ from helpers import assert_one_line_error, run
 from PIL import Image
 
 import evaluate
-from data.shapes3d_rendered import Shapes3DRendered
+from data.sets.shapes3d_rendered import Shapes3DRendered
 from lib.DisentanglementVAE import DisentanglementVAE
 from lib.DisentanglementVAE.metrics import MetricError, beta_vae, factor_vae
 from lib.evaluation.disentanglement import FewerLevels, disentanglement_scores

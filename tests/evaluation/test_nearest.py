@@ -231,15 +231,15 @@ ONE_BATCH = [(IMAGES, INDICES)]
             IMAGES.float(),
             ONE_BATCH,
             {},
-            r"queries must be uint8 \[N, 3, H, W\], got torch.float32 \[5, 3, 4, 4\]",
+            r"queries must be uint8 \[N, 1 or 3, H, W\], got torch.float32 \[5, 3, 4, 4\]",
         ),
         (
             IMAGES[0],
             ONE_BATCH,
             {},
-            r"queries must be uint8 \[N, 3, H, W\], got torch.uint8 \[3, 4, 4\]",
+            r"queries must be uint8 \[N, 1 or 3, H, W\], got torch.uint8 \[3, 4, 4\]",
         ),
-        (IMAGES[:, :1], ONE_BATCH, {}, r"queries must be .*, got torch.uint8 \[5, 1, 4, 4\]"),
+        (IMAGES[:, :2], ONE_BATCH, {}, r"queries must be .*, got torch.uint8 \[5, 2, 4, 4\]"),
         (IMAGES[:0], ONE_BATCH, {}, "queries must not be empty"),
         (IMAGES[..., :0], ONE_BATCH, {}, "queries must not be empty"),
         (IMAGES, ONE_BATCH, {"count": 0}, "count must be at least 1, got 0"),
@@ -276,3 +276,13 @@ def test_the_largest_admitted_index_is_told_from_its_neighbours():
     assert result.indices.tolist() == [[limit - 1, limit - 3, limit - 2]]
     with pytest.raises(ValueError, match=f"below {limit}"):
         nearest_images(queries, [(queries, torch.tensor([limit]))], count=1, device="cpu")
+
+
+def test_grey_oblong_images():
+    images = torch.randint(256, (20, 1, 5, 9), dtype=torch.uint8)
+    queries = images[:3].flip(-1)
+    result = nearest_images(queries, batches_of(images, 7), count=4, device="cpu", mirror=True)
+    assert_exact(result, queries, images, 4, mirror=True)
+    assert result.images.shape == (3, 4, 1, 5, 9)
+    with pytest.raises(ValueError, match=r"must be uint8 \[N, 1, 5, 9\]"):
+        nearest_images(queries, batches_of(images.repeat(1, 3, 1, 1), 7), count=4, device="cpu")

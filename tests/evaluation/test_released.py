@@ -75,6 +75,18 @@ def golden_names(path) -> list[str]:
     return list(read_checkpoint(path)["state_dict"])
 
 
+def test_a_checkpoint_with_dl_is_refused(tmp_path):
+    """Its model saw k / (2^nbits - 1) - 0.5, ours would show it k / 2^nbits - 0.5."""
+    checkpoint = golden("tiny_8bit")
+    checkpoint["hyper_parameters"]["obs_model"] = "DL"
+    path = saved(checkpoint, tmp_path)
+    with pytest.raises(CheckpointError, match="observation model DL, whose data are .* other"):
+        translate(read_checkpoint(path), path)
+    with pytest.raises(CheckpointError, match="observation model DL"):
+        convert(path, tmp_path / "last.ckpt")
+    assert not (tmp_path / "last.ckpt").exists()
+
+
 @pytest.mark.parametrize("name", ["tiny_8bit", "tiny_5bit"])
 def test_every_stored_tensor_is_used_or_listed(name):
     checkpoint = golden(name)
@@ -91,7 +103,12 @@ def test_the_configuration_is_rebuilt():
     loaded = load_model(GOLDEN / "tiny_5bit.ckpt", IMAGE_SIZES)
     config, stored = loaded.config, golden("tiny_5bit")["hyper_parameters"]
     assert loaded.released and loaded.step == 1234 and not loaded.model.training
-    ours = {"border": "keep", "block": "sdn", "highway": "auto"}
+    ours = {
+        "border": "keep",
+        "block": "sdn",
+        "highway": "auto",
+        "dml_tails": "approximate",
+    }
     assert {name: getattr(config, name) for name in ours} == ours
     for name in (
         *config.architecture(),
@@ -223,7 +240,8 @@ MASK = "ladder_layers.1.post_model.arnn.conv_a.mask"
         (without(f"ema.shadow_params.{GRU.replace('.', '^')}"), f"the averaged weights lack {GRU}"),
         (
             changed(f"ema.shadow_params.{GRU.replace('.', '^')}", torch.zeros(180, 60)),
-            rf"in the averaged weights {GRU} is \[180, 60\], its hyper-parameters make it \[180, 180\]",
+            rf"in the averaged weights {GRU} is \[180, 60\], its hyper-parameters make it "
+            r"\[180, 180\]",
         ),
         (
             changed("ema.shadow_params.new^weight", torch.zeros(2)),

@@ -381,7 +381,10 @@ def test_an_interrupted_write_leaves_the_old_page(tmp_path, monkeypatch):
 
 def test_an_installed_copy_has_its_template(tmp_path):
     (tmp_path / "sdn").symlink_to(REPOSITORY / "lib")
-    code = "import sdn.evaluation.report as r; r.write_report('x/r.html', title='', results={}, config={})"
+    code = (
+        "from sdn.evaluation.report import write_report; "
+        "write_report('x/r.html', title='', results={}, config={})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )

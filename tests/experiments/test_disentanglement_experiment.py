@@ -21,8 +21,9 @@ from experiments.naming import Run
 from lib.checkpoint import read_checkpoint
 
 SMALL = (
-    "--name few --dataset Shapes3DRendered --batch 4 --z_size 2 --sdn_nfeat_0 3 --epoch_images 16 --val_images 4 "
-    "--iters 8 --num_workers 0 --gpus 0 --logger none --figsize 2 --limit 4 --levels 2 2 2 2 2 2 --metrics mig"
+    "--name few --dataset Shapes3DRendered --batch 4 --z_size 2 --sdn_nfeat_0 3 --epoch_images 16 "
+    "--val_images 4 --iters 8 --num_workers 0 --gpus 0 --logger none --figsize 2 --limit 4 "
+    "--levels 2 2 2 2 2 2 --metrics mig"
 ).split()
 TWO = ["--betas", "4", "--seeds", "3"]
 

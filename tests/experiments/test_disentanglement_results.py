@@ -101,8 +101,9 @@ def test_names_are_read_back(name, beta, text):
 
 @pytest.mark.parametrize(
     "folder",
-    "3dshapes 3dshapes_rnn_beta1_seed0 3dshapes_cnn_beta1_seed 3dshapes_cnn_beta1.0_seed0 3dshapes_cnn_betainf_seed0 "
-    "3dshapes_cnn_beta1_seed00 _cnn_beta1_seed0 3dshapes_cnn_beta1_seed0_old 3dshapes_cnn_betax_seed0".split(),
+    "3dshapes 3dshapes_rnn_beta1_seed0 3dshapes_cnn_beta1_seed 3dshapes_cnn_beta1.0_seed0 "
+    "3dshapes_cnn_betainf_seed0 3dshapes_cnn_beta1_seed00 _cnn_beta1_seed0 "
+    "3dshapes_cnn_beta1_seed0_old 3dshapes_cnn_betax_seed0".split(),
 )
 def test_other_folders_are_no_runs(folder):
     assert Run.parse(folder) is None

@@ -10,11 +10,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers import REPOSITORY, TINY, assert_one_line_error, csv_rows, run
 from PIL import Image
 
-from experiments import gather
+from experiments import claims, gather
 from lib.config import TrainConfig
 
 
@@ -188,12 +189,23 @@ def test_claims_are_judged_by_two_standard_errors(tmp_path, capsys):
     text = (tmp_path / "out/claims.md").read_text()
     assert text in capsys.readouterr().out
     for row in (  # the standard error: sqrt(2 * 0.1^2 / 3)
-        "| low | high | -1.000 | 0.082 | holds |",
-        "| high | low | +1.000 | 0.082 | refuted |",
-        "| low | near | -0.100 | 0.082 | open |",
-        "| low | single | -4.900 | - | open: it needs two seeds of each |",
+        "| low | high | -1.000 | 0.082 | 0.00026 | holds |",
+        "| high | low | +1.000 | 0.082 | 0.00026 | refuted |",
+        "| low | near | -0.100 | 0.082 | 0.29 | open |",
+        "| low | single | -4.900 | - | - | open: it needs two seeds of each |",
     ):
         assert row in text
+
+
+@pytest.mark.parametrize(("seeds", "rate"), [(3, 0.058), (5, 0.041), (10, 0.031)])
+def test_the_rule_errs_as_often_as_it_is_said(seeds, rate):
+    """Both arms have the same distribution: each way so many claims are judged wrongly."""
+    values = np.random.default_rng(0).standard_normal((40_000, 2, seeds))
+    differences = np.subtract(*values.mean(2).T)
+    errors = np.sqrt(values.var(2, ddof=1).sum(1) / seeds)
+    verdicts = [claims.verdict(*each) for each in zip(differences, errors, strict=True)]
+    for wrong in ("holds", "refuted"):
+        assert verdicts.count(wrong) / len(verdicts) == pytest.approx(rate, abs=0.004)
 
 
 def test_what_changes_results_makes_another_row_and_what_does_not_does_not(tmp_path, capsys):
@@ -289,7 +301,7 @@ def test_a_claim_that_cannot_be_judged_is_one_line(runs, tmp_path, names, messag
     assert not (tmp_path / "out").exists()
 
 
-def claims(*arguments):
+def claims_experiment(*arguments):
     command = ["bash", REPOSITORY / "experiments/claims.sh", *arguments]
     environment = os.environ | {"SDN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -301,7 +313,9 @@ def claims(*arguments):
 def test_the_claims_experiment_runs_and_is_gathered(tmp_path):
     pytest.importorskip("skimage")
     small = ["--h_size", 8, "--sdn_nfeat_0", 4, "--iters", 2, "--val_images", 8, "--figsize", 1]
-    done = claims("--arms", "iaf sdn2-low", "--seeds", "3", "--output_dir", tmp_path, *small)
+    done = claims_experiment(
+        "--arms", "iaf sdn2-low", "--seeds", "3", "--output_dir", tmp_path, *small
+    )
     assert done.returncode == 0, done.stdout
     assert sorted(line.split(":")[0] for line in done.stdout.splitlines()) == [
         "claims_iaf_seed3",
@@ -331,5 +345,5 @@ def test_the_claims_experiment_runs_and_is_gathered(tmp_path):
     ],
 )
 def test_wrong_flags_of_the_claims_experiment_are_refused(tmp_path, flags, message):
-    done = claims("--output_dir", tmp_path / "out", *flags)
+    done = claims_experiment("--output_dir", tmp_path / "out", *flags)
     assert done.returncode == 2 and message in done.stderr and not (tmp_path / "out").exists()

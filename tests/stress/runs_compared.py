@@ -53,7 +53,7 @@ def differences(folder: Path, one: str, other: str) -> list[str]:
             if key not in a or key not in b or not same(a[key], b[key]):
                 found.append(f"{name}: {key}")
     for name in LOGS:
-        a, b = (_rows(folder / "checkpoints" / run / name) for run in (one, other))
+        a, b = (log_rows(folder / "checkpoints" / run / name) for run in (one, other))
         if a != b:
             at = next(
                 (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
@@ -70,7 +70,7 @@ def differences(folder: Path, one: str, other: str) -> list[str]:
     return found
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def log_rows(path: Path) -> list[dict[str, str]]:
     """A log's rows without the times in them."""
     with path.open(newline="") as file:
         return [

@@ -79,7 +79,11 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     int thread, block;
     long cluster_generation = -1;
+    const Barrier* barrier = nullptr;  // what it waits for
+    long generation;
     bool done = false;
+
+    bool waits() const { return barrier && barrier->generation == generation; }
 };
 
 inline ucontext_t scheduler;
@@ -93,6 +97,12 @@ inline std::function<void()> body;
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
+inline void wait_for(const Barrier& barrier, long generation) {
+    current->barrier = &barrier, current->generation = generation;
+    yield();
+    current->barrier = nullptr;
+}
+
 template <class Last>
 void meet(Barrier& barrier, int size, Last last) {
     const long generation = barrier.generation;
@@ -102,8 +112,7 @@ void meet(Barrier& barrier, int size, Last last) {
         barrier.generation++;
         progress++;
     }
-    while (barrier.generation == generation) yield();
-    yield();
+    wait_for(barrier, generation);
 }
 
 inline void enter() {
@@ -141,6 +150,7 @@ inline void run_cluster(int size, int shared_bytes, unsigned seed) {
             Fiber& fiber = fibers[order[seed % 2 ? order.size() - 1 - i : i]];
             if (fiber.done) continue;
             left++;
+            if (fiber.waits()) continue;
             if (seed > 1 && random() % 4 == 0) continue;  // it is late
             current = &fiber;
             swapcontext(&scheduler, &fiber.context);
@@ -267,9 +277,8 @@ inline void cluster_arrive_read() { cluster_arrive(); }
 inline void cluster_wait() {
     using namespace emulator;
     if (current->cluster_generation < 0) fail("a thread waits before it arrives");
-    while (cluster.generation == current->cluster_generation) yield();
+    wait_for(cluster, current->cluster_generation);
     current->cluster_generation = -1;
-    yield();
 }
 inline void block_barrier() {
     using namespace emulator;

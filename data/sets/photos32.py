@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .errors import DataError
+from ..errors import DataError
+from ..registry import DatasetSpec, register
 
 SIZE = 32
 REDUCTIONS = (1, 2, 3, 4)
@@ -86,7 +87,8 @@ def photographs() -> list[Image.Image]:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
         raise DataError(
-            f"Photos32 needs scikit-image and scikit-learn: pip install scikit-image scikit-learn ({error})"
+            "Photos32 needs scikit-image and scikit-learn: pip install scikit-image scikit-learn "
+            f"({error})"
         ) from None
     arrays = [
         data.astronaut(),
@@ -113,3 +115,14 @@ def _reduced(region: Image.Image, reduction: int) -> Tensor:
     size = (max(SIZE, region.width // reduction), max(SIZE, region.height // reduction))
     scaled = region if size == region.size else region.resize(size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).contiguous()
+
+
+register(
+    DatasetSpec(
+        "Photos32",
+        (3, 32, 32),
+        flip=False,  # its draws are mirrored already
+        command="pip install scikit-image scikit-learn",
+        open=lambda root, split: Photos32(split),
+    )
+)

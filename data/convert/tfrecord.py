@@ -11,9 +11,10 @@ import struct
 from collections.abc import Iterator
 from typing import IO
 
-from .errors import DataError
+from ..errors import DataError
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # how protobuf writes a field
+BYTES_LIST, FLOATS, INTEGERS = 1, 2, 3  # the kinds of a Feature
 
 
 def masked_crc32c(data: bytes) -> int:
@@ -65,13 +66,15 @@ def records(stream: IO[bytes], name: str) -> Iterator[bytes]:
 def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
     """The features of a serialized tf.train.Example: name -> list of integers or of byte strings.
 
-    Lists of floats are left out. Fields may come in any order, integers packed or one by one.
+    Lists of floats are left out. Fields may come in any order and in several parts, integers packed
+    or one by one. As protobuf does, parts of one list are joined, a list of another kind replaces
+    it, and the last of several features of one name counts.
 
     Raises:
         ValueError: if the bytes are not such a message.
     """
-    # Example {1: Features {1: map entry {1: name, 2: Feature {1: BytesList {1: ...} | 3: Int64List
-    # {1: ...}}}}}
+    # Example {1: Features {1: entry {1: name, 2: Feature {1: BytesList {1: ...} | 2: FloatList |
+    # 3: Int64List {1: ...}}}}}
     features: dict[str, list[int] | list[bytes]] = {}
     for example_field, features_message in _submessages(record):
         if example_field != 1:
@@ -79,12 +82,30 @@ def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
         for field, entry in _submessages(features_message):
             if field != 1:
                 continue
-            parts = dict(_submessages(entry))
-            for kind, values in _submessages(parts.get(2, b"")):
-                if kind in (1, 3):
-                    name = bytes(parts.get(1, b"")).decode()
-                    features[name] = _byte_strings(values) if kind == 1 else _integers(values)
+            name, kind, values = _map_entry(entry)
+            features.pop(name, None)
+            if kind in (BYTES_LIST, INTEGERS):
+                features[name] = values
     return features
+
+
+def _map_entry(entry: memoryview) -> tuple[str, int, list[int] | list[bytes]]:
+    """The name of a feature, which kind of list it is (0: none), and the list."""
+    name, kind, values = "", 0, []
+    for field, part in _submessages(entry):
+        if field == 1:
+            name = bytes(part).decode()
+        elif field == 2:
+            for next_kind, message in _submessages(part):
+                if next_kind not in (BYTES_LIST, FLOATS, INTEGERS):
+                    continue
+                if next_kind != kind:
+                    kind, values = next_kind, []
+                if kind == BYTES_LIST:
+                    values += _byte_strings(message)
+                elif kind == INTEGERS:
+                    values += _integers(message)
+    return name, kind, values
 
 
 def _byte_strings(message: memoryview | bytes) -> list[bytes]:

@@ -1,9 +1,12 @@
 """CIFAR10 from an archive that the test makes and serves: read without unpacking it or executing
 what it holds."""
 
+import gzip
 import hashlib
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from io import BytesIO
 from types import SimpleNamespace
@@ -11,11 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import REPOSITORY
 
-from data import cifar10, download
-from data.cifar10 import ARCHIVE, FOLDER, Cifar10, images_of
+from data import download
 from data.errors import DataError
 from data.get_dataset import get_dataset
+from data.sets import cifar10
+from data.sets.cifar10 import ARCHIVE, FOLDER, Cifar10, images_of
 
 PIXELS = np.random.default_rng(0).integers(
     0, 256, (6, 5, 3072), dtype=np.uint8
@@ -76,7 +81,7 @@ def test_it_is_downloaded_on_first_use_only(published, tmp_path, server, monkeyp
     folder = tmp_path / "new/CIFAR10"
     assert_images(folder)
     assert len(server.ranges) == 1
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", ARCHIVE, f"{ARCHIVE}.sha256"]
+    assert sorted(path.name for path in folder.iterdir()) == [ARCHIVE, f"{ARCHIVE}.sha256"]
 
 
 def test_another_archive_than_the_published_one_is_not_used(
@@ -145,6 +150,40 @@ def test_a_file_in_the_archive_that_is_missing_or_another_is_named(published, tm
         (tmp_path / ARCHIVE).write_bytes(archive_of(files))
         with pytest.raises(DataError, match="data_batch_2 is missing or damaged"):
             Cifar10(tmp_path, "train")
+
+
+@pytest.mark.parametrize("where", ["a batch", "another file", "a header"])
+def test_an_archive_that_unpacks_to_gigabytes_is_refused(where, published, tmp_path):
+    """2 MB that unpack to 2 GB: in a file that is read, in one that is passed over, and in a header
+    that tarfile reads as a whole. The process may take 0.6 GB more than it has."""
+    size = 2 * 10**9
+    name = {"a batch": f"{FOLDER}/data_batch_1", "another file": "x", "a header": "x"}[where]
+    info = tarfile.TarInfo(name)
+    info.size = size
+    if where == "a header":
+        info.type = tarfile.GNUTYPE_LONGNAME
+    with gzip.open(tmp_path / ARCHIVE, "wb", compresslevel=6) as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        block = bytes(10**7)
+        for _ in range(size // len(block)):
+            file.write(block)
+    assert (tmp_path / ARCHIVE).stat().st_size < 3e6
+    program = f"""
+import resource, sys
+from data.errors import DataError
+from data.sets.cifar10 import Cifar10
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 600_000_000,) * 2)
+try:
+    Cifar10(__import__("pathlib").Path({str(tmp_path)!r}), "train")
+except DataError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{ARCHIVE} is damaged (it unpacks to more than 200000000 bytes)" in done.stdout
 
 
 def test_members_that_lead_out_of_the_folder_write_nothing(published, tmp_path):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers import REPOSITORY
 
-from data import tfrecords_to_lmdb
+from data.convert import tfrecords
+from data.convert.tfrecord import masked_crc32c, parse_example, records
+from data.convert.tfrecords import convert, main
 from data.errors import DataError
 from data.lmdb_datasets import LmdbImages
-from data.tfrecord import masked_crc32c, parse_example, records
-from data.tfrecords_to_lmdb import convert, main
 
 lmdb = pytest.importorskip("lmdb")
 pytest.importorskip("google_crc32c")
@@ -44,7 +44,7 @@ def fails(files, tmp_path, formats, capsys, *messages):
         main(["ImageNet32", "--source", str(tmp_path / "bad.tar"), "--target", str(target)])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("data.tfrecords_to_lmdb: error: ")
+    assert line.startswith("data.convert.tfrecords: error: ")
     for message in messages:
         assert message in line
     assert not list(target.glob("train.lmdb*")), "nothing half-written is left"
@@ -78,6 +78,76 @@ def test_fields_may_come_in_any_order_and_unknown_ones_are_skipped(formats):
     )
     entry = formats.field(1, unknown + value + name)
     assert parse_example(unknown + formats.field(1, floats + entry)) == {"shape": [7]}
+
+
+def test_a_list_in_two_parts_is_joined(formats):
+    """Two fields 3 of one feature, then two features of one entry, then entries of one name."""
+    first, second = formats.int_feature([32, 32]), formats.int_feature([3], packed=False)
+    entry = formats.field(1, b"shape") + formats.field(2, first + second)
+    assert parse_example(formats.field(1, formats.field(1, entry))) == {"shape": [32, 32, 3]}
+    entry = formats.field(1, b"shape") + formats.field(2, first) + formats.field(2, second)
+    assert parse_example(formats.field(1, formats.field(1, entry))) == {"shape": [32, 32, 3]}
+
+
+def test_examples_in_parts_are_read_as_protobuf_reads_them(formats):
+    """Random messages whose fields come in any order and number, against protobuf's own parser."""
+    descriptor_pb2 = pytest.importorskip("google.protobuf.descriptor_pb2")
+    from google.protobuf import descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
+
+    def message(parent, name, *fields):
+        made = parent.add(name=name)
+        for number, (field, kind, label) in enumerate(fields, 1):
+            given = {"type": kind} if isinstance(kind, int) else {"type": 11, "type_name": kind}
+            made.field.add(name=field, number=number, label=label, **given)
+        return made
+
+    once, many = 1, 3
+    message(file.message_type, "BytesList", ("value", 12, many))
+    message(file.message_type, "FloatList", ("value", 2, many))
+    message(file.message_type, "Int64List", ("value", 3, many))
+    lists = (("bytes", ".t.BytesList"), ("floats", ".t.FloatList"), ("integers", ".t.Int64List"))
+    feature = message(file.message_type, "Feature", *((n, kind, once) for n, kind in lists))
+    feature.oneof_decl.add(name="kind")
+    for field in feature.field:
+        field.oneof_index = 0
+    features = message(file.message_type, "Features", ("feature", ".t.Features.Entry", many))
+    entry = message(features.nested_type, "Entry", ("key", 9, once), ("value", ".t.Feature", once))
+    entry.options.map_entry = True
+    message(file.message_type, "Example", ("features", ".t.Features", once))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    Example = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))  # noqa: N806
+
+    rng = np.random.default_rng(0)
+
+    def some(make, most):
+        return b"".join(make() for _ in range(rng.integers(most + 1)))
+
+    def one_list():
+        kind = int(rng.choice([1, 2, 3, 3, 3]))
+        if kind == 3:
+            numbers = rng.integers(-5, 300, size=rng.integers(4)).tolist()
+            return formats.int_feature(numbers, packed=bool(rng.integers(2)))
+        value = b"abc" if kind == 1 else bytes(4)
+        return formats.field(kind, some(lambda: formats.field(1, value), 2))
+
+    def one_entry():
+        name = formats.field(1, bytes([int(rng.choice(list(b"xyz")))]))
+        value = some(lambda: formats.field(2, some(one_list, 3)), 2)
+        return formats.field(1, name + value if rng.integers(2) else value + name)
+
+    joined = 0
+    for _ in range(300):
+        record = some(lambda: formats.field(1, some(one_entry, 4)), 2)
+        expected = {}
+        for name, value in Example.FromString(record).features.feature.items():
+            if (kind := value.WhichOneof("kind")) in ("bytes", "integers"):
+                expected[name] = list(getattr(value, kind).value)
+        joined += any(len(values) > 3 for values in expected.values())
+        assert parse_example(record) == expected, record
+    assert joined > 10
 
 
 @pytest.mark.parametrize("garbage", [b"\x0a\xff\x01abc", b"\x0a", b"\x0b", b"\x08" + b"\xff" * 11])
@@ -179,7 +249,7 @@ def _unchecked(formats, image):
 
 
 def test_the_map_grows(archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(tfrecords_to_lmdb, "BATCH_BYTES", 2**13)  # the map begins with 4 of these
+    monkeypatch.setattr(tfrecords, "BATCH_BYTES", 2**13)  # the map begins with 4 of these
     source, images = archive
     convert("ImageNet32", source, tmp_path / "t")
     assert (tmp_path / "t/train.lmdb/data.mdb").stat().st_size > 5 * 3072
@@ -217,13 +287,13 @@ def test_a_failed_renewal_keeps_the_old_lmdb(archive, tmp_path, formats):
 
 KILLED = """
 import os, signal, sys
-from data import tfrecords_to_lmdb
-whole = tfrecords_to_lmdb.images
+from data.convert import tfrecords
+whole = tfrecords.images
 def then_killed(*arguments):
     yield from list(whole(*arguments))[:3]
     os.kill(os.getpid(), signal.SIGKILL)
-tfrecords_to_lmdb.images, tfrecords_to_lmdb.BATCH_BYTES = then_killed, 3072
-tfrecords_to_lmdb.main(sys.argv[1:])
+tfrecords.images, tfrecords.BATCH_BYTES = then_killed, 3072
+tfrecords.main(sys.argv[1:])
 """
 
 
@@ -255,7 +325,7 @@ def test_a_conversion_that_stops_between_its_two_renamings_keeps_the_old_lmdb(
             raise KeyboardInterrupt
         rename(before, after)
 
-    monkeypatch.setattr(tfrecords_to_lmdb.os, "rename", stop_before_the_second)
+    monkeypatch.setattr(tfrecords.os, "rename", stop_before_the_second)
     with pytest.raises(KeyboardInterrupt):
         convert("ImageNet32", source, tmp_path / "t", force=True)
     monkeypatch.undo()
@@ -281,7 +351,7 @@ def test_wrong_flags_are_one_line(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main(command)
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and line.startswith("data.tfrecords_to_lmdb: error: ")
+    assert stop.value.code == 2 and line.startswith("data.convert.tfrecords: error: ")
     assert ("CIFAR10" if "CIFAR10" in command else "--target") in line
 
 
@@ -289,7 +359,7 @@ def test_a_second_conversion_to_the_same_folder_is_refused(archive, tmp_path):
     (tmp_path / "t").mkdir()
     handle = os.open(tmp_path / "t", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(DataError, match="another process is converting"):
+    with pytest.raises(DataError, match="another process is writing into"):
         convert("ImageNet32", archive[0], tmp_path / "t")
     os.close(handle)
     assert convert("ImageNet32", archive[0], tmp_path / "t") == {"train": 5, "validation": 3}
@@ -394,9 +464,7 @@ def test_sources_that_are_no_archive(tmp_path):
 
 
 def test_too_little_room_is_said_before_anything_is_written(archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        tfrecords_to_lmdb.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})
-    )
+    monkeypatch.setattr(tfrecords.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(DataError, match="GB free, the conversion needs about"):
         convert("ImageNet32", archive[0], tmp_path / "t")
     assert not list((tmp_path / "t").iterdir())

@@ -1,32 +1,30 @@
 """3D-Shapes: the order of its scenes, and the reader of the HDF5 file on small files in the real
 format."""
 
+import contextlib
 import fcntl
 import itertools
 import os
 import pickle
 import re
+import shutil
 import sys
+import tempfile
 import threading
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data import shapes3d
+from data import scenes
+from data.convert import shapes3d
+from data.convert.shapes3d import main
 from data.errors import DataError
-from data.shapes3d import (
-    FACTOR_SIZES,
-    SCENES,
-    Scenes,
-    Shapes3D,
-    all_labels,
-    main,
-    uncompressed,
-    validation_scenes,
-)
+from data.scenes import FACTOR_SIZES, SCENES, Scenes, all_labels, validation_scenes
+from data.sets.shapes3d import Shapes3D
 
 h5py = pytest.importorskip("h5py")
 COUNT = 960
@@ -49,8 +47,8 @@ def pictures():
 @pytest.fixture
 def small(monkeypatch):
     """The data set ends after 960 scenes."""
-    monkeypatch.setattr(shapes3d, "SCENES", COUNT)
-    monkeypatch.setattr(shapes3d, "all_labels", lambda: LABELS[:COUNT])
+    monkeypatch.setattr(scenes, "SCENES", COUNT)
+    monkeypatch.setattr(scenes, "all_labels", lambda: LABELS[:COUNT])
 
 
 @pytest.fixture
@@ -64,6 +62,10 @@ def make(tmp_path, pictures):
         return tmp_path / name
 
     return write
+
+
+def uncompressed(path):
+    return path.with_suffix(".uncompressed.h5")
 
 
 def assert_read(dataset, pictures, scenes=range(0, COUNT, 37)):
@@ -162,16 +164,6 @@ def test_every_layout_is_read(layout, small, make, pictures):
     )
 
 
-@pytest.mark.parametrize("layout", ["plain", "gzip"])
-def test_in_memory(layout, small, make, pictures):
-    path = make(layout)
-    dataset = Shapes3D(path, in_memory=True)
-    assert not uncompressed(path).exists()
-    path.unlink()
-    dataset[5].zero_()
-    assert_read(dataset, pictures)
-
-
 def test_the_copy_is_a_file_of_its_own_and_made_once(small, make, pictures, capsys):
     path = make("gzip")
     Shapes3D(path)
@@ -252,7 +244,6 @@ def test_a_disk_that_is_too_small(small, make, monkeypatch):
     )
     with pytest.raises(DataError, match=r"has 0\.1 GB free, 3dshapes\.uncompressed\.h5 takes 0\.1"):
         Shapes3D(path)
-    Shapes3D(path, in_memory=True)
 
 
 def assert_refused(path, *messages):
@@ -281,6 +272,97 @@ def test_a_missing_file_names_the_command(tmp_path):
 def test_what_is_no_hdf5_file(content, tmp_path):
     (tmp_path / "x.h5").write_bytes(content)
     assert_refused(tmp_path / "x.h5", "is no whole HDF5 file")
+
+
+def refusal_of(path):
+    with pytest.raises(DataError) as caught:
+        Shapes3D(path, command="bash get_it.sh")
+    line = str(caught.value)
+    assert "\n" not in line and str(path) in line
+    assert "damaged" not in line and "whole" not in line and "remove" not in line
+    return line
+
+
+def test_a_locked_file_is_not_called_damaged(small, make, pictures):
+    """HDF5 locks a file while it writes it; whoever opens it to read it then is refused."""
+    path = make("plain")
+    with path.open("rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        assert "is locked by another process" in refusal_of(path)
+        with pytest.raises(SystemExit) as stop:
+            main(["check", str(path)])
+        assert stop.value.code == 2
+    assert_read(Shapes3D(path), pictures)
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Permissions hold for this process, also where it is root's."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A folder that everybody can look into, as pytest's are not."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_file_that_one_may_not_read_is_not_called_damaged(small, make, shared):
+    path = shared / "3dshapes.h5"
+    shutil.copy(make("plain"), path)
+    path.chmod(0)
+    with as_nobody():
+        assert "cannot be read by this user: change its permissions" in refusal_of(path)
+
+
+def test_a_file_system_without_locks_is_not_called_damage(small, make, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(
+            "Unable to open file (unable to lock file, errno = 37, error message = 'No locks "
+            "available')"
+        )
+
+    path = make("plain")
+    monkeypatch.setattr(h5py, "File", refuse)
+    assert "HDF5_USE_FILE_LOCKING=FALSE" in refusal_of(path)
+
+
+def test_a_compressed_file_in_a_folder_that_cannot_be_written(
+    small, make, pictures, shared, monkeypatch, capsys
+):
+    """Its copy is in the user's cache folder, made once; without one, the line says what to set."""
+    path = shared / "3dshapes.h5"
+    shutil.copy(make("gzip"), path)
+    path.chmod(0o644)
+    with tempfile.TemporaryDirectory() as cache:
+        os.chmod(cache, 0o777)
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        with as_nobody():
+            first = Shapes3D(path)
+            assert "its images are written to" in capsys.readouterr().err
+            second = Shapes3D(path)
+            assert not capsys.readouterr().err
+            assert_read(first, pictures)
+            assert_read(second, pictures)
+        assert first.path == second.path and first.path.is_relative_to(cache)
+        assert [file.name for file in shared.iterdir()] == [path.name]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared / "not/there"))
+    with as_nobody():
+        assert "let XDG_CACHE_HOME name a folder with 6 GB" in refusal_of(path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with as_nobody():
+        assert "let XDG_CACHE_HOME name a folder with 6 GB" in refusal_of(path)
 
 
 @pytest.mark.parametrize("layout", ["plain", "gzip", "split images"])
@@ -343,7 +425,8 @@ def test_other_labels(small, make):
 
     assert_refused(
         make(labels=changed(17, 4, 2)),
-        r"the labels of image 17 are \[0\.0, 0\.0, 0\.0, 0\.75, 2\.0, -21\.4\d+\] instead of \[.*1\.0, -21\.4\d+\]",
+        r"the labels of image 17 are \[0\.0, 0\.0, 0\.0, 0\.75, 2\.0, -21\.4\d+\] instead of "
+        r"\[.*1\.0, -21\.4\d+\]",
         r"\(1 of 960 differ\)",
     )
     assert_refused(make(labels=changed(959, 5, np.nan)), "the labels of image 959 are .*nan")
@@ -384,10 +467,9 @@ def test_the_last_image_of_a_whole_file(tmp_path):
     assert torch.equal(dataset.images([[9, 9, 9, 7, 3, 14]])[0], dataset[SCENES - 1])
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_loader_workers(method, in_memory, small, make, pictures):
-    dataset = Shapes3D(make("gzip"), in_memory=in_memory)
+def test_loader_workers(method, small, make, pictures):
+    dataset = Shapes3D(make("gzip"))
     expected = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     assert torch.equal(dataset[4], expected[4])  # the file is open before the workers start
     loader = DataLoader(dataset, batch_size=96, num_workers=2, multiprocessing_context=method)
@@ -440,4 +522,4 @@ def test_the_commands(small, make, capsys):
             main([action, str(path)])
         assert stop.value.code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith(f"data.shapes3d: error: {path} is no whole HDF5 file")
+        assert line.startswith(f"data.convert.shapes3d: error: {path} is no whole HDF5 file")

@@ -1,9 +1,7 @@
 """Shapes3DRendered: our own pictures of the 480,000 scenes of 3D-Shapes. Nothing is downloaded.
 
-python -m data.shapes3d_rendered OUT.h5 [--compression {gzip,lzf}] [--first N]
-
-writes them as an HDF5 file with the official one's names, order, shapes and types, which
-data.shapes3d reads.
+`python -m data.convert.shapes3d render OUT.h5` writes them as an HDF5 file with the official one's
+names, order, shapes and types.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import colorsys
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +17,9 @@ from numpy import ndarray
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.cli import OneLineParser, one_line_errors
-
-from .errors import DataError
-from .shapes3d import FACTOR_SIZES, IMAGE_SHAPE, SCENES, SIZE, Scenes, alone, write_hdf5
-from .shapes3d_raycast import MATERIALS, all_weights
+from ..registry import DatasetSpec, register
+from ..scenes import FACTOR_SIZES, IMAGE_SHAPE, SIZE, Scenes
+from ..shapes3d_raycast import MATERIALS, all_weights
 
 GEOMETRIES = 8 * 4 * 15
 SATURATION, VALUE = 0.9, 1.0
@@ -45,11 +40,6 @@ class Shapes3DRendered(Scenes):
     def __init__(self, split: str = "train"):
         super().__init__(split)
         self._weights, self._colours = geometry_weights(), hue_colours()
-
-    def _image(self, scene: int) -> Tensor:
-        hues, geometry = divmod(scene, GEOMETRIES)
-        image = (self._colours[hues] @ self._weights[geometry]).astype(np.uint8)
-        return torch.from_numpy(image).view(3, SIZE, SIZE)
 
     def _images(self, scenes: Tensor) -> Tensor:
         images = np.empty((len(scenes), 3, SIZE * SIZE), np.uint8)
@@ -92,31 +82,12 @@ def blocks(count: int) -> Iterator[ndarray]:
             bar.update(len(block))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = OneLineParser(
-        "data.shapes3d_rendered", description="Writes the rendered images as an HDF5 file."
+register(
+    DatasetSpec(
+        "Shapes3DRendered",
+        (3, SIZE, SIZE),
+        flip=False,
+        command="nothing to get",
+        open=lambda root, split: Shapes3DRendered(split),
     )
-    parser.add_argument("path", type=Path, metavar="OUT.h5")
-    parser.add_argument(
-        "--compression", choices=("gzip", "lzf"), help="none: 5.9 GB, read without a copy"
-    )
-    parser.add_argument(
-        "--first",
-        type=int,
-        default=SCENES,
-        help="only so many scenes, to look at; not to be trained on",
-    )
-    flags = parser.parse_args(arguments)
-    if not 1 <= flags.first <= SCENES:
-        parser.error(f"argument --first: {flags.first} is not in 1 ... {SCENES}")
-    with one_line_errors("data.shapes3d_rendered", DataError, OSError):
-        try:
-            with alone(flags.path):
-                write_hdf5(flags.path, blocks(flags.first), flags.first, flags.compression)
-        except KeyboardInterrupt:
-            raise DataError(f"interrupted; nothing is kept of {flags.path}") from None
-    print(f"{flags.path}: {flags.first} images, {flags.path.stat().st_size} bytes")
-
-
-if __name__ == "__main__":
-    main()
+)

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import photos32
-from data.photos32 import REDUCTIONS, Photos32
+from data.sets import photos32
+from data.sets.photos32 import REDUCTIONS, Photos32
 
 
 def test_every_photograph_scale_and_flip_occurs(monkeypatch):

@@ -9,13 +9,20 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data import shapes3d, shapes3d_rendered
+from data import scenes
+from data.convert.shapes3d import main as shapes3d_main
 from data.errors import DataError
-from data.shapes3d import SCENES, Shapes3D, all_labels, validation_scenes
+from data.scenes import SCENES, all_labels, validation_scenes
+from data.sets import shapes3d_rendered
+from data.sets.shapes3d import Shapes3D
+from data.sets.shapes3d_rendered import GEOMETRIES, LEVELS, Shapes3DRendered, geometry_weights
 from data.shapes3d_raycast import SHAPES, SUBSAMPLES, Room, camera, floor_light, interval, normals
-from data.shapes3d_rendered import GEOMETRIES, LEVELS, Shapes3DRendered, geometry_weights, main
 
 FLOOR, WALL, OBJECT, WHITE = range(4)
+
+
+def render(arguments):
+    shapes3d_main(["render", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -256,21 +263,21 @@ def test_the_file_is_read_back_identically(
     compression, dataset, h5py, tmp_path, monkeypatch, capsys
 ):
     path, labels = tmp_path / "new/rendered.h5", all_labels()
-    main([str(path), "--first", "1000", *compression])
+    render([str(path), "--first", "1000", *compression])
     assert f"{path}: 1000 images, {path.stat().st_size} bytes" in capsys.readouterr().out
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with h5py.File(path) as file:
         assert sorted(file) == ["images", "labels"]
         assert file["images"].shape == (1000, 64, 64, 3) and file["images"].dtype == np.uint8
         assert file["labels"].dtype == np.float64 and np.array_equal(file["labels"], labels[:1000])
-    monkeypatch.setattr(shapes3d, "SCENES", 1000)
-    monkeypatch.setattr(shapes3d, "all_labels", lambda: labels[:1000])
+    monkeypatch.setattr(scenes, "SCENES", 1000)
+    monkeypatch.setattr(scenes, "all_labels", lambda: labels[:1000])
     stored = Shapes3D(path)
     assert all(torch.equal(stored[scene], dataset[scene]) for scene in range(1000))
 
 
 def test_a_part_is_no_data_set(h5py, tmp_path):
-    main([str(tmp_path / "x.h5"), "--first", "10"])
+    render([str(tmp_path / "x.h5"), "--first", "10"])
     with pytest.raises(
         DataError, match=r"images is uint8 \[10, 64, 64, 3\] instead of uint8 \[480000, 64, 64, 3\]"
     ):
@@ -282,10 +289,10 @@ def test_nothing_is_overwritten_nor_left_half_written(h5py, tmp_path, monkeypatc
 
     def fails(*messages):
         with pytest.raises(SystemExit) as stop:
-            main([str(path), "--first", "1000"])
+            render([str(path), "--first", "1000"])
         assert stop.value.code == 2
         *_, line = capsys.readouterr().err.strip().splitlines()
-        for message in ("data.shapes3d_rendered: error: ", *messages):
+        for message in ("data.convert.shapes3d: error: ", *messages):
             assert message in line
 
     path.write_text("precious")
@@ -307,13 +314,13 @@ def test_nothing_is_overwritten_nor_left_half_written(h5py, tmp_path, monkeypatc
         shapes3d_rendered, "blocks", lambda count: iter([np.zeros((480, 64, 64, 3), np.uint8)] * 3)
     )
     with pytest.raises(Exception):  # noqa: B017
-        main([str(path), "--first", "1000"])
+        render([str(path), "--first", "1000"])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("first", ["0", "-1", "480001", "many"])
 def test_a_wrong_number_of_scenes(first, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path / "x.h5"), "--first", first])
+        render([str(tmp_path / "x.h5"), "--first", first])
     assert stop.value.code == 2 and "--first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """Converts Glow's TFRecord archives to train.lmdb and validation.lmdb; neither TensorFlow nor
 unpacking is needed.
 
-python -m data.tfrecords_to_lmdb {CelebAHQ256,ImageNet32} --source TAR_OR_FOLDER --target FOLDER
+python -m data.convert.tfrecords {CelebAHQ256,ImageNet32} --source TAR_OR_FOLDER --target FOLDER
   [--force]
 
 A split is written as NAME.lmdb.partial and renamed when it is complete: a NAME.lmdb is always a
@@ -12,7 +12,6 @@ unless `--force` is given.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -25,15 +24,15 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from lib.cli import OneLineParser, one_line_errors
+from lib.files import sync
 
-from .errors import DataError
-from .get_dataset import DATASETS, SPLITS
+from ..errors import DataError
+from ..locks import locked_folder
+from ..registry import DATASETS, SPLITS
+from ..sets import glow  # noqa: F401 - registers the two data sets
 from .tfrecord import parse_example, records
 
-RESOLUTION_LEVELS = {
-    "CelebAHQ256": 8,
-    "ImageNet32": 5,
-}  # shard names hold the base-2 logarithm of the image's side
+RESOLUTION_LEVELS = {"CelebAHQ256": 8, "ImageNet32": 5}  # log2 of the side, in names of shards
 PAGE = 4096
 BATCH_BYTES = 2**25
 
@@ -58,7 +57,7 @@ def convert(
         name: "CelebAHQ256" or "ImageNet32".
         source: The tar archive, or the folder it was unpacked to.
         target: Folder that gets train.lmdb and validation.lmdb.
-        force: Whether to convert a split again that is there.
+        force: Whether to convert a split again that is there already.
 
     Returns:
         Number of images in each split that was converted.
@@ -75,9 +74,8 @@ def convert(
         return {}
     with find_shards(name, source) as all_shards:
         shards = {split: check_complete(name, split, all_shards[split], source) for split in wanted}
-        target.mkdir(parents=True, exist_ok=True)
-        with exclusive(target):
-            for split in wanted:  # of an interrupted conversion
+        with locked_folder(target, wait=False):
+            for split in wanted:  # clears away what an interrupted conversion left
                 final, partial, old = _paths(target, split)
                 shutil.rmtree(partial, ignore_errors=True)
                 if old.exists() and not final.exists():  # it stopped between the two renamings
@@ -141,9 +139,8 @@ def check_complete(
         )
     totals = {total for total, _ in found}
     if len(totals) > 1:
-        raise DataError(
-            f"{source}: shards of {split} come from sets of {' and '.join(map(str, sorted(totals)))}"
-        )
+        sets = " and ".join(map(str, sorted(totals)))
+        raise DataError(f"{source}: shards of {split} come from sets of {sets}")
     (total,) = totals
     shards = sorted((shard for _, shard in found), key=lambda shard: shard.number)
     numbers = [shard.number for shard in shards]
@@ -161,26 +158,10 @@ def check_complete(
             if numbers.count(shard.number) > 1 or shard.number >= total
         ]
         raise DataError(
-            f"{source} has {len(shards)} shards of {split} instead of {total}: see {', '.join(extra[:5])}"
+            f"{source} has {len(shards)} shards of {split} instead of {total}: see "
+            f"{', '.join(extra[:5])}"
         )
     return shards
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Keeps a second conversion away from the folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot lock
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"another process is converting to {folder}; let it finish"
-                ) from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def check_room(name: str, target: Path, shard_bytes: int) -> None:
@@ -192,7 +173,8 @@ def check_room(name: str, target: Path, shard_bytes: int) -> None:
     free = shutil.disk_usage(target).free
     if free < needed:
         raise DataError(
-            f"{target} has {free / 1e9:.1f} GB free, the conversion needs about {needed / 1e9:.1f} GB: make room"
+            f"{target} has {free / 1e9:.1f} GB free, the conversion needs about "
+            f"{needed / 1e9:.1f} GB: make room"
         )
 
 
@@ -211,7 +193,7 @@ def convert_split(name: str, split: str, shards: list[Shard], target: Path) -> i
     if final.exists():  # a folder cannot replace another one in a single step
         os.rename(final, old)
     os.rename(partial, final)
-    _sync_folder(target)
+    sync(target)
     shutil.rmtree(old, ignore_errors=True)
     return count
 
@@ -248,7 +230,8 @@ def images(name: str, shards: list[Shard], split: str) -> Iterator[bytes]:
                     image = data[0] if data and isinstance(data[0], bytes) else b""
                     if len(image) != height * width * channels:
                         raise DataError(
-                            f"{where}: {len(image)} bytes of image instead of {height * width * channels}"
+                            f"{where}: {len(image)} bytes of image instead of "
+                            f"{height * width * channels}"
                         )
                     yield image
                     bar.update(len(record) + 16)
@@ -292,20 +275,12 @@ def _lmdb() -> Any:
     return lmdb
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _command(name: str) -> str:
     return f"get it with: {DATASETS[name].command}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = OneLineParser("data.tfrecords_to_lmdb", description=__doc__.splitlines()[0])
+    parser = OneLineParser("data.convert.tfrecords", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", choices=sorted(RESOLUTION_LEVELS))
     parser.add_argument(
         "--source",
@@ -318,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--force", action="store_true", help="convert a split again that is there")
     flags = parser.parse_args(arguments)
-    with one_line_errors("data.tfrecords_to_lmdb", DataError, OSError):
+    with one_line_errors("data.convert.tfrecords", DataError, OSError):
         try:
             counts = convert(flags.dataset, flags.source, flags.target, flags.force)
         except KeyboardInterrupt:

@@ -1,0 +1,1 @@
+"""What is made once from files that a data set comes in."""
