@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from data import cifar10
 from data.datamodule import ImageDataModule
+from data.sets import cifar10
 
 # Data set -> (scale, images, batch of the authors' recipe, images/s to reach on two cores).
 QUESTIONS = {

@@ -77,14 +77,15 @@ def watch_ranks(trainer: pl.Trainer) -> Iterator[None]:
 
     torchrun and SLURM watch the processes that they start themselves.
     """
-    if trainer.world_size == 1 or trainer.strategy.launcher is None:
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.world_size == 1 or environment is None or environment.creates_processes_externally:
         yield
         return
     ended = threading.Event()
     is_child = "LOCAL_RANK" in os.environ and not trainer.is_global_zero
     if not is_child:
         os.environ[MAIN_PROCESS] = str(os.getpid())  # for those that Lightning starts
-    main = int(os.environ.get(MAIN_PROCESS, os.getppid()))
+    main = int(os.environ.get(MAIN_PROCESS, os.getppid())) if is_child else os.getpid()
     processes: list[subprocess.Popen] = []
 
     def watch() -> None:
@@ -112,6 +113,8 @@ def watch_ranks(trainer: pl.Trainer) -> Iterator[None]:
         yield
     finally:
         ended.set()
+        if not is_child:  # or runs that this process starts would take it for their main one
+            os.environ.pop(MAIN_PROCESS, None)
 
 
 class LoaderWatch(pl.Callback):

@@ -2,7 +2,9 @@
 a backend that is wrong."""
 
 import json
+import os
 import subprocess
+import sys
 
 import pytest
 from helpers import REPOSITORY
@@ -104,7 +106,10 @@ def test_gpu_check_times_nothing_if_a_backend_is_wrong(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_script_of_a_gpu_is_ready(tmp_path):
     command = ["bash", "benchmarks/gpu_check.sh", str(tmp_path / "results"), "--cpu"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     names = {path.name for path in (tmp_path / "results").iterdir()}
     assert names == {"log.txt", "gpu_check.json", "layer.json", "train_step.json"}

@@ -61,7 +61,11 @@ def differences(folder: Path, one: str, other: str) -> list[str]:
             )
             found.append(f"{name}: from row {at + 1} of {len(a)} and {len(b)}")
     a, b = (
-        {path.name: path.read_bytes() for path in (folder / "figs" / run).iterdir()}
+        {
+            path.relative_to(folder / "figs" / run).as_posix(): path.read_bytes()
+            for path in (folder / "figs" / run).rglob("*")
+            if path.is_file()
+        }
         for run in (one, other)
     )
     found += [

@@ -36,6 +36,7 @@ import train
 from benchmarks.common import stamp, write
 from lib.training.base import VAETraining
 from lib.training.resume import RunProgress
+from lib.training.signals import EXIT_STATUS
 from tests.stress.runs_compared import differences, log_rows
 
 REPOSITORY = Path(__file__).parents[2]
@@ -99,6 +100,9 @@ def train_with_faults(seed: int, steps_file: str, arguments: list[str]) -> None:
             os.write(log, f"{noted} {time.time()}\n".encode())
 
     VAETraining.compute, RunProgress.on_train_batch_end = faulty, noting
+    # As train.py does when it is the program: a signal after the run's end finds this handler.
+    for signum, status in EXIT_STATUS.items():
+        signal.signal(signum, lambda *_, status=status: os._exit(status))
     train.main(arguments)
 
 
