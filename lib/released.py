@@ -224,6 +224,8 @@ def _plain(value: Any, name: str, path: str | Path) -> Any:
     kind, is_list = flag_type(name)
 
     def convert_one(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            raise TypeError  # a setting is a plain value
         converted = kind(item)
         fraction = kind is int and isinstance(item, float) and item != converted
         if fraction or (kind is bool and str(item) != str(converted)):
@@ -233,7 +235,8 @@ def _plain(value: Any, name: str, path: str | Path) -> Any:
     try:
         return [convert_one(item) for item in value] if is_list else convert_one(value)
     except (TypeError, ValueError, OverflowError):
-        raise CheckpointError(f"{path}: its hyper-parameter {name} cannot be {value!r}") from None
+        shown = " ".join(ascii(value).split())[:60]
+        raise CheckpointError(f"{path}: its hyper-parameter {name} cannot be {shown}") from None
 
 
 def load_weights(

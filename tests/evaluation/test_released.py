@@ -439,3 +439,13 @@ def test_training_on_a_released_file_says_how_to_convert_it(images, tmp_path):
         "--use_checkpoint",
     ]
     assert_one_line_error(run("train.py", *TINY, *arguments), "convert it: python -m lib.released")
+
+
+@pytest.mark.parametrize("value", [torch.zeros(0), torch.ones(1), torch.eye(30)], ids=str)
+@pytest.mark.parametrize("name", ["amp", "depth", "ds_list", "lrate"])
+def test_settings_that_are_tensors_are_refused_in_one_line(name, value):
+    checkpoint = torch.load(GOLDEN / "tiny_8bit.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"][name] = value
+    with pytest.raises(CheckpointError, match=f"hyper-parameter {name} cannot be") as refusal:
+        translate(checkpoint, "x.ckpt", training=True)
+    assert "\n" not in str(refusal.value)
