@@ -224,8 +224,6 @@ def _plain(value: Any, name: str, path: str | Path) -> Any:
     kind, is_list = flag_type(name)
 
     def convert_one(item: Any) -> Any:
-        if isinstance(item, torch.Tensor):
-            raise TypeError  # a setting is a plain value
         converted = kind(item)
         fraction = kind is int and isinstance(item, float) and item != converted
         if fraction or (kind is bool and str(item) != str(converted)):
@@ -233,8 +231,10 @@ def _plain(value: Any, name: str, path: str | Path) -> Any:
         return converted
 
     try:
+        if isinstance(value, torch.Tensor):
+            raise TypeError  # a setting is a plain value, or a list of them
         return [convert_one(item) for item in value] if is_list else convert_one(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         shown = " ".join(ascii(value).split())[:60]
         raise CheckpointError(f"{path}: its hyper-parameter {name} cannot be {shown}") from None
 

@@ -78,14 +78,17 @@ def watch_ranks(trainer: pl.Trainer) -> Iterator[None]:
     torchrun and SLURM watch the processes that they start themselves.
     """
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    if trainer.world_size == 1 or environment is None or environment.creates_processes_externally:
+    is_child = MAIN_PROCESS in os.environ  # Lightning calls its own children external, too
+    if trainer.world_size == 1 or environment is None:
+        yield
+        return
+    if environment.creates_processes_externally and not is_child:
         yield
         return
     ended = threading.Event()
-    is_child = "LOCAL_RANK" in os.environ and not trainer.is_global_zero
     if not is_child:
         os.environ[MAIN_PROCESS] = str(os.getpid())  # for those that Lightning starts
-    main = int(os.environ.get(MAIN_PROCESS, os.getppid())) if is_child else os.getpid()
+    main = int(os.environ[MAIN_PROCESS])
     processes: list[subprocess.Popen] = []
 
     def watch() -> None:

@@ -100,10 +100,11 @@ def train_with_faults(seed: int, steps_file: str, arguments: list[str]) -> None:
             os.write(log, f"{noted} {time.time()}\n".encode())
 
     VAETraining.compute, RunProgress.on_train_batch_end = faulty, noting
-    # As train.py does when it is the program: a signal after the run's end finds this handler.
+    # A signal before the run has its own handlers, or after its end.
     for signum, status in EXIT_STATUS.items():
         signal.signal(signum, lambda *_, status=status: os._exit(status))
     train.main(arguments)
+    os._exit(0)  # the interpreter's last steps have no handlers
 
 
 class Session:
