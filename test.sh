@@ -2,6 +2,7 @@
 # Sets up .venv and runs all tests. `bash test.sh --slow` also runs those that take minutes; further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")"
+requirements="requirements.txt requirements-test.txt"
 . ./setup.sh
 "$python" -m ruff check .
 "$python" -m ruff format --check .
