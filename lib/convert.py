@@ -57,7 +57,7 @@ def convert(
         raise ValueError("keep_function=True needs residual=True: no other layer has a convolution")
     if isinstance(module, nn.Conv2d):
         raise ValueError("the module is itself a convolution: replace it where it is used")
-    in_turn = list(dirs) if isinstance(dirs[0], Sequence) else [dirs]
+    in_turn: list[Any] = list(dirs) if isinstance(dirs[0], Sequence) else [dirs]
     found = [
         (name, child)
         for name, child in module.named_modules()

@@ -22,7 +22,14 @@ which is one operator of torch with all derivatives; `resolve` in selection.py; 
 `sweep_backward` in the backend's file. graphs.py replays what consists of many launches.
 """
 
-from .operator import correct_lines
+from .operator import correct_lines, laid_out_for_sweeps
 from .selection import adopt, choices, report, shared_choices
 
-__all__ = ["adopt", "choices", "correct_lines", "report", "shared_choices"]
+__all__ = [
+    "adopt",
+    "choices",
+    "correct_lines",
+    "laid_out_for_sweeps",
+    "report",
+    "shared_choices",
+]
