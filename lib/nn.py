@@ -352,8 +352,9 @@ class SDNLayer(nn.Module):
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W'], in the memory format of `x`."""
-        known = output_size is not None and not isinstance(output_size, torch.fx.Proxy)
-        sizes = (output_size,) if known else ()
+        sizes: tuple[Sequence[int], ...] = ()
+        if output_size is not None and not isinstance(output_size, torch.fx.Proxy):
+            sizes = (output_size,)
         if isinstance(x, torch.fx.Proxy):  # of a symbolic trace: of the input nothing is known
             return self._computed(x, *sizes)
         if x.dim() == 3:
