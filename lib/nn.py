@@ -152,13 +152,15 @@ class Sweep(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        num_features = _integer("num_features", num_features)
+        C = _integer("num_features", num_features)
         (self.direction,) = _directions([direction])
         self.border = _one_of("border", border, BORDERS)
         backend = _one_of("backend", backend, BACKENDS)
         self.backend = RENAMED_BACKENDS.get(backend, backend)
         self.init = _one_of("init", init, INITS)
-        self.cell = SweepCell(num_features, device=device, dtype=dtype)
+        # Names of the authors' release: cell.gru.weight_ih, ...
+        gru = _GRUParameters(3 * C, C, device=device, dtype=dtype)
+        self.cell: Any = nn.ModuleDict({"gru": gru})
         self._open_gate()
 
     def reset_parameters(self) -> None:
@@ -180,21 +182,8 @@ class Sweep(nn.Module):
         from_lines = (2, 3, 1, 0) if self.direction in (0, 1) else (2, 3, 0, 1)
         lines = features.permute(to_lines)  # [line, position, B, C]
         sides = dict(reverse=self.direction in (1, 3), keep_first=self.border == "keep")
-        lines = correct_lines(lines, *self.cell(), **sides, backend=self.backend)
+        lines = correct_lines(lines, *self.cell.gru(), **sides, backend=self.backend)
         return lines.permute(from_lines)  # [B, C, H, W]
-
-
-class SweepCell(nn.Module):
-    """Holds a sweep's parameters under the names of the authors' release (`cell.gru.weight_ih`,
-    ...), and returns weight_ih, weight_hh, bias_ih and bias_hh."""
-
-    def __init__(self, num_features: int, **factory: Any):
-        super().__init__()
-        self.gru = _GRUParameters(3 * num_features, num_features, **factory)
-
-    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """weight_ih, weight_hh, bias_ih and bias_hh."""
-        return self.gru()
 
 
 class _GRUParameters(nn.GRUCell):

@@ -112,7 +112,8 @@ def test_hooks_on_every_module(layer_class):
         module.register_forward_pre_hook(lambda module, inputs: before.append(module))
         module.register_forward_hook(lambda module, inputs, output: after.append(module))
     layer(x)
-    called = [module for module in layer.modules() if not isinstance(module, nn.ModuleList)]
+    containers = (nn.ModuleList, nn.ModuleDict)
+    called = [module for module in layer.modules() if not isinstance(module, containers)]
     assert set(before) == set(after) == set(called)
 
 
