@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .torch_internals import scan
+from .torch_internals import find_scan
 
 
 def correct_lines(lines: Tensor, *parameters: Tensor, reverse: bool, keep_first: bool) -> Tensor:
     """A sweep, see `correct_lines_reference` in nn.py."""
     from ..nn import correct_line, correct_lines_reference
 
+    scan = find_scan()
     if scan is None or torch.jit.is_tracing():
         return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
 

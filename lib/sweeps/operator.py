@@ -42,7 +42,8 @@ def correct_lines(
     # The operator knows nothing of other derivatives, nor the backends of complex ones.
     if is_transformed(lines, *parameters) or lines.is_complex():
         return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
-    if torch.onnx.is_in_onnx_export():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced and torch.onnx.is_in_onnx_export():
         return onnx_scan.correct_lines(lines, *parameters, reverse=reverse, keep_first=keep_first)
     device, product_dtype = lines.device.type, lines.dtype
     if not lines.is_meta and torch.is_autocast_enabled(device):

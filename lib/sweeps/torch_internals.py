@@ -6,15 +6,11 @@ which says what has changed if a later version no longer fits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-try:
-    # Has no public name yet. It becomes the operator Scan of ONNX.
-    from torch._higher_order_ops.scan import scan
-except ImportError:  # before torch 2.6
-    scan = None
 
 
 def is_transformed(*tensors: Tensor) -> bool:
@@ -40,3 +36,15 @@ def may_have_saved_tensors_hooks() -> bool:
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
+
+
+def find_scan() -> Callable | None:
+    """`scan`, which becomes the operator Scan of ONNX; None where torch has none.
+
+    It has no public name yet.
+    """
+    try:
+        from torch._higher_order_ops.scan import scan
+    except ImportError:
+        return None
+    return scan

@@ -69,7 +69,7 @@ def test_a_network_that_changes_scales(tmp_path):
 def test_lines_are_unrolled_where_torch_has_no_scan(tmp_path, monkeypatch):
     """As by `backend="reference"`: the batch may vary, the size of the maps may not."""
     torch.manual_seed(0)
-    monkeypatch.setattr(onnx_scan, "scan", None)
+    monkeypatch.setattr(onnx_scan, "find_scan", lambda: None)
     layer = SDNLayer(2, 3, dirs=[0, 3]).eval()
     x = torch.randn(2, 2, 3, 4)
     program = torch.onnx.export(

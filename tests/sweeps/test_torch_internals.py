@@ -9,10 +9,10 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from lib.sweeps.torch_internals import (
+    find_scan,
     has_tangent,
     is_transformed,
     may_have_saved_tensors_hooks,
-    scan,
 )
 
 ADVICE = f"changed in torch {torch.__version__}: see lib/sweeps/torch_internals.py"
@@ -74,6 +74,8 @@ def test_hooks_of_saved_tensors_are_noticed():
 
 def test_there_is_a_scan():
     torch._dynamo.reset()
+    scan = find_scan()
+    assert scan is not None, f"there is no `torch._higher_order_ops.scan`. {ADVICE}"
     with torch.no_grad():
         _, sums = scan(lambda total, x: (total + x, total + x), torch.zeros(2), torch.ones(3, 2))
     assert sums[:, 0].tolist() == [1, 2, 3], (
