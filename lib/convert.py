@@ -30,8 +30,8 @@ def convert(
     Arguments:
         module: The network. A convolution that occurs in it twice is replaced by one layer that
             does.
-        dirs: Directions of the sweeps of each layer, or a sequence of such, which the layers take in
-            turn.
+        dirs: Directions of the sweeps of each layer, or a sequence of such, which the layers take
+            in turn.
         where: Which convolutions: a pattern of names as in `named_modules()` (`"layer4.*"`), or
             several, or a function of name and convolution. By default all `torch.nn.Conv2d` with a
             kernel larger than 1x1.

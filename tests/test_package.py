@@ -98,8 +98,8 @@ def test_commands_of_the_pages_name_modules_that_exist():
 def test_an_installed_copy_is_called_sdn(tmp_path):
     """The same files under the package name that pyproject.toml gives them."""
     (tmp_path / "sdn").symlink_to(REPOSITORY / "lib")
-    code = "import sdn.evaluation.likelihood, sdn.evaluation.report, sdn.DensityVAE, sdn.nn, sdn.released; print('ok')"
-    done = python(code, cwd=tmp_path)
+    names = "evaluation.likelihood, sdn.evaluation.report, sdn.DensityVAE, sdn.nn, sdn.released"
+    done = python(f"import sdn.{names}; print('ok')", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "ok"
 
