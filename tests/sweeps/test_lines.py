@@ -55,7 +55,9 @@ def test_strides_of_every_direction():
 
 def test_kernels_in_the_interpreter():
     """In a process of its own: Triton decides at its import whether kernels are interpreted."""
-    pytest.importorskip("triton")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"):
+        pytest.skip("this version's interpreter cannot negate a mask, as that of torch 2.6's")
     program = """
 import torch
 from lib.sweeps import checking, lines_kernels
