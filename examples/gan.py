@@ -74,7 +74,7 @@ def scenes(count: int, seed: int) -> Tensor:
 
 
 def train(
-    arm: str, pictures: Tensor, *, steps: int, seed: int, batch_size: int = 32
+    arm: str, pictures: Tensor, *, steps: int, seed: int, batch_size: int = 16
 ) -> tuple[nn.Module, float]:
     """Trains a generator and a discriminator with the non-saturating loss.
 

@@ -64,9 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         __doc__,
         ARMS,
         ["U-Net", "U-Net, converted", "U-Net, wider"],
-        steps=300,
-        train_sizes=[64],
-        sizes=[64, 128, 256],
+        steps=200,
+        train_sizes=[48],
+        sizes=[48, 96, 192],
     )
     flags = comparison.parse(parser, arguments)
     scores = comparison.compare("segmentation", ARMS, make_reliefs, flags)

@@ -120,7 +120,7 @@ def cast_shadows(heights: Tensor, slopes: Tensor, turns: Tensor) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = comparison.parser(
-        __doc__, ARMS, ["SDN", "ReNet", "dilated", "U-Net"], steps=300, sizes=[32, 64, 128, 512]
+        __doc__, ARMS, ["SDN", "dilated", "U-Net"], steps=200, sizes=[32, 64, 128, 512]
     )
     flags = comparison.parse(parser, arguments)
     further = {} if flags.quick else {"photographs": make_shadows(6, 256, 3_000_000, True)}

@@ -89,9 +89,7 @@ def lead_of_convolutions(task: str, scores: comparison.Scores) -> dict[str, floa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = comparison.parser(
-        __doc__, ARMS, ["SDN", "convolutions", "U-Net"], steps=150, sizes=[32, 96]
-    )
+    parser = comparison.parser(__doc__, ARMS, ["SDN", "convolutions"], steps=100, sizes=[32, 96])
     flags = comparison.parse(parser, arguments)
     status = 0
     picture = flags.picture

@@ -29,7 +29,8 @@ def test_penalty_has_gradients_for_every_part_of_the_sweeps():
     assert all(g is not None and g.isfinite().all() and g.any() for g in sweeps.values())
 
 
-def test_quick_run(tmp_path, capsys):
+def test_quick_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gan, "scenes", lambda count, seed: torch.rand(count, 3, 32, 32))
     results = tmp_path / "gan.jsonl"
     arm = "SDN in the discriminator"
     flags = ["--quick", "--arms", arm, "--results", str(results)]

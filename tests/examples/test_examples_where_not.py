@@ -7,7 +7,7 @@ from examples import where_not
 
 
 def test_scratches_are_where_the_photograph_was_changed_and_splits_share_no_pixel():
-    x, truth, _ = where_not.make_scratches(20, 32, 0)
+    x, truth, _ = where_not.make_scratches(8, 32, 0)
     clean = {True: where_not._regions(training=True), False: where_not._regions(training=False)}
     for picture, scratched in zip(x / 2 + 0.5, truth > 0.5, strict=True):
         keep = ~scratched[0]
