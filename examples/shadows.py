@@ -2,18 +2,22 @@
 
 Inputs are the heights of a terrain and, as constant planes, the slope of the sun's rays and the
 direction in which the sun stands, which is any on the full circle; the answer is the cast shadow.
-Hills are equally high and wide on maps of every size, but the larger the map, the further away the
-hill that casts a shadow may be. No arm is told more than the others: the SDN sweeps in all four
-directions whatever the sun's::
+Hills are equally high and wide on maps of every size, and shadows reach as far as the hills are
+high. No arm is told more than the others: the SDN sweeps in all four directions wherever the sun
+is::
 
     python -m examples.shadows                 # equal steps
-    python -m examples.shadows --seconds 30    # equal processor time instead of equal steps
+    python -m examples.shadows --seconds 40    # equal processor time instead of equal steps
 
 The default sizes end with a 512x512 terrain; a further column has photographs' brightness as
 heights, on which no arm was trained. Marching along each ray solves the task exactly and quickly:
 the example is about what networks learn, not about how to compute shadows.
 
-PROMISE
+The numbers that it promises: with the default flags, the SDN's mean intersection over union after
+training at 32x32 is at least 0.77 at 32x32 and at 512x512, or the exit status is 1. Measured: 0.795
+and 0.798 (three seeds). **This is no advantage**: dilated convolutions, which see 123 pixels, reach
+0.798 and 0.809 in two fifths of the time (docs/beyond-vaes.md). Nothing is promised for `--quick`
+or `--seconds`.
 """
 
 import math
@@ -25,7 +29,7 @@ from torch import Tensor
 
 from examples import common, comparison, networks
 
-PROMISED: dict[str, float] = {}
+PROMISED = {"SDN at 32": 0.77, "SDN at 512": 0.77}
 ARMS = networks.arms(4)
 RELIEF = 3.0  # standard deviation of heights, in pixels
 
@@ -122,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = comparison.parser(
         __doc__, ARMS, ["SDN", "dilated", "U-Net"], steps=200, sizes=[32, 64, 128, 512]
     )
+    parser.set_defaults(tests=10)
     flags = comparison.parse(parser, arguments)
     further = {} if flags.quick else {"photographs": make_shadows(6, 256, 3_000_000, True)}
     scores = comparison.compare("shadows", ARMS, make_shadows, flags, further)
