@@ -8,7 +8,7 @@ at 8x8, of the generator or of the discriminator::
     python -m examples.gan --picture samples.png
 
 Samples are compared with pictures that were not trained on by the sliced Wasserstein distance of
-7x7 patches at three scales (Karras et al. 2018; times 1000, lower is better). 200 steps are a
+7x7 patches at three scales (Karras et al. 2018; times 1000, lower is better). 100 steps are a
 beginning, not a good generator.
 
 PROMISE
@@ -183,7 +183,7 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=comparison.positive, default=200)
+    parser.add_argument("--steps", type=comparison.positive, default=100)
     parser.add_argument("--pictures", type=comparison.positive, default=4000, help="to train on")
     parser.add_argument(
         "--tests", type=comparison.positive, default=500, help="real and drawn ones"

@@ -29,16 +29,18 @@ from lib import convert
 PROMISED: dict[str, float] = {}
 
 
-def converted() -> nn.Module:
-    """The U-Net with layers of all four directions at its lowest scale."""
+def converted(keep_function: bool) -> nn.Module:
+    """The U-Net with layers of all four directions at its lowest scale, which start as the
+    convolutions that they replace, or as new ones."""
     network = networks.UNet(1, 12, 3)
-    convert(network, where="down.3.*", num_features=16)
+    convert(network, where="down.3.*", num_features=16, keep_function=keep_function)
     return network
 
 
 ARMS = {
     "U-Net": partial(networks.UNet, 1, 12, 3),
-    "U-Net, converted": converted,
+    "U-Net, converted": partial(converted, keep_function=True),
+    "U-Net, new layers": partial(converted, keep_function=False),
     "U-Net, wider": partial(networks.UNet, 1, 16, 3),
     "U-Net, one scale more": partial(networks.UNet, 1, 12, 4),
     "U-Net, attention": partial(networks.UNet, 1, 12, 3, attention=True),
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = comparison.parser(
         __doc__,
         ARMS,
-        ["U-Net", "U-Net, converted", "U-Net, wider"],
+        ["U-Net", "U-Net, converted", "U-Net, new layers"],
         steps=200,
         train_sizes=[48],
         sizes=[48, 96, 192],

@@ -19,7 +19,7 @@ def test_converted_network_starts_as_the_untouched_one():
     torch.manual_seed(0)
     untouched = segmentation.ARMS["U-Net"]().eval()
     torch.manual_seed(0)
-    converted = segmentation.converted().eval()
+    converted = segmentation.ARMS["U-Net, converted"]().eval()
     names = [n for n, m in converted.named_modules() if isinstance(m, ResSDNLayer)]
     assert names == ["down.3.0", "down.3.3"]
     x = torch.randn(2, 1, 64, 64)
