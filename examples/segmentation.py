@@ -9,10 +9,13 @@ use the layer::
     python -m examples.segmentation
     python -m examples.segmentation --seconds 30    # equal processor time instead of equal steps
 
-Pictures of all sizes show the same number of parts: larger ones are as photographs with more
-pixels, which is where a network that was trained on small ones may fail.
+Pictures of all sizes show about as many parts: larger ones are as photographs with more pixels.
 
-PROMISE
+The numbers that it promises: with the default flags, the converted U-Net's mean intersection over
+union after training at 48x48 is at least 0.92 at 48x48 and 0.94 at 96x96, or the exit status is 1.
+Measured: 0.943 and 0.961 (three seeds). **This is no advantage**: the U-Net that was left as it is
+reaches 0.945 and 0.960 in four fifths of the time (docs/beyond-vaes.md). Nothing is promised for
+`--quick` or `--seconds`.
 """
 
 import sys
@@ -26,7 +29,7 @@ from examples import common, comparison, networks
 from examples.enclosed import blobs, dilate
 from lib import convert
 
-PROMISED: dict[str, float] = {}
+PROMISED = {"U-Net, converted at 48": 0.92, "U-Net, converted at 96": 0.94}
 
 
 def converted(keep_function: bool) -> nn.Module:
