@@ -5,6 +5,7 @@ The protocol is in docs/beyond-vaes.md.
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -30,7 +31,6 @@ def parser(
     steps: int,
     sizes: list[int],
     train_sizes: list[int] | None = None,
-    pictures: int = 4000,
 ) -> argparse.ArgumentParser:
     """The flags that programs which compare arms at several sizes have in common."""
     flags = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
@@ -46,7 +46,7 @@ def parser(
     )
     flags.add_argument("--train_sizes", nargs="+", type=positive, default=train_sizes or [32])
     flags.add_argument("--sizes", nargs="+", type=positive, default=sizes)
-    flags.add_argument("--pictures", type=positive, default=pictures, help="to train on")
+    flags.add_argument("--pictures", type=positive, default=4000, help="to train on")
     flags.add_argument("--tests", type=positive, default=20, help="pictures of each size")
     flags.add_argument("--picture", type=Path, help="PNG file of every arm's answers")
     flags.add_argument(
@@ -68,8 +68,10 @@ def parse(flags: argparse.ArgumentParser, arguments: list[str] | None) -> argpar
     values = flags.parse_args(arguments)
     if min(values.sizes + values.train_sizes) < 16:
         flags.error("--sizes and --train_sizes must be at least 16")
-    if values.seconds is not None and not values.seconds > 0:
-        flags.error("--seconds must be positive")
+    for name in ("seconds", "learning_rate"):
+        value = getattr(values, name)
+        if value is not None and not 0 < value < math.inf:
+            flags.error(f"--{name} must be positive")
     if values.quick:
         values.steps, values.seeds, values.sizes = 4, values.seeds[:1], [32, 64]
         values.pictures, values.tests, values.train_sizes = 64, 2, [32]
@@ -100,59 +102,47 @@ def compare(
         count = max(1, round(flags.tests * min(1, (256 / size) ** 2)))
         tests[size] = make(count, size, 1_000_000 + size)
     tests |= further or {}
+
+    def run(
+        arm: str, rate: float, seed: int, tests: Tests
+    ) -> tuple[nn.Module, dict[int | str, float]]:
+        """Trains, tests and records one network."""
+        network, steps, seconds = common.train(
+            arms[arm],
+            training,
+            steps=flags.steps,
+            seconds=flags.seconds,
+            learning_rate=rate,
+            seed=seed,
+        )
+        iou = {name: common.intersection_over_union(network, p) for name, p in tests.items()}
+        parameters = sum(p.numel() for p in network.parameters())
+        of_run = dict(example=example, arm=arm, parameters=parameters, seed=seed)
+        of_run |= dict(learning_rate=rate, train_sizes=flags.train_sizes)
+        of_run |= dict(steps=steps, seconds=round(seconds, 1))
+        of_run |= dict(iou={str(name): round(value, 5) for name, value in iou.items()})
+        record(flags.results, of_run)
+        return network, iou
+
+    def selected_rate(arm: str) -> float:
+        """The one with the best mean at the training sizes."""
+        held_out: Tests = {size: make(100, size, 2_000_000 + size) for size in flags.train_sizes}
+        at = {rate: run(arm, rate, SEED_OF_SELECTION, held_out)[1].values() for rate in RATES}
+        return max(at, key=lambda rate: sum(at[rate]))
+
     scores: Scores = {arm: {name: [] for name in tests} for arm in flags.arms}
     trained: dict[str, nn.Module] = {}
     for arm in flags.arms:
-        rate = flags.learning_rate
-        if flags.select:
-            rate = _select_rate(example, arm, arms[arm], make, training, flags)
+        rate = selected_rate(arm) if flags.select else flags.learning_rate
         for seed in flags.seeds:
-            network = _run(example, arm, arms[arm], training, tests, rate, seed, flags, scores[arm])
+            network, iou = run(arm, rate, seed, tests)
             trained.setdefault(arm, network)
+            for name, value in iou.items():
+                scores[arm][name].append(value)
     print(common.table(scores))
     if flags.picture:
         common.picture(flags.picture, trained, make, flags.sizes)
     return scores
-
-
-def _select_rate(example, arm, build, make, training, flags) -> float:
-    """The learning rate with the best mean intersection over union at the training sizes."""
-    held_out = {size: make(100, size, 2_000_000 + size) for size in flags.train_sizes}
-    at_rate = {}
-    for rate in RATES:
-        measured: dict[int | str, list[float]] = {size: [] for size in held_out}
-        seed = SEED_OF_SELECTION
-        _run(example, arm, build, training, held_out, rate, seed, flags, measured)
-        at_rate[rate] = sum(values[0] for values in measured.values())
-    return max(at_rate, key=at_rate.__getitem__)
-
-
-def _run(example, arm, build, training, tests, rate, seed, flags, scores) -> nn.Module:
-    """Trains and tests one network, adds its scores and records them."""
-    network, steps, seconds = common.train(
-        build,
-        training,
-        steps=flags.steps,
-        seconds=flags.seconds,
-        learning_rate=rate,
-        seed=seed,
-    )
-    at = {size: common.intersection_over_union(network, p) for size, p in tests.items()}
-    for size, value in at.items():
-        scores[size].append(value)
-    run = dict(
-        example=example,
-        arm=arm,
-        parameters=sum(p.numel() for p in network.parameters()),
-        seed=seed,
-        learning_rate=rate,
-        train_sizes=flags.train_sizes,
-        steps=steps,
-        seconds=round(seconds, 1),
-        iou={str(size): round(value, 5) for size, value in at.items()},
-    )
-    record(flags.results, run)
-    return network
 
 
 def record(path: Path | None, run: dict) -> None:

@@ -118,7 +118,15 @@ def test_a_missed_promise_is_status_1(capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--sizes", "8"], ["--train_sizes", "8"], ["--seconds", "0"], ["--steps", "0"]]
+    "flags",
+    [
+        ["--sizes", "8"],
+        ["--train_sizes", "8"],
+        ["--seconds", "0"],
+        ["--seconds", "inf"],
+        ["--learning_rate", "-1"],
+        ["--steps", "0"],
+    ],
 )
 def test_flags_that_cannot_work_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as refused:
