@@ -11,7 +11,10 @@ Samples are compared with pictures that were not trained on by the sliced Wasser
 7x7 patches at three scales (Karras et al. 2018; times 1000, lower is better). 100 steps are a
 beginning, not a good generator.
 
-PROMISE
+What it promises: with the default flags, the distance of every run is at most half of that of its
+untrained generator, or the exit status is 1. Measured (three seeds): 0.20 to 0.36 of it; 73.8 with
+convolutions, 75.3 with sweeps in the generator and 71.0 in the discriminator, which is **no
+difference** beside deviations of 6 to 27 (docs/beyond-vaes.md). Nothing is promised for `--quick`.
 """
 
 import argparse

@@ -7,7 +7,11 @@ same ten pixels on maps of every size, so that nothing is to be gained by sweeps
     python -m examples.where_not
     python -m examples.where_not --seconds 15    # equal processor time instead of equal steps
 
-PROMISE
+The numbers that it promises: with the default flags, the SDN's mean intersection over union exceeds
+that of the convolutions nowhere by more than 0.01, or the exit status is 1. Measured at 32x32 and
+96x96 (three seeds): convolutions 0.851 and 0.866, SDN 0.791 and 0.845 on noise; 0.542 and 0.533
+against 0.305 and 0.327 on scratches, in half the time (docs/beyond-vaes.md). Nothing is promised
+for `--quick` or `--seconds`.
 """
 
 import math
