@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -31,7 +30,7 @@ from lib.picture_files import FITS
 from ..converted import FORMAT
 from ..errors import DataError
 from ..get_dataset import DATASETS
-from .decoding import Decoded, Shape, decode_all
+from .decoding import Decoded, Shape, decode_all, usable_cores
 from .sources import Entry, Source, open_source
 from .storing import FIRST, SPLITS, Progress, Store, partial_folder
 
@@ -331,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         choices=range(1025),
         metavar="INT",
-        default=len(os.sched_getaffinity(0)),
+        default=usable_cores(),
         help="processes that decode",
     )
     flags = parser.parse_args(arguments)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.files import PARTIAL, sync, whole_file
+from lib.files import LOCK, PARTIAL, sync, whole_file
 
 from ..converted import DESCRIPTION
 from ..errors import DataError
@@ -124,7 +124,7 @@ class Store:
         with contextlib.suppress(OSError):  # some file systems cannot
             sync(target.parent)
         for rest in self.folder.iterdir():
-            if rest.name != ".lock":
+            if not rest.name.startswith(LOCK):
                 shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
 
     def _stored_progress(self, options: dict[str, Any]) -> Progress:
