@@ -21,7 +21,7 @@ from .checkpoints import Checkpoints
 from .faults import faults_in_one_line
 from .image_grids import ImageGrids
 from .lightning_internals import keep_own_signal_handlers
-from .loggers import make_logger
+from .loggers import Dashboard
 from .metrics_log import MetricsLog
 from .non_finite import SkipNonFinite
 from .processes import LoaderWatch, log_rank_zero, watch_ranks
@@ -86,14 +86,16 @@ def run(
         max_rollbacks=config.max_rollbacks,
         rollback_lrate=config.rollback_lrate,
     )
+    dashboard = Dashboard(config, run_folder)
     grids = ImageGrids(
         figures,
         columns=config.figsize,
         temperature=config.sampling_temperature,
         batch=data.batch_val,
         seed=config.random_seed,
+        dashboard=dashboard,
     )
-    metrics, loader_watch = MetricsLog(run_folder), LoaderWatch()
+    metrics, loader_watch = MetricsLog(run_folder, dashboard), LoaderWatch()
     callbacks: list[pl.Callback] = [
         RunProgress(config.iters),
         SweepChoices(),  # before the metrics, which write them down
@@ -102,6 +104,7 @@ def run(
         skip,
         grids,
         TQDMProgressBar(refresh_rate=10),
+        dashboard,  # after those that show something there
         checkpoints,
     ]
     profiler = None
@@ -116,7 +119,6 @@ def run(
         precision=precision,
         callbacks=callbacks,
         checkpoint_io=checkpoints.io,
-        logger=make_logger(config, run_folder),
         profiler=profiler,
     )
     parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
@@ -153,7 +155,6 @@ def make_trainer(
     precision: str,
     callbacks: list[pl.Callback],
     checkpoint_io: Any,
-    logger: pl.loggers.Logger | bool,
     profiler: SimpleProfiler | None,
 ) -> pl.Trainer:
     """The Trainer of a run; raises ConfigError if the job has another number of processes."""
@@ -175,7 +176,7 @@ def make_trainer(
         use_distributed_sampler=False,
         plugins=plugins,
         callbacks=callbacks,
-        logger=logger,
+        logger=False,
         profiler=profiler,
         enable_model_summary=False,
     )
