@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from lib.cli import OneLineParser, one_line_errors
 from lib.files import LOCK, locked
+from lib.progress import progress
 
 from .errors import DataError
 
@@ -228,7 +229,7 @@ def _begun(identity_file: Path) -> Any:
 
 def _bar(title: str, size: int, initial: int = 0) -> tqdm:
     """A bar of the progress over so many bytes, in a terminal."""
-    return tqdm(desc=title, total=size, initial=initial, unit="B", unit_scale=True, disable=None)
+    return progress(desc=title, total=size, initial=initial, unit="B", unit_scale=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

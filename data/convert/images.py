@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from lib.cli import OneLineParser, one_line_errors
 from lib.files import exclusive_folder
@@ -174,12 +173,11 @@ def _convert_stage(store: Store, shape: Shape, stage: Stage, processes: int) -> 
                 yield entry
 
     decoded_entries = decode_all(itertools.islice(wanted(), done, None), shape, processes)
-    bar = tqdm(
+    bar = progress(
         initial=done,
         total=stage.source.total,
         desc=f"{stage.name} of {stage.source.kind}",
         unit=" files",
-        disable=None,
     )
     with bar, closing(decoded_entries):
         try:

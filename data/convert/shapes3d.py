@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 from numpy import ndarray
-from tqdm import tqdm
 
 from lib.cli import OneLineParser, one_line_errors
+from lib.progress import progress
 
 from .. import scenes
 from ..errors import DataError
@@ -95,7 +95,7 @@ def decoded(images: Any, path: Path, command: str = COMMAND) -> Iterator[ndarray
     again = f"remove {path} and get it again with: {command}"
     rows = images.chunks[0] if images.chunks else BLOCK
     count = min(-(-BLOCK // rows) * rows, LARGEST_BLOCK)  # whole pieces: each is decompressed once
-    with tqdm(total=scenes.SCENES, desc=path.name, unit=" images", disable=None) as bar:
+    with progress(total=scenes.SCENES, desc=path.name, unit=" images") as bar:
         for start in range(0, scenes.SCENES, count):
             try:
                 block = images[start : start + count]

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from lib.cli import OneLineParser, one_line_errors
 from lib.files import sync
+from lib.progress import progress
 
 from ..errors import DataError
 from ..locks import locked_folder
@@ -110,9 +109,7 @@ def find_shards(name: str, source: Path) -> Iterator[dict[str, list[tuple[int, S
     elif source.is_file():
         try:
             with tarfile.open(source, "r:") as archive:
-                for member in tqdm(
-                    archive, desc=f"contents of {source.name}", unit=" files", disable=None
-                ):
+                for member in progress(archive, desc=f"contents of {source.name}", unit=" files"):
                     if member.isfile():
                         add(
                             member.name,
@@ -212,7 +209,7 @@ def images(name: str, shards: list[Shard], split: str) -> Iterator[bytes]:
     channels, height, width = DATASETS[name].shape
     expected = [height, width, channels]
     total = sum(shard.size for shard in shards)
-    with tqdm(total=total, desc=f"{name} {split}", unit="B", unit_scale=True, disable=None) as bar:
+    with progress(total=total, desc=f"{name} {split}", unit="B", unit_scale=True) as bar:
         for shard in shards:
             number = -1
             with shard.open() as stream:

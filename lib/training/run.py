@@ -10,7 +10,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.profilers import SimpleProfiler
 
@@ -26,6 +25,7 @@ from .metrics_log import MetricsLog
 from .non_finite import SkipNonFinite
 from .processes import LoaderWatch, log_rank_zero, watch_ranks
 from .profiling import StepProfile
+from .progress import progress_callback
 from .resume import RunProgress
 from .signals import StopSignals
 from .sweep_choices import SweepChoices
@@ -103,7 +103,7 @@ def run(
         metrics,
         skip,
         grids,
-        TQDMProgressBar(refresh_rate=10),
+        progress_callback(),
         dashboard,  # after those that show something there
         checkpoints,
     ]
