@@ -66,7 +66,7 @@ def provenance(context: Context, checkpoint: Path, command: str) -> dict[str, An
         "dataset": context.loaded.config.dataset,
         "seed": context.flags.seed,
         "batch": context.flags.batch,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),

@@ -192,9 +192,14 @@ def make_trainer(
 
 
 def choose_devices(config: TrainConfig) -> dict[str, Any]:
-    """The Trainer's accelerator and number of devices; raises ConfigError if there are fewer."""
+    """The Trainer's accelerator and number of devices; raises ConfigError if there are fewer.
+
+    Apple's GPU is taken only where `--gpus 1` asks for it: nobody has trained on one yet.
+    """
     available = torch.cuda.device_count()
     gpus = min(1, available) if config.gpus is None else config.gpus
+    if gpus == 1 and not available and torch.backends.mps.is_available():
+        return {"accelerator": "mps", "devices": 1}
     if gpus > available:
         hint = ""
         if available:
