@@ -1,43 +1,36 @@
-"""Packages that only some uses need; `pyproject.toml` lists them as extras."""
+"""Packages that only some uses need: the extras of `pyproject.toml`."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
 
-from .config import ConfigError
-
-# The name of a module, of the package that it comes in, and of the extra that brings the package.
-PACKAGES = {
-    "datasets": ("datasets", "images"),
-    "google_crc32c": ("google-crc32c", "convert"),
-    "h5py": ("h5py", "shapes3d"),
-    "jinja2": ("jinja2", "evaluate"),
-    "lmdb": ("lmdb", "train"),
-    "matplotlib": ("matplotlib", "evaluate"),
-    "pyarrow": ("pyarrow", "images"),
-    "skimage": ("scikit-image", "photos"),
-    "sklearn": ("scikit-learn", "metrics"),
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "wandb": ("wandb", "wandb"),
+PACKAGES = {  # of modules that have another name
+    "google_crc32c": "google-crc32c",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
 }
 
 
-def optional(module: str, purpose: str, error: type[Exception] = ConfigError) -> ModuleType:
+def optional(module: str, purpose: str, extra: str, error: type[Exception]) -> ModuleType:
     """Imports a module of an optional package.
 
     Arguments:
-        module: Its name; of its packages, the top one is known in `PACKAGES`.
+        module: Its full name.
         purpose: What needs it, as the subject of a sentence.
+        extra: Which of this project's extras brings the package.
         error: What to raise.
 
     Raises:
         error: if the package is missing, with one line that says how to get it.
     """
+    name = module.partition(".")[0]
     try:
+        import_module(name)
         return import_module(module)
     except ImportError:
-        package, extra = PACKAGES[module.partition(".")[0]]
+        package = PACKAGES.get(name, name)
         raise error(
-            f"{purpose} needs the package {package}: pip install {package} (of the extra {extra})"
+            f"{purpose} needs the package {package}: pip install {package} (or this project with "
+            f"its extra [{extra}])"
         ) from None

@@ -10,7 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from .config import ConfigError
 from .files import whole_file
+from .optional import optional
 from .picture_files import PictureError, read_picture
 
 SMALLEST = 64  # pixels of a picture's side; smaller images are enlarged
@@ -109,6 +111,7 @@ def save_rates(
         rates: In bits/dim; of layers, the topmost first.
         scales: (H, W) of each layer's latent; nothing if the rates are of dimensions.
     """
+    optional("matplotlib", "a plot of rates", "evaluate", ConfigError)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

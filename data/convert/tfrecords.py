@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from lib.cli import OneLineParser, one_line_errors
 from lib.files import sync
+from lib.optional import optional
 from lib.progress import progress
 
 from ..errors import DataError
@@ -178,7 +179,7 @@ def check_room(name: str, target: Path, shard_bytes: int) -> None:
 def convert_split(name: str, split: str, shards: list[Shard], target: Path) -> int:
     """Writes one LMDB, complete or not at all; returns the number of images."""
     final, partial, old = _paths(target, split)
-    lmdb = _lmdb()
+    lmdb = optional("lmdb", "writing an LMDB", "convert", DataError)
     try:
         count = _write(lmdb, partial, images(name, shards, split))
     except lmdb.Error as error:
@@ -262,14 +263,6 @@ def _put(lmdb: Any, environment: Any, batch: list[tuple[bytes, bytes]]) -> None:
             return
         except lmdb.MapFullError:
             environment.set_mapsize(2 * environment.info()["map_size"])
-
-
-def _lmdb() -> Any:
-    try:
-        import lmdb
-    except ImportError:
-        raise DataError("writing an LMDB needs the package lmdb: pip install lmdb") from None
-    return lmdb
 
 
 def _command(name: str) -> str:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import pytorch_lightning as pl
 
-from ..config import TrainConfig
+from ..config import ConfigError, TrainConfig
 from ..optional import optional
 from .processes import log_rank_zero
 
@@ -56,10 +56,10 @@ class Dashboard(pl.Callback):
         self._kind: type[Backend] | None = None
         self._backend: Backend | None = None
         if config.logger == "tensorboard":
-            optional("tensorboard", "--logger tensorboard")
+            optional("tensorboard", "--logger tensorboard", "tensorboard", ConfigError)
             self._kind = TensorBoard
         elif config.logger == "wandb":
-            optional("wandb", "--logger wandb")
+            optional("wandb", "--logger wandb", "wandb", ConfigError)
             self._kind = Wandb
         elif config.logger == "auto":
             if _is_installed("wandb"):
