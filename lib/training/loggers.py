@@ -103,7 +103,10 @@ class Dashboard(pl.Callback):
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._kind = self._backend = None
+        backend, self._backend = self._backend, None
+        if backend:
+            with suppress(Exception):
+                backend.close(failed=True)
         log_rank_zero(
             f"note: {self._config.logger} cannot go on ({_in_one_line(error)}): metrics go to CSV "
             "files only"
@@ -127,7 +130,7 @@ class Wandb:
                 os.environ.setdefault(name, str(self._folder))
         import wandb
 
-        self._picture = wandb.Image
+        self._wandb = wandb
         identity = run_folder / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
@@ -162,10 +165,13 @@ class Wandb:
         self._run.log(values | {"trainer/global_step": step})
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        self._run.log({name: [self._picture(str(path))], "trainer/global_step": step})
+        self._run.log({name: [self._wandb.Image(str(path))], "trainer/global_step": step})
 
     def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+        try:
+            self._run.finish(exit_code=int(failed))
+        finally:
+            self._wandb.teardown()  # or it would say at the interpreter's end what went wrong
 
 
 class TensorBoard:

@@ -6,9 +6,11 @@ import base64
 import http.server
 import json
 import os
+import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -218,6 +220,22 @@ def test_an_environment_of_no_use_is_one_line(changes, line, environment, tmp_pa
     assert "Traceback" not in errors
     lines = [told for told in errors.splitlines() if not told.startswith("wandb:")]
     assert [line.format(tmp_path) in told for told in lines] == [True] if line else not lines
+
+
+def test_the_death_of_wandbs_process_is_one_line(environment, tmp_path, capfd):
+    environment.setenv("WANDB_MODE", "offline")
+    dashboard = Dashboard(TrainConfig(logger="wandb"), tmp_path)
+    dashboard.on_train_start(TRAINER, None)
+    dashboard.scalars({"train/neg_elbo": 1.0}, 1)
+    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    (service,) = [pid for pid in pids if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(service), signal.SIGKILL)
+    os.waitid(os.P_PID, int(service), os.WEXITED | os.WNOWAIT)
+    for step in range(2, 20):
+        dashboard.scalars({"train/neg_elbo": 1.0}, step)
+        time.sleep(0.05)
+    dashboard.teardown(TRAINER, None, "fit")
+    assert capfd.readouterr().err.count("note: wandb cannot go on (") == 1
 
 
 def test_what_breaks_a_dashboard_does_not_break_the_run(tmp_path, images, monkeypatch):
