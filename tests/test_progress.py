@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from endings import ending_of
@@ -62,3 +63,13 @@ def test_a_log_of_training_says_how_far_it_is(tmp_path, images, monkeypatch):
 def test_a_log_of_a_short_run_has_no_lines_of_progress(tmp_path, images):
     done = ending_of(train.main, resumable(images, tmp_path, "--iters", 2))
     assert done.status == 0 and " of 2, epoch " not in done.out
+
+
+def test_other_processes_than_the_first_are_silent(capsys):
+    lines = ProgressLines(interval=0)
+    lines.setup(SimpleNamespace(is_global_zero=False), None, "fit")
+    trainer = SimpleNamespace(global_step=0, world_size=2, sanity_checking=False)
+    lines.on_train_start(trainer, None)
+    lines.on_train_batch_end(trainer, None, {}, [[0]], 0)
+    lines.on_validation_batch_end(trainer, None, {}, [[0]], 0)
+    assert capsys.readouterr().out == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import sys
 import time
 from typing import Any
@@ -34,6 +35,10 @@ class ProgressLines(ProgressBar):
         super().__init__()
         self.interval = interval
 
+    def disable(self) -> None:
+        """Stops printing: Lightning calls this in all processes but the first."""
+        self.interval = math.inf
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         self._begin = self._told = time.monotonic()
         self._first_step, self._images = trainer.global_step, 0
@@ -42,7 +47,7 @@ class ProgressLines(ProgressBar):
         self, trainer: pl.Trainer, pl_module: VAETraining, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._images += len(batch[0]) * trainer.world_size
-        if not self._is_due(trainer):
+        if not self._is_due():
             return
         now, step = time.monotonic(), trainer.global_step
         speed = self._images / max(now - self._told, 1e-9)
@@ -57,15 +62,15 @@ class ProgressLines(ProgressBar):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: VAETraining, outputs, batch, batch_idx, *_
     ) -> None:
-        if not trainer.sanity_checking and self._is_due(trainer):
+        if not trainer.sanity_checking and self._is_due():
             of = sum(trainer.num_val_batches)
             print(
                 f"step {trainer.global_step}: validation, batch {batch_idx + 1} of {of}", flush=True
             )
             self._told, self._images = time.monotonic(), 0
 
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        return trainer.is_global_zero and time.monotonic() - self._told >= self.interval
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._told >= self.interval
 
     def _steps(self, trainer: pl.Trainer, pl_module: VAETraining) -> int:
         """The number of the run's last step."""
