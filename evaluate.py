@@ -114,8 +114,8 @@ def evaluate(asked: list[Evaluation], context: Context, about: dict[str, Any]) -
 
 
 def open_model(path: Path, backend: str, device: torch.device | str) -> LoadedModel:
-    image_sizes = {name: spec.shape[1:] for name, spec in DATASETS.items()}
-    return load_model(path, image_sizes, backend, device)
+    image_shapes = {name: spec.shape for name, spec in DATASETS.items()}
+    return load_model(path, image_shapes, backend, device)
 
 
 def open_in_worker(path: Path, backend: str, root: str, device: str) -> tuple[VAE, Dataset]:

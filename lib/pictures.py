@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional
 from torchvision.utils import make_grid
 
 from .files import whole_file
 from .picture_files import PictureError, read_picture
 
 SMALLEST = 64  # pixels of a picture's side; smaller images are enlarged
+SMOOTHED = 16  # below so many pixels a side, squares would hide what is to be seen
 FONT_SIZE = 16
 GAP = 8
 
@@ -44,11 +46,9 @@ def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> Path:
-    """Writes uint8 images [N, C, H, W] as one PNG, row after row, small images enlarged to be
-    seen."""
-    return save_image(
-        make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255), path, _enlarge(images)
-    )
+    """Writes uint8 images [N, C, H, W] as one PNG, row after row, small images enlarged to be seen,
+    and smoothed if they are tiny."""
+    return save_image(_grid(images, columns), path, _enlarge(images))
 
 
 def save_table(
@@ -66,10 +66,7 @@ def save_table(
         columns: Of the grid in a cell, at most; rows may be of different lengths.
     """
     enlarge = _enlarge(rows[0][0])
-    cells = [
-        [_picture(make_grid(cell, nrow=columns, padding=1, pad_value=255), enlarge) for cell in r]
-        for r in rows
-    ]
+    cells = [[_picture(_grid(cell, columns), enlarge) for cell in row] for row in rows]
     font = ImageFont.load_default(FONT_SIZE)
     left = max((round(font.getlength(label)) + 2 * GAP for label in row_labels), default=GAP)
     below = FONT_SIZE + 2 * GAP if column_labels else GAP
@@ -150,8 +147,17 @@ def _save(picture: Image.Image, path: str | Path) -> Path:
     return Path(path)
 
 
+def _grid(images: Tensor, columns: int) -> Tensor:
+    if images.shape[-1] < SMOOTHED:
+        sides = [side * (SMALLEST // images.shape[-1]) for side in images.shape[-2:]]
+        images = functional.interpolate(images.cpu(), sides, mode="bicubic", antialias=True)
+    return make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255)
+
+
 def _enlarge(images: Tensor) -> int:
-    return max(1, SMALLEST // images.shape[-1])
+    """How large each pixel of a grid becomes."""
+    side = images.shape[-1]
+    return 1 if side < SMOOTHED else max(1, SMALLEST // side)
 
 
 def _picture(image: Tensor, enlarge: int) -> Image.Image:
