@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from data.datamodule import BatchLoader, IndexedImages
 from data.errors import DataError
-from data.get_dataset import DATASETS, get_dataset, is_mirrored
+from data.get_dataset import DATASETS, fit_of, get_dataset, is_mirrored
 from lib.checkpoint import CheckpointError
 from lib.cli import one_line_errors
 from lib.config import ConfigError
@@ -81,6 +81,7 @@ def run(
         in_batches=partial(in_batches, num_workers=flags.num_workers),
         reopen=partial(open_in_worker, path, flags.backend, flags.root),
         mirrored=is_mirrored(loaded.config.dataset, flags.root),
+        fit=fit_of(loaded.config.dataset, flags.root),
     )
     prepare(asked, context)
     if asked:

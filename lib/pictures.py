@@ -12,7 +12,7 @@ from torch.nn import functional
 from torchvision.utils import make_grid
 
 from .files import whole_file
-from .picture_files import PictureError, read_picture
+from .picture_files import PictureError, fit_picture, read_picture
 
 SMALLEST = 64  # pixels of a picture's side; smaller images are enlarged
 SMOOTHED = 16  # below so many pixels a side, squares would hide what is to be seen
@@ -26,29 +26,34 @@ def save_image(image: Tensor, path: str | Path, enlarge: int = 1) -> Path:
     return _save(_picture(image, enlarge), path)
 
 
-def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
+def load_image(path: str | Path, shape: Sequence[int], fit: str = "crop") -> Tensor:
     """A picture file as uint8 [C, H, W], read as `lib.picture_files` does: upright, in sRGB, on
     white.
 
+    Arguments:
+        shape: (C, H, W).
+        fit: How a picture of another size is made to it: "crop", "resize" or "pad".
+
     Raises:
-        ValueError: if it cannot be read or is not of this shape.
+        ValueError: if it cannot be read.
     """
     try:
         levels, _ = read_picture(path, shape[0])
     except PictureError as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
-    height, width, _ = levels.shape
-    if (height, width) != tuple(shape[1:]):
-        raise ValueError(
-            f"{path} has {width}x{height} pixels; the model's images have {shape[2]}x{shape[1]}"
-        )
-    return torch.from_numpy(levels.copy()).permute(2, 0, 1)
+    (fitted,) = fit_picture(levels, shape[1], shape[2], fit)
+    return torch.from_numpy(fitted.copy()).permute(2, 0, 1)
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> Path:
     """Writes uint8 images [N, C, H, W] as one PNG, row after row, small images enlarged to be seen,
     and smoothed if they are tiny."""
-    return save_image(_grid(images, columns), path, _enlarge(images))
+    return _save(grid_picture(images, columns), path)
+
+
+def grid_picture(images: Tensor, columns: int) -> Image.Image:
+    """The picture that `save_grid` writes."""
+    return _picture(_grid(images, columns), _enlarge(images))
 
 
 def save_table(

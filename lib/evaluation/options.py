@@ -24,12 +24,24 @@ TEMPERATURES = Flag(
     arguments={"nargs": "+"},
 )
 OUTPUT = Flag("output", "pixels", type=str, default=OUTPUTS[0], arguments={"choices": OUTPUTS})
+
+
+def number_or_path(text: str) -> int | str:
+    """A value of `--images`: the number of a validation image, or the path of a picture."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 IMAGES = Flag(
     "images",
-    "which images; of an interpolation in pairs",
+    "numbers of validation images, or paths of pictures, which are fitted to the model's size; of "
+    "an interpolation in pairs; of --reconstruction only if there are paths",
+    type=number_or_path,
     default=[0, 1, 2, 3],
     least=0,
-    arguments={"nargs": "+"},
+    arguments={"nargs": "+", "metavar": "NUMBER_OR_PATH"},
 )
 LAYERS = Flag(
     "layers",
