@@ -117,7 +117,8 @@ def page(answers: Answers, name: str) -> Any:
         return gr.Image(type="filepath", sources=["upload", "clipboard"], label=label)
 
     def result(label: str) -> Any:
-        return gr.Image(type="pil", format="png", label=label, interactive=False)
+        # Gradio's button to share would send the picture to somebody else's server.
+        return gr.Image(type="pil", format="png", label=label, buttons=["download", "fullscreen"])
 
     def settings() -> tuple[Any, Any, Any]:
         top = max(1, answers.depth // 2)

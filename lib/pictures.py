@@ -153,10 +153,12 @@ def _save(picture: Image.Image, path: str | Path) -> Path:
 
 
 def _grid(images: Tensor, columns: int) -> Tensor:
-    if images.shape[-1] < SMOOTHED:
-        sides = [side * (SMALLEST // images.shape[-1]) for side in images.shape[-2:]]
-        images = functional.interpolate(images.cpu(), sides, mode="bicubic", antialias=True)
-    return make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255)
+    images, gap, side = images.cpu(), 1, images.shape[-1]
+    if side < SMOOTHED:
+        gap = SMALLEST // side
+        size = [gap * each for each in images.shape[-2:]]
+        images = functional.interpolate(images, size, mode="bicubic", antialias=True)
+    return make_grid(images, nrow=columns, padding=gap, pad_value=255)
 
 
 def _enlarge(images: Tensor) -> int:

@@ -44,8 +44,9 @@ def test_a_ladder_answers_with_pictures(pictures, channels):
     pair, around = given.variations(pictures[0], 2, 0.8, 0)
     assert pair.size[0] > pair.size[1] and around.size > pair.size
     kept = np.asarray(given.variations(pictures[0], 3, 0.8, 0)[1])  # nothing is left to vary
-    half = kept.shape[0] // 2
-    assert (kept[:half] == kept[half : 2 * half]).all()
+    period = 2 * (16 + 1)  # of rows in the grid, each pixel two large
+    assert (kept[:period] == kept[period : 2 * period]).all()
+    assert (np.asarray(around)[:period] != np.asarray(around)[period : 2 * period]).any()
     row = given.between(*pictures, 2, 0.8, 0)
     assert row.size[0] > 5 * row.size[1]
 
