@@ -18,6 +18,7 @@ from lib.cli import OneLineParser, one_line_errors
 from lib.config import ConfigError
 from lib.DisentanglementVAE import DisentanglementVAE
 from lib.evaluation.loading import LoadedModel, choose_device, find_checkpoint
+from lib.evaluation.options import add_model_flags
 from lib.pictures import grid_picture, load_image, square
 from lib.synthesis import encode, interpolate, neighborhood, reconstruct, sample_images, traverse
 
@@ -27,9 +28,7 @@ BATCH = 32
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser("demo.py", description=__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="NAME", help="checkpoints/NAME.ckpt, or an experiment")
-    which.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or folder of publish.py")
+    add_model_flags(parser)
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--output_dir", default=".", help="where checkpoints/ is")
@@ -121,9 +120,10 @@ def page(answers: Answers, name: str) -> Any:
         return gr.Image(type="pil", format="png", label=label, buttons=["download", "fullscreen"])
 
     def settings() -> tuple[Any, Any, Any]:
-        top = max(1, answers.depth // 2)
+        top, several = max(1, answers.depth // 2), answers.depth > 1
+        most = max(2, answers.depth)
         return (
-            gr.Slider(1, max(2, answers.depth), top, step=1, label="Top layers that are kept"),
+            gr.Slider(1, most, top, step=1, label="Top layers that are kept", visible=several),
             gr.Slider(0, 1.5, 0.8, label="Temperature of the layers below"),
             gr.Number(0, precision=0, minimum=0, label="Seed"),
         )

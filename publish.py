@@ -19,6 +19,7 @@ from lib.checkpoint import CheckpointError
 from lib.cli import OneLineParser, one_line_errors
 from lib.config import ConfigError
 from lib.evaluation.loading import find_checkpoint
+from lib.evaluation.options import add_model_flags
 from lib.evaluation.results import read_results, results_folder
 from lib.files import whole_file
 from lib.model_card import model_card
@@ -27,13 +28,7 @@ from lib.training.resume import RUN_FILE
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser("publish.py", description=__doc__.splitlines()[0])
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--model",
-        metavar="NAME",
-        help="checkpoints/NAME.ckpt, or experiment NAME's best checkpoint",
-    )
-    which.add_argument("--checkpoint", metavar="PATH", help="a checkpoint file")
+    add_model_flags(parser)
     parser.add_argument("folder", type=Path, help="where to write; it must be new or empty")
     parser.add_argument("--output_dir", default=".", help="where checkpoints/ and figs/ are")
     flags = parser.parse_args(arguments)

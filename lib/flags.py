@@ -21,7 +21,8 @@ def make_parser(description: str | None = None) -> OneLineParser:
         "--preset",
         choices=PRESETS,
         default=argparse.SUPPRESS,
-        help=f"size of a density VAE for one's own images; flags that are given win. {preset_help()}",
+        help="size of a density VAE for one's own images; flags that are given beside it win. "
+        + preset_help(),
     )
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):

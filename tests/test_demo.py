@@ -73,6 +73,17 @@ def test_a_missing_package_is_one_line(monkeypatch):
         demo.page(answers(DensityVAE(16, **SMALL_SDN)), "tiny")
 
 
+def test_only_a_beta_vae_has_traversals():
+    pytest.importorskip("gradio")
+    for model, there in (
+        (DisentanglementVAE(z_size=3, sdn_nfeat=4), True),
+        (DensityVAE(16, **SMALL_SDN), False),
+    ):
+        names = [call.api_name for call in demo.page(answers(model), "tiny").fns.values()]
+        assert {"samples", "variations", "between"} <= {*names}
+        assert ("traversal" in names) is there
+
+
 @pytest.mark.slow
 def test_the_server_answers_this_machine(finished, tmp_path, pictures):
     pytest.importorskip("gradio")

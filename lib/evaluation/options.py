@@ -76,17 +76,22 @@ def layer_temperatures(context: Context) -> list[float]:
     return context.flags.temperatures or (LAYER_TEMPERATURES if context.depth > 1 else [1.0])
 
 
-def make_parser(description: str) -> OneLineParser:
-    parser = OneLineParser("evaluate.py", description=description)
-    which = parser.add_argument_group("What to evaluate").add_mutually_exclusive_group(
-        required=True
-    )
+def add_model_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds the flags that say which model, `--model` or `--checkpoint`."""
+    which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--model",
         metavar="NAME",
         help="checkpoints/NAME.ckpt, or experiment NAME's best checkpoint",
     )
-    which.add_argument("--checkpoint", metavar="PATH", help="a checkpoint file")
+    which.add_argument(
+        "--checkpoint", metavar="PATH", help="a checkpoint file, or a folder of publish.py"
+    )
+
+
+def make_parser(description: str) -> OneLineParser:
+    parser = OneLineParser("evaluate.py", description=description)
+    add_model_flags(parser.add_argument_group("What to evaluate"))
 
     tasks = parser.add_argument_group("Evaluations")
     for name, evaluation in evaluations().items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..pictures import save_grid, side_by_side, square
@@ -28,15 +30,10 @@ class Reconstruction(Evaluation):
     }
 
     def prepare(self, context: Context) -> None:
-        if any(isinstance(image, str) for image in context.flags.images):
-            images, keys = context.images, context.image_keys
-        else:
-            keys = range(min(context.flags.count, len(context.validation)))
-            images = torch.stack([context.validation[index] for index in keys])
-        context.kept["reconstruction"] = images, keys
+        _chosen(context)
 
     def compute(self, context: Context) -> Result:
-        images, keys = context.kept["reconstruction"]
+        images, keys = _chosen(context)
         reconstructions = reconstruct(context.model, images, indices=keys, **context.noise)
         pairs = side_by_side(images, reconstructions)
         path = save_grid(pairs, context.folder / "reconstructions.png", 2 * square(len(images) / 2))
@@ -49,6 +46,15 @@ class Reconstruction(Evaluation):
             "mse_8_bits": _mean_squared_error(images, reconstructions),
             "pictures": [context.entry(path, "Images, each beside its reconstruction")],
         }
+
+
+def _chosen(context: Context) -> tuple[torch.Tensor, Sequence[int]]:
+    """The images, and what the noise of each depends on: those of `--images` if there are own
+    pictures among them, otherwise the first of the validation images."""
+    if any(isinstance(image, str) for image in context.flags.images):
+        return context.images, context.image_keys
+    keys = range(min(context.flags.count, len(context.validation)))
+    return torch.stack([context.validation[index] for index in keys]), keys
 
 
 def _mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> float:

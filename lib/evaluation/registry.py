@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 from ..config import ConfigError
 from ..DisentanglementVAE import DisentanglementVAE
 from ..models import VAE
-from ..pictures import load_image
 from .importance import pick_chunk
 from .loading import LoadedModel
 from .tables import Facts, Table
@@ -162,6 +161,8 @@ class Context:
 
     def picture(self, flag: str, path: str) -> Tensor:
         """A picture file that a flag names, fitted to the model's images: uint8 [C, H, W]."""
+        from ..pictures import load_image
+
         try:
             return load_image(path, self.model.image_shape, self.fit)
         except ValueError as error:
