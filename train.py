@@ -33,10 +33,12 @@ from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.flags import make_parser
 from lib.models import VAE, build_model
-from lib.training.processes import UnfailingStream, exclusive_run_folder
+from lib.presets import PRESETS
+from lib.training.processes import UnfailingStream, exclusive_run_folder, log_rank_zero
 from lib.training.resume import find_checkpoint
 from lib.training.run import choose_devices
 from lib.training.signals import StopSignals
+from lib.transfer import initialize_from
 
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
@@ -53,6 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
             resume_from = find_checkpoint(config, run_folder)
             pl.seed_everything(config.random_seed, workers=True, verbose=False)
             model, data = make_model(config), make_data(config)
+            if config.init_from and not resume_from:
+                for line in initialize_from(model, config.init_from):
+                    log_rank_zero(line)
             data.prepare_data()
             data.check_batch(devices["devices"] * config.num_nodes)
             training.run(
@@ -68,7 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> TrainConfig:
     """The configuration that flags ask for, checked; raises ConfigError."""
-    config = TrainConfig.for_task(**vars(make_parser(__doc__).parse_args(arguments)))
+    given = vars(make_parser(__doc__).parse_args(arguments))
+    preset = PRESETS.get(given.pop("preset", ""), {})
+    if preset and given.get("task", TrainConfig.task) != TrainConfig.task:
+        raise ConfigError(f"--preset is for --task {TrainConfig.task}")
+    config = TrainConfig.for_task(**preset | given)
     config.validate()
     if not known_data_set(config.dataset, Path(config.root)):
         known = ", ".join([*DATASETS, *converted_names(Path(config.root))])
