@@ -26,13 +26,13 @@ from data.from_pictures import data_set_of, known_data_set
 from data.get_dataset import DATASETS, dataset_spec
 from lib import training
 from lib.checkpoint import CheckpointError
-from lib.cli import one_line_errors
+from lib.cli import make_streams_unfailing, one_line_errors
 from lib.config import ConfigError, TrainConfig
 from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.flags import make_parser
 from lib.models import VAE, build_model
-from lib.training.processes import UnfailingStream, exclusive_run_folder
+from lib.training.processes import exclusive_run_folder
 from lib.training.resume import find_checkpoint
 from lib.training.run import choose_devices
 from lib.training.signals import StopSignals
@@ -137,5 +137,5 @@ def provenance() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = UnfailingStream(sys.stdout), UnfailingStream(sys.stderr)
+    make_streams_unfailing()
     main()

@@ -41,7 +41,10 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self.training = False
+        self.heeded = False  # whether the processes of the run have agreed to stop
         self._before: dict[int, Any] = {}
+        self._arrived = 0
+        self._pipe: tuple[int, int] | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -50,9 +53,34 @@ class StopSignals:
                 for signum in EXIT_STATUS
                 if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN
             }
+            self._pipe = os.pipe()
+            for end in self._pipe:
+                os.set_blocking(end, False)
+            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            # Otherwise a signal to a loader worker would be in the pipe, too.
+            os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         return self
 
+    @property
+    def arrived(self) -> int:
+        """The signal that asked the run to stop, or 0; for one thread beside the main one.
+
+        Unlike `received` it does not wait for the main thread, which notes nothing as long as it is
+        inside of a library: there it may wait for another process without end.
+        """
+        if self._pipe:
+            with suppress(OSError):  # nothing has come
+                for signum in os.read(self._pipe[0], 4096):
+                    if signum in EXIT_STATUS:
+                        self._arrived = signum
+        return self.received or self._arrived
+
     def __exit__(self, *exception: object) -> None:
+        if self._pipe:
+            signal.set_wakeup_fd(-1)
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
