@@ -42,12 +42,13 @@ from lib.evaluation.results import (
     results_folder,
 )
 from lib.models import VAE
+from lib.sweeps import BackendError
 
 
 def main(arguments: list[str] | None = None) -> None:
     flags = make_parser(__doc__).parse_args(arguments)
     errors = (ConfigError, DataError, CheckpointError, LedgerError, LikelihoodError, ReportError)
-    with one_line_errors("evaluate.py", *errors, MetricError):
+    with one_line_errors("evaluate.py", *errors, MetricError, BackendError):
         asked = check(flags)
         device = choose_device(flags.device)
         command = "evaluate.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)

@@ -32,18 +32,20 @@ from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.flags import make_parser
 from lib.models import VAE, build_model
+from lib.sweeps import BackendError
 from lib.training.processes import exclusive_run_folder
 from lib.training.resume import find_checkpoint
 from lib.training.run import choose_devices
 from lib.training.signals import StopSignals
 
+BAD_INPUT = (ConfigError, DataError, CheckpointError, BackendError)
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Exit status: 0; 1 for a fault of the run; 2 for bad input; 75 after SIGTERM, SIGUSR1 or
     SIGHUP; 130 after Ctrl-C."""
-    with one_line_errors("train.py", ConfigError, DataError, CheckpointError, OSError):
+    with one_line_errors("train.py", *BAD_INPUT, OSError):
         config = with_data_set(parse(arguments))
         devices = choose_devices(config)
         output = Path(config.output_dir)

@@ -23,6 +23,6 @@ which is one operator of torch with all derivatives; `resolve` in selection.py; 
 """
 
 from .operator import correct_lines
-from .selection import adopt, choices, report, shared_choices
+from .selection import BackendError, adopt, choices, report, shared_choices
 
-__all__ = ["adopt", "choices", "correct_lines", "report", "shared_choices"]
+__all__ = ["BackendError", "adopt", "choices", "correct_lines", "report", "shared_choices"]

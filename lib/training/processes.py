@@ -19,7 +19,14 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ..files import exclusive_folder, remove_partial_files
 from .lightning_internals import take_over_processes
-from .signals import EXIT_STATUS, FAILED, StopSignals, exit_at_once, write_line
+from .signals import (
+    EXIT_STATUS,
+    FAILED,
+    StopSignals,
+    exit_at_once,
+    kill_descendants,
+    write_line,
+)
 
 MAIN_PROCESS = "SDN_MAIN_PROCESS"
 STOPPED_GRACE = 10  # seconds, after a signal, for a process that is stopped to be let go on
@@ -129,6 +136,7 @@ def watch_ranks(trainer: pl.Trainer, signals: StopSignals) -> Iterator[None]:
 
     def end(reason: str, status: int) -> None:
         write_line(fatal_line(reason))
+        kill_descendants()  # before their parents, or they would be nobody's
         for process in processes:
             process.kill()
         exit_at_once(status)

@@ -103,17 +103,23 @@ def write_line(message: str) -> None:
 
 
 def exit_at_once(status: int) -> None:
-    """Ends the process and its children, loader workers among them, without waiting for
+    """Ends the process and all that it started, loader workers among them, without waiting for
     anything."""
-    for child in _children(os.getpid()):
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+    kill_descendants()
     os._exit(status)
 
 
-def _children(pid: int) -> list[int]:
+def kill_descendants() -> None:
+    """Kills the processes that this one started, and those that these did."""
+    for pid in _descendants(os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
     try:
         with open(f"/proc/{pid}/task/{pid}/children") as file:
-            return [int(child) for child in file.read().split()]
+            children = [int(child) for child in file.read().split()]
     except OSError:  # not Linux: loader workers notice by themselves, within seconds
         return []
+    return [*children, *(further for child in children for further in _descendants(child))]

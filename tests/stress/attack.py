@@ -38,7 +38,7 @@ TINY = (
 ENDLESS = "--epoch_images 4000 --checkpoint_every_n_steps 1 --make_checkpoint".split()
 RANKS = "--num_processes 2 --batch 2 --num_workers 2".split()
 EVALUATE = "--elbo --sampling --count 4 --temperatures 1 --limit 2 --model tiny".split()
-PATIENCE = 60  # seconds within which every program ends that is to end
+PATIENCE = 120  # seconds, on a busy machine, within which every program ends that is to end
 
 ATTACKS: dict[str, Callable[[Path, random.Random], str]] = {}
 

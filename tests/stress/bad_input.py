@@ -300,7 +300,7 @@ def is_work(arguments: list[str]) -> bool:
     with contextlib.redirect_stderr(None), contextlib.redirect_stdout(None):
         try:
             if arguments[0] == "train.py":
-                train.parse(arguments[1:])
+                train.parse([*arguments[1:], "--dataset", "Photos32"])
             else:
                 evaluate.check(make_parser("").parse_args(arguments[1:]))
         except (ConfigError, SystemExit):
@@ -327,7 +327,7 @@ def wrong_flags(chance: random.Random) -> Case:
     if action.dest in ("model", "checkpoint"):
         arguments = arguments[2:]
     if action.nargs == 0:
-        arguments.append(f"--{action.dest}")
+        arguments += [f"--{action.dest}", *OF_EVALUATIONS.get(action.dest, "").split()]
     else:
         kind = action.type if isinstance(action.type, type) else str
         arguments += valued(chance, action.dest, kind, action.nargs == "+", False)
