@@ -272,7 +272,7 @@ def train_flag(chance: random.Random, *, plausible: bool = False) -> list[str]:
 
 
 def valued(
-    chance: random.Random, name: str, kind: type, is_list: bool, plausible: bool
+    chance: random.Random, name: str, kind: type, is_list: bool, plausible: bool = False
 ) -> list[str]:
     """A flag with a value, or values, that may be of its type or not."""
     if plausible and kind is not str:
