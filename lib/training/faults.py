@@ -14,7 +14,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from .non_finite import Diverged
 from .processes import RESUME_HINT, log_rank_zero, worker_death
-from .signals import FAILED, Stopped
+from .signals import FAILED, Stopped, exit_at_once
 
 
 @contextmanager
@@ -40,6 +40,8 @@ def faults_in_one_line() -> Iterator[None]:
         if fault is None:
             raise
         print_fault(fault)
+        if dist.is_initialized():  # whose end would wait for the processes that are lost
+            exit_at_once(FAILED)
     sys.exit(FAILED)
 
 

@@ -292,7 +292,9 @@ def is_work(arguments: list[str]) -> bool:
         name, _, value = word.removeprefix("--").partition("=")
         if name in WORK:
             values = [value] if value else arguments[place + 1 : place + 3]
-            many = (text.isdecimal() and len(text) < 30 and int(text) > CHEAP for text in values)
+            # Ranks are started anew by the name of the program, which is not in the case's folder.
+            most = 1 if name in ("num_processes", "num_nodes") else CHEAP
+            many = (text.isdecimal() and len(text) < 30 and int(text) > most for text in values)
             if name == "compile" or any(many):
                 break
     else:
