@@ -12,7 +12,6 @@ from collections import defaultdict
 from html.parser import HTMLParser
 
 import pytest
-from browser import Browser
 from helpers import REPOSITORY
 from PIL import Image
 
@@ -393,15 +392,28 @@ def test_an_installed_copy_has_its_template(tmp_path):
 
 
 @pytest.fixture
-def browser(tmp_path):
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
     programs = ("chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, map(shutil.which, programs)), None)
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(programs)} is installed")
-    (tmp_path / "browser").mkdir()
-    browser = Browser(program, tmp_path / "browser")
-    yield browser
-    browser.close()
+    with playwright.sync_playwright() as started:
+        offline = ["--proxy-server=127.0.0.1:9", "--host-resolver-rules=MAP * ~NOTFOUND"]
+        browser = started.chromium.launch(executable_path=program, args=offline)
+        yield browser
+        browser.close()
+
+
+def opened(browser, path, **options):
+    """A page that shows a file; what it asked for, what of that failed, what the console says."""
+    page = browser.new_page(**options)
+    asked, failed, said = [], [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(path.as_uri())
+    return page, asked, failed, said
 
 
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -424,24 +436,27 @@ def test_a_browser_shows_the_page(tmp_path, browser):
         ("desktop", 1280, 800, "light"),
         ("phone", 400, 800, "dark"),
     ):
-        browser.show(tmp_path / "report.html", width, height, scheme)
-        requests = {
-            event["request"]["url"].split(":")[0]
-            for event in browser.said("Network.requestWillBeSent")
-        }
-        assert "file" in requests <= {"file", "data"}
-        assert browser.said("Log.entryAdded") == browser.said("Network.loadingFailed") == []
-        assert (
-            browser.evaluate("document.documentElement.clientWidth") == width
-            and browser.evaluate(OVERFLOW) <= 0
+        size = {"width": width, "height": height}
+        page, asked, failed, said = opened(
+            browser,
+            tmp_path / "report.html",
+            viewport=size,
+            color_scheme=scheme,
+            is_mobile=width < 600,
         )
-        assert browser.evaluate(
+        schemes = {url.split(":")[0] for url in asked}
+        assert "file" in schemes <= {"file", "data"}
+        assert failed == said == []
+        assert page.evaluate("document.documentElement.clientWidth") == width
+        assert page.evaluate(OVERFLOW) <= 0
+        assert page.evaluate(
             "[...document.images].every(image => image.complete && image.naturalWidth)"
         )
-        text = " ".join(browser.evaluate("document.body.innerText").split())
+        text = " ".join(page.inner_text("body").split())
         assert "4.8175 ± 0.0810" in text and command in text
         assert "ds_list" not in text, "the configuration is folded"
-        page = browser.screenshot(tmp_path / f"{name}.png")
+        page.screenshot(path=tmp_path / f"{name}.png", full_page=True)
+        page = Image.open(tmp_path / f"{name}.png").convert("RGB")
         assert page.width == width and page.height > 3 * height
         backgrounds = [sum(page.getpixel((2, y))) / 3 for y in range(0, page.height, 50)]
         assert min(backgrounds) > 240 if scheme == "light" else max(backgrounds) < 60
@@ -454,9 +469,7 @@ def test_a_browser_shows_the_page(tmp_path, browser):
     control = tmp_path / "control.html"
     wide = "<meta name=viewport content='width=device-width'><body style='width: 500px'>"
     control.write_text(wide + "<img src='http://example.invalid/x.png'>")
-    browser.show(control, 400, 800, "light")
-    assert browser.evaluate(OVERFLOW) > 0
-    assert "http://example.invalid/x.png" in [
-        e["request"]["url"] for e in browser.said("Network.requestWillBeSent")
-    ]
-    assert browser.said("Network.loadingFailed")
+    size = {"width": 400, "height": 800}
+    page, asked, failed, _ = opened(browser, control, viewport=size, is_mobile=True)
+    assert page.evaluate(OVERFLOW) > 0
+    assert "http://example.invalid/x.png" in asked and failed

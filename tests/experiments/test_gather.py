@@ -340,6 +340,8 @@ def test_the_claims_experiment_runs_and_is_gathered(tmp_path):
     ("flags", "message"),
     [
         (["--arms", "iaf sdn9"], "there is no arm sdn9"),
+        (["--study", "all"], "--study is claims or reach; got all"),
+        (["--study", "reach", "--arms", "iaf9"], "there is no arm iaf9"),
         (["--jobs", "0"], "--jobs must be at least 1; got 0"),
         (["--h_size", "8", "--seeds"], "--seeds needs a value"),
     ],
