@@ -4,6 +4,7 @@ exit status 2."""
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -14,6 +15,8 @@ from typing import Any, NoReturn, TextIO
 NO_TEXT = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 )  # control characters, bytes that are no UTF-8
+
+MORE_FILES = "a higher `ulimit -n` allows more, fewer --num_workers need less"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -57,6 +60,8 @@ def one_line_errors(program: str, *kinds: type[Exception]) -> Iterator[None]:
         message = str(error).strip().splitlines()[-1]
         for kind in kinds:
             message = re.sub(rf"^[\w.]*\b{kind.__name__}: ", "", message)
+        if os.strerror(errno.EMFILE) in message:
+            message += f"; {MORE_FILES}"
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import subprocess
 import sys
 
 import pytest
 from helpers import REPOSITORY
 
-from lib.cli import UnfailingStream
+from lib.cli import UnfailingStream, one_line_errors
+from lib.training.faults import known_fault
 
 CODE = """
 import os, sys
@@ -28,6 +31,13 @@ def test_streams_that_are_closed_or_full(shut):
     command = ["sh", "-c", f'exec "$@" {shut}', "sh", sys.executable, "-c", CODE]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=60)
     assert done.returncode == 0, done
+
+
+def test_too_few_descriptors_are_told_with_what_helps(capsys):
+    with pytest.raises(SystemExit), one_line_errors("train.py", OSError):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    assert "Too many open files; a higher `ulimit -n` allows more" in capsys.readouterr().err
+    assert "ulimit -n" in known_fault(RuntimeError("Too many open files. Communication with"))
 
 
 def test_what_cannot_be_written_is_lost():

@@ -319,11 +319,12 @@ def logs_removed(folder: Path, chance: random.Random) -> str:
 
 @attack
 def few_descriptors(folder: Path, chance: random.Random) -> str:
-    most = {resource.RLIMIT_NOFILE: chance.choice([32, 24])}
+    most = {resource.RLIMIT_NOFILE: chance.choice([32, 24, 20])}
     flags = ["--iters", 2, "--make_checkpoint", "--num_workers", 2]
     errors = ended(start("train.py", folder, *flags, limits=most), 0, 1, 2)
     lines = [line for line in errors.splitlines() if "error:" in line]
-    assert not lines or "ulimit -n" in lines[-1], errors
+    done = (folder / "checkpoints/tiny/step_0000002.ckpt").exists()
+    assert done or "ulimit -n" in lines[-1], errors
     return "status 0; or 1 or 2, and one line names ulimit -n"
 
 
