@@ -214,6 +214,8 @@ def _picture(folder: Path, picture: Mapping[str, str], task: str) -> Picture:
         raise ReportError(f"the picture {path} is missing; {again}") from None
     except OSError as error:
         raise ReportError(f"cannot read the picture {path}: {error.strerror}") from None
+    except RuntimeError:  # what Python before 3.13 says of a loop
+        raise ReportError(f"the picture {path} is a link to itself; {again}") from None
     size = content[16:24] if content.startswith(PNG_START) and content.endswith(PNG_END) else b""
     width, height = struct.unpack(">II", size) if len(size) == 8 else (0, 0)
     if not width * height:

@@ -373,7 +373,7 @@ def test_the_authors_celeba_checkpoint_just_works(tmp_path):
         ),
         (
             ["--model", "a", "--sampling", "--temperatures", "nan"],
-            "--temperatures must be 0 or more; got nan",
+            "--temperatures must be a finite number; got nan",
         ),
         (["--model", "a", "--likelihood", "--chunk", "0"], "--chunk must be at least 1; got 0"),
         (
