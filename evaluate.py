@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Subset
 
 from data.datamodule import BatchLoader, IndexedImages
 from data.errors import DataError
-from data.get_dataset import DATASETS, get_dataset, is_mirrored
+from data.get_dataset import DATASETS, fit_of, get_dataset, is_mirrored
 from lib.checkpoint import CheckpointError
 from lib.cli import make_streams_unfailing, one_line_errors
 from lib.config import ConfigError
@@ -89,6 +89,7 @@ def run(
         in_batches=partial(in_batches, num_workers=flags.num_workers),
         reopen=partial(open_in_worker, path, flags.backend, flags.root),
         mirrored=is_mirrored(loaded.config.dataset, flags.root),
+        fit=fit_of(loaded.config.dataset, flags.root),
     )
     prepare(asked, context)
     if asked:
@@ -124,8 +125,8 @@ def evaluate(asked: list[Evaluation], context: Context, about: dict[str, Any]) -
 
 
 def open_model(path: Path, backend: str, device: torch.device | str) -> LoadedModel:
-    image_sizes = {name: spec.shape[1:] for name, spec in DATASETS.items()}
-    return load_model(path, image_sizes, backend, device)
+    image_shapes = {name: spec.shape for name, spec in DATASETS.items()}
+    return load_model(path, image_shapes, backend, device)
 
 
 def open_in_worker(path: Path, backend: str, root: str, device: str) -> tuple[VAE, Dataset]:

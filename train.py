@@ -8,8 +8,9 @@ import signal
 if __name__ == "__main__":
     # The imports below take seconds, in which a signal is to end the process as it does later.
     for _name, _status in {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGHUP": 75}.items():
-        if signal.getsignal(getattr(signal, _name)) is not signal.SIG_IGN or _name != "SIGHUP":
-            signal.signal(getattr(signal, _name), lambda *_, status=_status: os._exit(status))
+        _signum = getattr(signal, _name, None)  # Windows has the first two alone
+        if _signum and (_name != "SIGHUP" or signal.getsignal(_signum) is not signal.SIG_IGN):
+            signal.signal(_signum, lambda *_, status=_status: os._exit(status))
 
 import subprocess
 import sys
@@ -32,11 +33,13 @@ from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.flags import make_parser
 from lib.models import VAE, build_model
+from lib.presets import PRESETS
 from lib.sweeps import BackendError
-from lib.training.processes import exclusive_run_folder
+from lib.training.processes import exclusive_run_folder, log_rank_zero
 from lib.training.resume import find_checkpoint
 from lib.training.run import choose_devices
 from lib.training.signals import StopSignals
+from lib.transfer import initialize_from
 
 BAD_INPUT = (ConfigError, DataError, CheckpointError, BackendError)
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
@@ -54,6 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
             resume_from = find_checkpoint(config, run_folder)
             pl.seed_everything(config.random_seed, workers=True, verbose=False)
             model, data = make_model(config), make_data(config)
+            if config.init_from and not resume_from:
+                for line in initialize_from(model, config.init_from):
+                    log_rank_zero(line)
             data.prepare_data()
             data.check_batch(devices["devices"] * config.num_nodes)
             training.run(
@@ -69,7 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> TrainConfig:
     """The configuration that flags ask for, checked; raises ConfigError."""
-    config = TrainConfig.for_task(**vars(make_parser(__doc__).parse_args(arguments)))
+    given = vars(make_parser(__doc__).parse_args(arguments))
+    preset = PRESETS.get(given.pop("preset", ""), {})
+    if preset and given.get("task", TrainConfig.task) != TrainConfig.task:
+        raise ConfigError(f"--preset is for --task {TrainConfig.task}")
+    config = TrainConfig.for_task(**preset | given)
     config.validate()
     if not known_data_set(config.dataset, Path(config.root)):
         known = ", ".join([*DATASETS, *converted_names(Path(config.root))])

@@ -14,7 +14,15 @@ from .errors import DataError
 from .lmdb_datasets import LmdbImages
 from .registry import DATASETS, SPLITS, DatasetSpec
 
-__all__ = ["DATASETS", "SPLITS", "DatasetSpec", "dataset_spec", "get_dataset", "is_mirrored"]
+__all__ = [
+    "DATASETS",
+    "SPLITS",
+    "DatasetSpec",
+    "dataset_spec",
+    "fit_of",
+    "get_dataset",
+    "is_mirrored",
+]
 
 for module in pkgutil.iter_modules(sets.__path__):
     importlib.import_module(f"{sets.__name__}.{module.name}")
@@ -49,6 +57,17 @@ def is_mirrored(name: str, root: str | Path) -> bool:
     if name in DATASETS:
         return DATASETS[name].flip
     return bool((read_description(Path(root), name) or {}).get("flip"))
+
+
+def fit_of(name: str, root: str | Path) -> str:
+    """How single pictures are made to a data set's size: as it was converted, as far as its
+    description is there; instead of being cut into patches they are cropped."""
+    found = {} if name in DATASETS else read_description(Path(root), name) or {}
+    try:
+        fit = found["options"]["shape"]["fit"]
+    except (KeyError, TypeError):
+        fit = "crop"
+    return fit if fit in ("resize", "pad") else "crop"
 
 
 def get_dataset(name: str, root: str | Path = "data", split: str = "train") -> Dataset:

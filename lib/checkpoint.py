@@ -14,6 +14,7 @@ import torch
 
 from .config import ConfigError, TrainConfig
 from .files import whole_file
+from .pretrained import read_folder
 
 AVERAGE_PREFIX = "average.module."
 # In the authors' format, before a parameter's name, whose dots are carets.
@@ -39,13 +40,16 @@ class CheckpointError(Exception):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The checkpoint's dictionary, loaded to the CPU with `weights_only=True`.
+    """The checkpoint's dictionary, loaded to the CPU with `weights_only=True`, or what a folder of
+    `publish.py` has of one.
 
     Raises:
         CheckpointError: if there is no such file, or it is damaged, unsafe, or no checkpoint of
             this project.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_published(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     check_sums(path)
@@ -76,6 +80,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of this project: its tensors have no names"
         )
     return checkpoint
+
+
+def _read_published(folder: Path) -> dict[str, Any]:
+    """A checkpoint's dictionary of a folder that `publish.py` wrote."""
+    try:
+        config, weights = read_folder(folder)
+    except (ImportError, ValueError, FileNotFoundError) as error:
+        raise CheckpointError(str(error)) from None
+    run = config.get("run")
+    if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+        raise CheckpointError(f"{folder}: its config.json does not say by which run it was trained")
+    of_density = run["config"].get("task") == "density_estimation"
+    prefix = AVERAGE_PREFIX if of_density else "model."
+    return {
+        "state_dict": {prefix + name: tensor for name, tensor in weights.items()},
+        "hyper_parameters": run["config"],
+        "global_step": run.get("step"),
+    }
 
 
 def check_sums(path: Path) -> None:

@@ -109,6 +109,11 @@ class TrainConfig:
     use_checkpoint: bool = _run(
         False, "go on from the experiment's last checkpoint, if there is one"
     )
+    init_from: str = _run(
+        "",
+        "checkpoint, ours or the authors', or folder of publish.py, from whose weights a new run "
+        "starts, as far as they fit; a run that goes on from its own checkpoint has them already",
+    )
 
     checkpoint_every_n_steps: int = _safety(
         0, "optimizer steps between checkpoints inside an epoch; 0: none by steps", NOT_NEGATIVE
@@ -262,7 +267,12 @@ class TrainConfig:
     )
 
     logger: str = _log(
-        "auto", "dashboard beside the CSV files; auto: wandb if installed", "auto", "wandb", "none"
+        "auto",
+        "dashboard beside the CSV files; auto: wandb if installed",
+        "auto",
+        "wandb",
+        "tensorboard",
+        "none",
     )
     check_val_every_n_epoch: int = _log(1, "epochs between validations", POSITIVE)
     figsize: int = _log(

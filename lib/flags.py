@@ -8,6 +8,7 @@ from typing import Any
 
 from .cli import OneLineParser
 from .config import TASK_DEFAULTS, TrainConfig, flag_default, flag_type
+from .presets import PRESETS, preset_help
 
 
 def make_parser(description: str | None = None) -> OneLineParser:
@@ -16,6 +17,13 @@ def make_parser(description: str | None = None) -> OneLineParser:
     It sets only the flags that are given: the defaults are the task's.
     """
     parser = OneLineParser("train.py", description=description)
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default=argparse.SUPPRESS,
+        help="size of a density VAE for one's own images; flags that are given beside it win. "
+        + preset_help(),
+    )
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
         title, choices = field.metadata["group"], field.metadata["choices"]

@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional
 from torchvision.utils import make_grid
 
+from .config import ConfigError
 from .files import whole_file
-from .picture_files import PictureError, read_picture
+from .optional import optional
+from .picture_files import PictureError, fit_picture, read_picture
 
 SMALLEST = 64  # pixels of a picture's side; smaller images are enlarged
+SMOOTHED = 16  # below so many pixels a side, squares would hide what is to be seen
 FONT_SIZE = 16
 GAP = 8
 
@@ -24,31 +28,34 @@ def save_image(image: Tensor, path: str | Path, enlarge: int = 1) -> Path:
     return _save(_picture(image, enlarge), path)
 
 
-def load_image(path: str | Path, shape: Sequence[int]) -> Tensor:
+def load_image(path: str | Path, shape: Sequence[int], fit: str = "crop") -> Tensor:
     """A picture file as uint8 [C, H, W], read as `lib.picture_files` does: upright, in sRGB, on
     white.
 
+    Arguments:
+        shape: (C, H, W).
+        fit: How a picture of another size is made to it: "crop", "resize" or "pad".
+
     Raises:
-        ValueError: if it cannot be read or is not of this shape.
+        ValueError: if it cannot be read.
     """
     try:
         levels, _ = read_picture(path, shape[0])
     except PictureError as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
-    height, width, _ = levels.shape
-    if (height, width) != tuple(shape[1:]):
-        raise ValueError(
-            f"{path} has {width}x{height} pixels; the model's images have {shape[2]}x{shape[1]}"
-        )
-    return torch.from_numpy(levels.copy()).permute(2, 0, 1)
+    (fitted,) = fit_picture(levels, shape[1], shape[2], fit)
+    return torch.from_numpy(fitted.copy()).permute(2, 0, 1)
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> Path:
-    """Writes uint8 images [N, C, H, W] as one PNG, row after row, small images enlarged to be
-    seen."""
-    return save_image(
-        make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255), path, _enlarge(images)
-    )
+    """Writes uint8 images [N, C, H, W] as one PNG, row after row, small images enlarged to be seen,
+    and smoothed if they are tiny."""
+    return _save(grid_picture(images, columns), path)
+
+
+def grid_picture(images: Tensor, columns: int) -> Image.Image:
+    """The picture that `save_grid` writes."""
+    return _picture(_grid(images, columns), _enlarge(images))
 
 
 def save_table(
@@ -66,10 +73,7 @@ def save_table(
         columns: Of the grid in a cell, at most; rows may be of different lengths.
     """
     enlarge = _enlarge(rows[0][0])
-    cells = [
-        [_picture(make_grid(cell, nrow=columns, padding=1, pad_value=255), enlarge) for cell in r]
-        for r in rows
-    ]
+    cells = [[_picture(_grid(cell, columns), enlarge) for cell in row] for row in rows]
     font = ImageFont.load_default(FONT_SIZE)
     left = max((round(font.getlength(label)) + 2 * GAP for label in row_labels), default=GAP)
     below = FONT_SIZE + 2 * GAP if column_labels else GAP
@@ -109,6 +113,7 @@ def save_rates(
         rates: In bits/dim; of layers, the topmost first.
         scales: (H, W) of each layer's latent; nothing if the rates are of dimensions.
     """
+    optional("matplotlib", "a plot of rates", "evaluate", ConfigError)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -150,8 +155,19 @@ def _save(picture: Image.Image, path: str | Path) -> Path:
     return Path(path)
 
 
+def _grid(images: Tensor, columns: int) -> Tensor:
+    images, gap, side = images.cpu(), 1, images.shape[-1]
+    if side < SMOOTHED:
+        gap = SMALLEST // side
+        size = [gap * each for each in images.shape[-2:]]
+        images = functional.interpolate(images, size, mode="bicubic", antialias=True)
+    return make_grid(images, nrow=columns, padding=gap, pad_value=255)
+
+
 def _enlarge(images: Tensor) -> int:
-    return max(1, SMALLEST // images.shape[-1])
+    """How large each pixel of a grid becomes."""
+    side = images.shape[-1]
+    return 1 if side < SMOOTHED else max(1, SMALLEST // side)
 
 
 def _picture(image: Tensor, enlarge: int) -> Image.Image:

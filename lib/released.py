@@ -34,7 +34,7 @@ from .DensityVAE import DensityVAE
 from .models import build_model
 from .utils import MaskedConv2d
 
-IMAGE_SIZES = {"CIFAR10": (32, 32), "ImageNet32": (32, 32), "CelebAHQ256": (256, 256)}
+IMAGE_SHAPES = {"CIFAR10": (3, 32, 32), "ImageNet32": (3, 32, 32), "CelebAHQ256": (3, 256, 256)}
 
 # Settings of the architecture that are checked by the tensors' names and shapes, or have one legal
 # value, and so may be missing from a file. The others may not.
@@ -307,10 +307,10 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
             f"{source} is not in the authors' format (its state_dict has no {RELEASED_AVERAGE}*)"
         )
     released = translate(checkpoint, source, training=True)
-    if released.config.dataset not in IMAGE_SIZES:
+    if released.config.dataset not in IMAGE_SHAPES:
         raise CheckpointError(
             f"{source} is of the data set {released.config.dataset}; known: "
-            f"{', '.join(IMAGE_SIZES)}"
+            f"{', '.join(IMAGE_SHAPES)}"
         )
     converted = _training_checkpoint(released, checkpoint, source)
     try:
@@ -352,7 +352,7 @@ def _training_checkpoint(
 
     config = released.config
     try:
-        model = build_model(config, IMAGE_SIZES[config.dataset])
+        model = build_model(config, IMAGE_SHAPES[config.dataset][1:])
     except ValueError as error:
         raise CheckpointError(f"{path}: its hyper-parameters cannot be: {error}") from None
     training = DensityTraining(model, config)

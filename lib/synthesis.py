@@ -9,6 +9,7 @@ are counted from the topmost.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,12 @@ from .utils import keyed_noise, mixed_seed
 OUTPUTS = ("most_probable", "sample")
 
 
-@torch.no_grad()
-def sample_images(
+def sample_images(model: VAE, count: int, temperature: float, **options: Any) -> Tensor:
+    """All images of `sample_batches` at once, uint8 [count, C, H, W] on the CPU."""
+    return torch.cat(list(sample_batches(model, count, temperature, **options)))
+
+
+def sample_batches(
     model: VAE,
     count: int,
     temperature: float,
@@ -29,9 +34,9 @@ def sample_images(
     seed: int,
     batch: int,
     output: str = "most_probable",
-) -> Tensor:
-    """`count` images drawn from the prior, uint8 [count, 3, H, W] on the CPU (paper, Figures 6 left
-    and 10).
+) -> Iterator[Tensor]:
+    """`count` images drawn from the prior (paper, Figures 6 left and 10), in batches of uint8
+    [B, C, H, W] on the CPU, computed when they are asked for.
 
     Arguments:
         temperature: Multiplies the prior's standard deviations.
@@ -42,17 +47,15 @@ def sample_images(
     """
     if output not in OUTPUTS:
         raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-    images = []
     for indices in _batches(range(count), batch):
-        noise = _noise(model, seed, indices)
-        params, _ = model.sample(len(indices), temperature, noise=noise)
-        if output == "most_probable":
-            images.append(_most_probable(model, params))
-        else:
-            images += [
-                _draw(model, params[i : i + 1], seed, index) for i, index in enumerate(indices)
-            ]
-    return torch.cat(images)
+        with torch.no_grad():
+            params, _ = model.sample(len(indices), temperature, noise=_noise(model, seed, indices))
+            if output == "most_probable":
+                images = _most_probable(model, params)
+            else:
+                drawn = [_draw(model, params[[i]], seed, k) for i, k in enumerate(indices)]
+                images = torch.cat(drawn)
+        yield images
 
 
 @torch.no_grad()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 from helpers import REPOSITORY
 
 import train
 from experiments import disentanglement
-from lib.config import TrainConfig
+from lib.config import ConfigError, TrainConfig
 from lib.DensityVAE.blocks import BLOCKS
+from lib.models import build_model
+from lib.presets import PRESETS
 
 COMMON = dict(
     batch=32,
@@ -189,7 +193,56 @@ def test_3dshapes_is_the_paper_s_experiment(tmp_path):
 
 
 def test_the_quickstart_promises_what_the_readme_promises():
-    promised = re.search(r"^promised=([\d.]+)$", (REPOSITORY / "quickstart.sh").read_text(), re.M)[
-        1
-    ]
-    assert f"**{promised} bits/dim**" in (REPOSITORY / "README.md").read_text()
+    script = (REPOSITORY / "quickstart.sh").read_text()
+    promises = re.findall(r"promised=([\d.]+) within=([\d.]+)", script)
+    assert len(promises) == 2
+    readme = (REPOSITORY / "README.md").read_text()
+    for promised, within in promises:
+        assert f"**{promised} bits/dim** within ±{within}" in readme
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "bits", "status"),
+    [("", "quickstart", 0.02, 0), ("photos", "photos", -0.1, 0), ("photos", "photos", 0.2, 1)],
+)
+def test_the_quickstart_fails_if_its_promise_is_missed(tmp_path, what, name, bits, status):
+    script = (REPOSITORY / "quickstart.sh").read_text()
+    promised = float(re.findall(r"promised=([\d.]+)", script)[name == "photos"])
+    for file in ("quickstart.sh", "setup.sh"):
+        (tmp_path / file).write_text((REPOSITORY / file).read_text())
+    (tmp_path / f"figs/{name}").mkdir(parents=True)
+    result = {"elbo": {"bits_per_dim": promised + bits}}
+    (tmp_path / f"figs/{name}/results.json").write_text(json.dumps(result))
+    python = tmp_path / "python"  # shows what it is to run, but for the verdict
+    python.write_text(f'#!/bin/sh\n[ "$1" = - ] && exec {sys.executable} "$@"\necho "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "quickstart.sh", *what.split()],
+        cwd=tmp_path,
+        env=os.environ | {"SDN_PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stderr
+    assert ("NOT as promised" in done.stdout) is bool(status)
+    lines = done.stdout.splitlines()
+    flags = next(line.split()[1:] for line in lines if line.startswith("train.py"))
+    config = train.parse(flags)
+    assert config.exp_name == name and config.make_checkpoint and config.use_checkpoint
+
+
+def test_the_quickstart_knows_its_data():
+    done = subprocess.run(
+        ["bash", "quickstart.sh", "films"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "digits or photos, not films" in done.stderr
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_fits_its_sizes_and_given_flags_win(preset):
+    config = train.parse(["--preset", preset, "--h_size", "8", "--sdn_nfeat_0", "6"])
+    assert (config.h_size, config.depth) == (8, PRESETS[preset]["depth"])
+    for size in (64, (96, 128), 256):
+        assert build_model(config, size, 1).latent_shapes
+    with pytest.raises(ConfigError, match="--preset is for"):
+        train.parse(["--preset", preset, "--task", "disentanglement"])

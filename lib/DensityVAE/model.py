@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..pretrained import Pretrained, plain_arguments
 from ..probability import POSTERIORS, PRIORS, make_observation, standard_normal
 from ..utils import initialize_convolutions
 from .blocks import BLOCKS, HALF_SCALE, HIGHWAY, PLAIN, SAME_SCALE, Block, make_block
@@ -41,7 +42,7 @@ class Output:
         return -self.distortion - self.rates.sum(1)
 
 
-class DensityVAE(nn.Module):
+class DensityVAE(Pretrained, nn.Module):
     """Hierarchical VAE with a bottom-up and a top-down path (paper, section 4; DEVIATIONS.md).
 
     With `sdn_max_scale=0` no layer uses SDN: that is the paper's convolutional baseline, IAF-VAE+.
@@ -103,7 +104,9 @@ class DensityVAE(nn.Module):
         analytic_kl: bool = False,
         checkpoint_activations: bool = False,
     ):
+        arguments = plain_arguments(locals())
         super().__init__()
+        self.arguments = arguments
         self.checkpoint_activations = checkpoint_activations
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_shape = (channels, height, width)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..DensityVAE.model import Output
 from ..nn import SDNLayer, make_convolution
+from ..pretrained import Pretrained, plain_arguments
 from ..probability import IsoGaussian, make_observation, standard_normal
 
 IMAGE_SIZE = 64
@@ -17,7 +18,7 @@ SDN_SCALE = 32  # to which the layer leads that may be an SDN layer
 HALF_SCALE = (4, 2, 1)  # kernel size, stride, padding
 
 
-class DisentanglementVAE(nn.Module):
+class DisentanglementVAE(Pretrained, nn.Module):
     """VAE with one vector of latents for 64x64 images (paper, section 6; architecture of Locatello
     et al. 2019).
 
@@ -55,7 +56,9 @@ class DisentanglementVAE(nn.Module):
         backend: str = "auto",
         analytic_kl: bool = True,
     ):
+        arguments = plain_arguments(locals())
         super().__init__()
+        self.arguments = arguments
         sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if sizes != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(

@@ -17,7 +17,7 @@ class Interpolation(Evaluation):
     help = "between pairs of validation images, in the top layers"
     order = 70
     flags = (TEMPERATURES, IMAGES, LAYERS, FRAMES)
-    needs = ("validation", "images")
+    needs = ("images",)
     title = "Interpolation between validation images"
     paper = "Figure 5"
     explanation = (
@@ -38,9 +38,9 @@ class Interpolation(Evaluation):
         Each row begins with the first image and ends with the second, with `--frames`
         interpolations between them. Of `--images`, 0 and 1 are a pair, 2 and 3, ...
         """
-        images, indices, frames = context.images, context.flags.images, context.flags.frames
+        images, names, frames = context.images, context.image_names, context.flags.frames
         layers, temperatures = layers_of(context), layer_temperatures(context)
-        latents = encode(context.model, images, indices, **context.noise)
+        latents = encode(context.model, images, context.image_keys, **context.noise)
         rows_of = [(k, t) for k in layers for t in temperatures]
         pictures = []
         for pair in context.track(range(0, len(images) - 1, 2), "interpolations"):
@@ -56,7 +56,7 @@ class Interpolation(Evaluation):
                     **context.noise,
                 )
                 rows.append([images[pair : pair + 1], between, images[pair + 1 : pair + 2]])
-            first, second = indices[pair], indices[pair + 1]
+            first, second = names[pair], names[pair + 1]
             path = save_table(
                 rows,
                 context.folder / f"interpolation_{first}_{second}.png",
@@ -66,12 +66,12 @@ class Interpolation(Evaluation):
                 columns=frames,
             )
             caption = (
-                f"Validation images {first} and {second} (outermost) and interpolations of the "
+                f"Images {first} and {second} (outermost) and interpolations of the "
                 "top layers between"
             )
             pictures.append(context.entry(path, caption))
         return {
-            "images": list(indices),
+            "images": list(context.flags.images),
             "layers": list(layers),
             "temperatures": list(temperatures),
             "frames": frames,

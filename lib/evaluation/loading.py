@@ -47,14 +47,17 @@ def choose_device(name: str) -> torch.device:
     """The device of `--device`; raises ConfigError if this machine has none such."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wrong = f"--device must be auto, cpu, cuda, cuda:N or mps; got {name}"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N; got {name}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N; got {name}")
+        raise ConfigError(wrong) from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(wrong)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device {name}: this machine has no GPU of Apple's")
     return device
 
 
@@ -101,7 +104,7 @@ def _name_inside(name: str) -> str:
 
 def load_model(
     path: str | Path,
-    image_sizes: Mapping[str, tuple[int, int]],
+    image_shapes: Mapping[str, tuple[int, int, int]],
     backend: str = "auto",
     device: torch.device | str = "cpu",
 ) -> LoadedModel:
@@ -110,9 +113,10 @@ def load_model(
     From then on cuDNN computes in full precision and the same way every time.
 
     Arguments:
-        path: Checkpoint written by `train.py`, or in the authors' format.
-        image_sizes: (height, width) of the images of each data set by its name; of another data
-            set the configuration has it.
+        path: Checkpoint written by `train.py`, one in the authors' format, or a folder of
+            `publish.py`.
+        image_shapes: (C, H, W) of the images of each data set by its name; of another data set the
+            configuration has it.
         backend: Of the sweeps, see `lib.nn.SDNLayer`.
         device: Where the model goes.
 
@@ -122,13 +126,15 @@ def load_model(
     checkpoint = read_checkpoint(path)
     released = translate(checkpoint, path) if is_released(checkpoint) else None
     config = released.config if released else stored_config(checkpoint, path)
-    size = config.image_size or image_sizes.get(config.dataset)
-    if not size:
+    shape = image_shapes.get(config.dataset)
+    if config.image_size:
+        shape = (config.channels or 3, config.image_size[0], config.image_size[-1])
+    if not shape:
         raise CheckpointError(
-            f"{path} is of the data set {config.dataset}; known are {', '.join(image_sizes)}"
+            f"{path} is of the data set {config.dataset}; known are {', '.join(image_shapes)}"
         )
     try:
-        model = build_model(replace(config, backend=backend), size, config.channels or 3)
+        model = build_model(replace(config, backend=backend), shape[1:], shape[0])
     except ValueError as error:
         raise CheckpointError(f"{path}: its configuration cannot be: {error}") from None
     if released:

@@ -17,7 +17,7 @@ class Neighborhood(Evaluation):
     help = "samples around validation images that share their top layers"
     order = 90
     flags = (TEMPERATURES, IMAGES, LAYERS)
-    needs = ("validation", "images")
+    needs = ("images",)
     title = "Neighbourhood of validation images"
     paper = "Figures 6 (right) and 11"
     explanation = (
@@ -38,12 +38,12 @@ class Neighborhood(Evaluation):
         In the centre of each grid is the image's reconstruction, around it are eight images that
         share the latents of its top layers.
         """
-        model, images, indices = context.model, context.images, context.flags.images
+        model, images, keys = context.model, context.images, context.image_keys
         layers, temperatures = layers_of(context), layer_temperatures(context)
-        latents = encode(model, images, indices, **context.noise)
-        centres = reconstruct(model, images, indices=indices, **context.noise)
+        latents = encode(model, images, keys, **context.noise)
+        centres = reconstruct(model, images, indices=keys, **context.noise)
         pictures = []
-        for i, index in enumerate(context.track(indices, "neighborhoods")):
+        for i, name in enumerate(context.track(context.image_names, "neighborhoods")):
             own = [z[i : i + 1] for z in latents]
             rows = []
             for k in layers:
@@ -52,7 +52,7 @@ class Neighborhood(Evaluation):
                     around = neighborhood(
                         model,
                         own,
-                        index=index,
+                        index=keys[i],
                         layers=k,
                         temperature=temperature,
                         count=8,
@@ -62,17 +62,17 @@ class Neighborhood(Evaluation):
                 rows.append(cells)
             path = save_table(
                 rows,
-                context.folder / f"neighborhood_{index}.png",
+                context.folder / f"neighborhood_{name}.png",
                 row_labels=[f"{k} {'layer' if k == 1 else 'layers'}" for k in layers],
                 column_labels=[f"T = {t:g}" for t in temperatures],
             )
             caption = (
-                f"Around validation image {index}: its reconstruction (centres) and samples that "
+                f"Around image {name}: its reconstruction (centres) and samples that "
                 "share its top layers"
             )
             pictures.append(context.entry(path, caption))
         return {
-            "images": list(indices),
+            "images": list(context.flags.images),
             "layers": list(layers),
             "temperatures": list(temperatures),
             "pictures": pictures,

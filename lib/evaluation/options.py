@@ -24,12 +24,24 @@ TEMPERATURES = Flag(
     arguments={"nargs": "+"},
 )
 OUTPUT = Flag("output", "pixels", type=str, default=OUTPUTS[0], arguments={"choices": OUTPUTS})
+
+
+def number_or_path(text: str) -> int | str:
+    """A value of `--images`: the number of a validation image, or the path of a picture."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 IMAGES = Flag(
     "images",
-    "which images; of an interpolation in pairs",
+    "numbers of validation images, or paths of pictures, which are fitted to the model's size; of "
+    "an interpolation in pairs; of --reconstruction only if there are paths",
+    type=number_or_path,
     default=[0, 1, 2, 3],
     least=0,
-    arguments={"nargs": "+"},
+    arguments={"nargs": "+", "metavar": "NUMBER_OR_PATH"},
 )
 LAYERS = Flag(
     "layers",
@@ -65,17 +77,22 @@ def layer_temperatures(context: Context) -> list[float]:
     return context.flags.temperatures or (LAYER_TEMPERATURES if context.depth > 1 else [1.0])
 
 
-def make_parser(description: str) -> OneLineParser:
-    parser = OneLineParser("evaluate.py", description=description)
-    which = parser.add_argument_group("What to evaluate").add_mutually_exclusive_group(
-        required=True
-    )
+def add_model_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds the flags that say which model, `--model` or `--checkpoint`."""
+    which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--model",
         metavar="NAME",
         help="checkpoints/NAME.ckpt, or experiment NAME's best checkpoint",
     )
-    which.add_argument("--checkpoint", metavar="PATH", help="a checkpoint file")
+    which.add_argument(
+        "--checkpoint", metavar="PATH", help="a checkpoint file, or a folder of publish.py"
+    )
+
+
+def make_parser(description: str) -> OneLineParser:
+    parser = OneLineParser("evaluate.py", description=description)
+    add_model_flags(parser.add_argument_group("What to evaluate"))
 
     tasks = parser.add_argument_group("Evaluations")
     for name, evaluation in evaluations().items():
@@ -91,7 +108,7 @@ def make_parser(description: str) -> OneLineParser:
     options = parser.add_argument_group("Options")
     _add(options, BATCH)
     _add(options, SEED)
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     options.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="implementation of the sweeps"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..pictures import load_image, save_table
+from ..pictures import save_table
 from ..synthesis import sample_images
 from .nearest import Neighbours, nearest_images
 from .options import COUNT, OUTPUT, SAMPLING_TEMPERATURES, TEMPERATURES
@@ -44,7 +44,7 @@ class Overfitting(Evaluation):
         OUTPUT,
         Flag(
             "queries",
-            "pictures instead of samples",
+            "pictures instead of samples, which are fitted to the model's size",
             type=str,
             arguments={"nargs": "+", "metavar": "PATH"},
         ),
@@ -119,10 +119,7 @@ class Overfitting(Evaluation):
 def _given_queries(context: Context) -> Tensor:
     """The pictures of `--queries` in the model's bits, uint8 [N, 3, H, W]."""
     model = context.model
-    try:
-        queries = [load_image(path, model.image_shape) for path in context.flags.queries]
-    except ValueError as error:
-        raise ConfigError(f"--queries: {error}") from None
+    queries = [context.picture("queries", path) for path in context.flags.queries]
     return model.observation.to_uint8(model.observation.encode(torch.stack(queries)))
 
 

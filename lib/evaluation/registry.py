@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,8 +64,9 @@ class Flag:
         if self.least is not None:
             text = f"at least {self.least}" if self.least else "0 or more"
             ranges.insert(0, Range(text, self.least))
-        for value in values if self.type in (int, float) else ():
-            check_number(self.name, value, ranges, " ".join(map(str, values)))
+        for value in values:
+            if isinstance(value, int | float):
+                check_number(self.name, value, ranges, " ".join(map(str, values)))
         if self.unique:
             setattr(flags, self.name, list(dict.fromkeys(given)))
 
@@ -84,6 +86,7 @@ class Context:
         reopen: Called with a device's name in another process; gives the model and the validation
             images. It can be pickled.
         mirrored: Whether training shows the images flipped left to right, too.
+        fit: How pictures of other sizes are made to the model's, see `lib.picture_files`.
     """
 
     loaded: LoadedModel
@@ -93,6 +96,7 @@ class Context:
     in_batches: Callable[[Dataset, int, int], Iterable[tuple[Tensor, Tensor]]]
     reopen: Callable[[str], tuple[VAE, Dataset]]
     mirrored: bool = False
+    fit: str = "crop"
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -121,14 +125,47 @@ class Context:
 
     @cached_property
     def images(self) -> Tensor:
-        """The validation images of `--images`, uint8 [N, 3, H, W]."""
-        size = len(self.validation)
-        wrong = [index for index in self.flags.images if index >= size]
+        """The images of `--images`, uint8 [N, C, H, W]: of the validation split, or of files."""
+        numbers = [index for index in self.flags.images if isinstance(index, int)]
+        size = len(self.validation) if numbers else 0
+        wrong = [index for index in numbers if index >= size]
         if wrong:
             raise ConfigError(
                 f"--images must be below {size}, the number of validation images; got {wrong[0]}"
             )
-        return torch.stack([self.validation[index] for index in self.flags.images])
+        return torch.stack(
+            [
+                self.validation[image] if isinstance(image, int) else self.picture("images", image)
+                for image in self.flags.images
+            ]
+        )
+
+    @property
+    def image_keys(self) -> list[int]:
+        """What the noise of each of the images depends on: its number, or for files numbers that
+        no validation image has."""
+        return [
+            image if isinstance(image, int) else LARGEST_NUMBER + position
+            for position, image in enumerate(self.flags.images)
+        ]
+
+    @property
+    def image_names(self) -> list[str]:
+        """Each of the images as the names of pictures have it: its number, or its file's stem."""
+        names = []
+        for image in self.flags.images:
+            name = str(image) if isinstance(image, int) else Path(image).stem
+            names.append(re.sub(r"[^\w.-]", "_", name)[:60])
+        return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+
+    def picture(self, flag: str, path: str) -> Tensor:
+        """A picture file that a flag names, fitted to the model's images: uint8 [C, H, W]."""
+        from ..pictures import load_image
+
+        try:
+            return load_image(path, self.model.image_shape, self.fit)
+        except ValueError as error:
+            raise ConfigError(f"--{flag}: {error}") from None
 
     @property
     def limit(self) -> int:
@@ -137,15 +174,15 @@ class Context:
 
     def track(self, loop: Iterable[Any], title: str) -> Iterable[Any]:
         """The loop, with its progress shown under a title."""
-        from tqdm import tqdm
+        from ..progress import progress
 
-        return tqdm(loop, desc=title)
+        return progress(loop, desc=title)
 
     def bar(self, images: int, title: str) -> Any:
         """A bar of the progress over so many images; a context manager."""
-        from tqdm import tqdm
+        from ..progress import progress
 
-        return tqdm(total=images, unit="image", desc=title, smoothing=0)
+        return progress(total=images, unit="image", desc=title, smoothing=0)
 
     def entry(self, path: Path, caption: str) -> dict[str, str]:
         """A picture as results name it."""

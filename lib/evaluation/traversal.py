@@ -14,7 +14,7 @@ class Traversal(Evaluation):
     help = "what each latent dimension of a disentanglement VAE changes in validation images"
     order = 80
     flags = (IMAGES, FRAMES)
-    needs = ("validation", "images")
+    needs = ("images",)
     only_disentanglement = True
     title = "Latent traversals"
     explanation = (
@@ -24,18 +24,16 @@ class Traversal(Evaluation):
 
     def compute(self, context: Context) -> Result:
         """For each image a table with a row for each latent dimension, from -2 to 2."""
-        indices, frames, pictures = context.flags.images, context.flags.frames, []
-        for image, index in zip(context.images.split(1), indices, strict=True):
+        frames, pictures = context.flags.frames, []
+        for image, name in zip(context.images.split(1), context.image_names, strict=True):
             drawn = traverse(context.model, image, values=frames, batch=context.flags.batch)
             rows = [[image, of_dimension] for of_dimension in drawn.split(frames)]
             path = save_table(
                 rows,
-                context.folder / f"traversal_{index}.png",
+                context.folder / f"traversal_{name}.png",
                 row_labels=[f"z{dimension}" for dimension in range(len(rows))],
                 columns=frames,
             )
-            caption = (
-                f"Validation image {index} (left), and each latent dimension of it from -2 to 2"
-            )
+            caption = f"Image {name} (left), and each latent dimension of it from -2 to 2"
             pictures.append(context.entry(path, caption))
-        return {"images": list(indices), "frames": frames, "pictures": pictures}
+        return {"images": list(context.flags.images), "frames": frames, "pictures": pictures}

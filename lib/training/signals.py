@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from contextlib import suppress
 from typing import Any
@@ -11,11 +12,10 @@ from typing import Any
 FAILED = 1  # exit status after a fault of the run
 PREEMPTED = 75  # "try again later", EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # after Ctrl-C, as of any program
-EXIT_STATUS = {
-    signal.SIGINT: INTERRUPTED,
-    signal.SIGTERM: PREEMPTED,
-    signal.SIGUSR1: PREEMPTED,
-    signal.SIGHUP: PREEMPTED,
+EXIT_STATUS = {signal.SIGINT: INTERRUPTED} | {
+    getattr(signal, name): PREEMPTED
+    for name in ("SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)  # Windows has the first alone
 }
 
 
@@ -44,21 +44,22 @@ class StopSignals:
         self.heeded = False  # whether the processes of the run have agreed to stop
         self._before: dict[int, Any] = {}
         self._arrived = 0
-        self._pipe: tuple[int, int] | None = None
+        self._pipe: tuple[socket.socket, socket.socket] | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {
                 signum: signal.signal(signum, self._note)
                 for signum in EXIT_STATUS
-                if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN
+                if signum.name != "SIGHUP" or signal.getsignal(signum) is not signal.SIG_IGN
             }
-            self._pipe = os.pipe()
+            self._pipe = socket.socketpair()
             for end in self._pipe:
-                os.set_blocking(end, False)
-            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            # Otherwise a signal to a loader worker would be in the pipe, too.
-            os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+                end.setblocking(False)
+            signal.set_wakeup_fd(self._pipe[1].fileno(), warn_on_full_buffer=False)
+            if hasattr(os, "register_at_fork"):
+                # Otherwise a signal to a loader worker would be in the pipe, too.
+                os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         return self
 
     @property
@@ -70,7 +71,7 @@ class StopSignals:
         """
         if self._pipe:
             with suppress(OSError):  # nothing has come
-                for signum in os.read(self._pipe[0], 4096):
+                for signum in self._pipe[0].recv(4096):
                     if signum in EXIT_STATUS:
                         self._arrived = signum
         return self.received or self._arrived
@@ -79,7 +80,7 @@ class StopSignals:
         if self._pipe:
             signal.set_wakeup_fd(-1)
             for end in self._pipe:
-                os.close(end)
+                end.close()
             self._pipe = None
         for signum, handler in self._before.items():
             signal.signal(signum, handler)

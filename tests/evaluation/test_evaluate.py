@@ -324,8 +324,12 @@ def test_given_pictures_are_searched_for(finished, images, tmp_path, capfd):
     os.mkfifo(tmp_path / "pipe.png")
     refusal = refused_here(capfd, *command, tmp_path / "pipe.png")
     assert "pipe.png cannot be read as a picture: it is not a file" in refusal
-    wrong = save_image(training[17][:, :20], tmp_path / "wrong.png")
-    assert "wrong.png has 32x20 pixels" in refused_here(capfd, *command, wrong)
+    large = save_image(
+        training[17].repeat_interleave(2, 1).repeat_interleave(2, 2), tmp_path / "2x.png"
+    )
+    here(*command, large)
+    results = json.loads((tmp_path / "figs/tiny/results.json").read_text())
+    assert results["overfitting"]["neighbours"][0][0]["index"] == 17
 
 
 def test_the_authors_celeba_checkpoint_just_works(tmp_path):
@@ -394,11 +398,11 @@ def test_the_authors_celeba_checkpoint_just_works(tmp_path):
         ),
         (
             ["--model", "a", "--elbo", "--device", "tpu9"],
-            "--device must be auto, cpu, cuda or cuda:N; got tpu9",
+            "--device must be auto, cpu, cuda, cuda:N or mps; got tpu9",
         ),
         (
             ["--model", "a", "--elbo", "--device", "mps"],
-            "--device must be auto, cpu, cuda or cuda:N; got mps",
+            "--device mps: this machine has no GPU of Apple's",
         ),
         (["--model", "a", "--elbo", "--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["--model", "absent", "--elbo"], "--model absent: none of"),

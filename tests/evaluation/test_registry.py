@@ -125,7 +125,7 @@ def context_of(nbits: int, images: torch.Tensor, folder, **flags) -> Context:
     config = SimpleNamespace(nbits=nbits, dataset="random")
     return Context(
         SimpleNamespace(model=model, config=config),
-        argparse.Namespace(**dict(seed=0, batch=4) | flags),
+        argparse.Namespace(**dict(seed=0, batch=4, images=[0, 1]) | flags),
         folder,
         open_split=lambda split: images,
         in_batches=lambda data, limit, batch: [

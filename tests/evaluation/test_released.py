@@ -15,7 +15,7 @@ from helpers import GOLDEN, TINY, assert_one_line_error, relative_error, run
 from data.get_dataset import DATASETS
 from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
 from lib.evaluation.loading import load_model
-from lib.released import IMAGE_SIZES, convert, translate
+from lib.released import IMAGE_SHAPES, convert, translate
 from lib.utils import nats_to_bits_per_dim
 
 OLDER = {
@@ -55,7 +55,7 @@ def test_golden_model(name, backend, generation, tmp_path):
     if generation == "older":
         path = saved(older_generation(golden(name)), tmp_path)
         assert any("pre_cnn" in key for key in golden_names(path))
-    model = load_model(path, IMAGE_SIZES, backend).model
+    model = load_model(path, IMAGE_SHAPES, backend).model
     expected = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{name}_expected.npz").items()}
     depth = len(model.ladder_layers)
     output = model(expected["x"], [expected[f"noise/{i}"] for i in range(depth)])
@@ -100,7 +100,7 @@ def test_every_stored_tensor_is_used_or_listed(name):
 
 
 def test_the_configuration_is_rebuilt():
-    loaded = load_model(GOLDEN / "tiny_5bit.ckpt", IMAGE_SIZES)
+    loaded = load_model(GOLDEN / "tiny_5bit.ckpt", IMAGE_SHAPES)
     config, stored = loaded.config, golden("tiny_5bit")["hyper_parameters"]
     assert loaded.released and loaded.step == 1234 and not loaded.model.training
     ours = {
@@ -135,7 +135,7 @@ def test_settings_may_be_numpy_scalars(tmp_path):
     )
     settings["downsample_first"] = np.bool_(False)
     config = load_model(
-        saved(checkpoint | {"global_step": np.int64(7)}, tmp_path), IMAGE_SIZES
+        saved(checkpoint | {"global_step": np.int64(7)}, tmp_path), IMAGE_SHAPES
     ).config
     assert (config.z_size, config.lrate, config.free_bits, config.ds_list) == (2, 0.002, 0.25, [0])
     assert config.downsample_first is False
@@ -161,8 +161,8 @@ def test_settings_may_be_the_dictionary_of_lightning_0_9(archive, tmp_path, monk
     assert b"AttributeDict" in path.read_bytes()
     assert type(read_checkpoint(path)["hyper_parameters"]) is dict
     assert (
-        load_model(path, IMAGE_SIZES).config
-        == load_model(GOLDEN / "tiny_8bit.ckpt", IMAGE_SIZES).config
+        load_model(path, IMAGE_SHAPES).config
+        == load_model(GOLDEN / "tiny_8bit.ckpt", IMAGE_SHAPES).config
     )
 
 
@@ -172,7 +172,7 @@ def test_settings_of_training_that_cannot_be_do_not_stop_an_evaluation(tmp_path)
         ema_coef=1.0, figsize=(3, 4), accumulate_grad_batches={0: 2}, lrate=0.25
     )
     path = saved(checkpoint, tmp_path)
-    loaded = load_model(path, IMAGE_SIZES)
+    loaded = load_model(path, IMAGE_SHAPES)
     assert loaded.config.lrate == 0.25
     (remark,) = [line for line in loaded.remarks if "cannot be" in line]
     assert remark.startswith("ignored: ema_coef, accumulate_grad_batches, figsize (")
@@ -185,20 +185,20 @@ def test_what_is_neither_averaged_nor_a_parameter_is_listed(tmp_path):
     checkpoint["state_dict"]["scaler.scale"] = torch.zeros(())
     path = saved(checkpoint, tmp_path)
     line = "ignored: scaler.scale (neither averaged nor a parameter of the model)"
-    assert line in load_model(path, IMAGE_SIZES).remarks
+    assert line in load_model(path, IMAGE_SHAPES).remarks
     assert line in convert(path, tmp_path / "new.ckpt")
 
 
 def test_without_decay_the_average_is_the_current_weights(tmp_path):
     checkpoint = golden("tiny_8bit")
     checkpoint["hyper_parameters"]["ema_coef"] = 0.0
-    model = load_model(saved(checkpoint, tmp_path), IMAGE_SIZES).model
+    model = load_model(saved(checkpoint, tmp_path), IMAGE_SHAPES).model
     assert torch.equal(model.h, checkpoint["state_dict"]["h"])
     assert not torch.equal(model.h, checkpoint["state_dict"]["ema.shadow_params.h"])
 
 
 def test_the_sizes_of_the_authors_data_sets_are_those_of_the_registry():
-    assert all(DATASETS[name].shape[1:] == size for name, size in IMAGE_SIZES.items())
+    assert all(DATASETS[name].shape == shape for name, shape in IMAGE_SHAPES.items())
 
 
 def test_counters_of_the_average_are_ignored_and_half_precision_is_widened(tmp_path):
@@ -293,7 +293,7 @@ def test_what_does_not_fit_is_named(change, message, tmp_path):
     change(checkpoint)
     path = saved(checkpoint, tmp_path)
     with pytest.raises(CheckpointError, match=f"changed.ckpt.*{message}") as caught:
-        load_model(path, IMAGE_SIZES)
+        load_model(path, IMAGE_SHAPES)
     assert "\n" not in str(caught.value)
 
 
@@ -303,7 +303,7 @@ def test_any_damage_is_one_clear_error(archive, tmp_path):
     one line."""
     path = tmp_path / "damaged.ckpt"
     torch.save(golden("tiny_5bit"), path, _use_new_zipfile_serialization=archive)
-    load_model(path, IMAGE_SIZES)
+    load_model(path, IMAGE_SHAPES)
     whole = path.read_bytes()
     generator = np.random.default_rng(0)
     refused = 0
@@ -315,7 +315,7 @@ def test_any_damage_is_one_clear_error(archive, tmp_path):
             damaged[position] = generator.integers(256)
         path.write_bytes(damaged)
         try:
-            load_model(path, IMAGE_SIZES)
+            load_model(path, IMAGE_SHAPES)
         except CheckpointError as error:
             refused += 1
             assert "\n" not in str(error) and str(path) in str(error)
@@ -352,9 +352,9 @@ def test_conversion_keeps_everything_and_training_goes_on(images, tmp_path):
     for prefix, tensors in (("model.", released.current), ("average.module.", released.average)):
         for name, tensor in tensors.items():
             assert torch.equal(state[prefix + name], tensor), name
-    loaded = load_model(target, IMAGE_SIZES)
+    loaded = load_model(target, IMAGE_SHAPES)
     assert not loaded.released
-    assert loaded.fingerprint == load_model(tmp_path / "changed.ckpt", IMAGE_SIZES).fingerprint
+    assert loaded.fingerprint == load_model(tmp_path / "changed.ckpt", IMAGE_SHAPES).fingerprint
 
     (line,) = [line for line in report if line.startswith("train on with: ")]
     command = shlex.split(line.removeprefix("train on with: "))
