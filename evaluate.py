@@ -3,6 +3,12 @@ a report."""
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import shlex
 import sys
@@ -19,7 +25,7 @@ from data.datamodule import BatchLoader, IndexedImages
 from data.errors import DataError
 from data.get_dataset import DATASETS, fit_of, get_dataset, is_mirrored
 from lib.checkpoint import CheckpointError
-from lib.cli import one_line_errors
+from lib.cli import make_streams_unfailing, one_line_errors
 from lib.config import ConfigError
 from lib.DisentanglementVAE.metrics import MetricError
 from lib.evaluation.importance import LikelihoodError, memory_ran_out
@@ -36,12 +42,13 @@ from lib.evaluation.results import (
     results_folder,
 )
 from lib.models import VAE
+from lib.sweeps import BackendError
 
 
 def main(arguments: list[str] | None = None) -> None:
     flags = make_parser(__doc__).parse_args(arguments)
     errors = (ConfigError, DataError, CheckpointError, LedgerError, LikelihoodError, ReportError)
-    with one_line_errors("evaluate.py", *errors, MetricError):
+    with one_line_errors("evaluate.py", *errors, MetricError, BackendError):
         asked = check(flags)
         device = choose_device(flags.device)
         command = "evaluate.py " + shlex.join(sys.argv[1:] if arguments is None else arguments)
@@ -53,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
             advice = f"use a smaller --batch (now {flags.batch})"
             raise ConfigError(f"out of memory on {device}: {advice}") from None
         except OSError as error:
-            raise ConfigError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
+            where = f"{error.filename}: " if error.filename else ""
+            raise ConfigError(f"{where}{error.strerror or error}") from None
         except KeyboardInterrupt:
             print("\ninterrupted; what is finished is kept", file=sys.stderr)
             sys.exit(130)
@@ -106,11 +114,13 @@ def evaluate(asked: list[Evaluation], context: Context, about: dict[str, Any]) -
     path = context.folder / "results.json"
     for evaluation in asked:
         result = evaluation.compute(context)
-        add_result(path, evaluation.name, result | about)
-        for line in evaluation.lines(result, context):
-            print(line)
-        for picture in result.get("pictures", ()):
-            print(f"{evaluation.name}: {context.folder / picture['file']}")
+        try:
+            add_result(path, evaluation.name, result | about)
+        finally:  # what took hours is not lost with a full disk
+            for line in evaluation.lines(result, context):
+                print(line)
+            for picture in result.get("pictures", ()):
+                print(f"{evaluation.name}: {context.folder / picture['file']}")
     print(f"numbers in {path}")
 
 
@@ -135,4 +145,6 @@ def in_batches(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    make_streams_unfailing()
     main()

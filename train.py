@@ -27,26 +27,28 @@ from data.from_pictures import data_set_of, known_data_set
 from data.get_dataset import DATASETS, dataset_spec
 from lib import training
 from lib.checkpoint import CheckpointError
-from lib.cli import one_line_errors
+from lib.cli import make_streams_unfailing, one_line_errors
 from lib.config import ConfigError, TrainConfig
 from lib.DensityVAE.training import DensityTraining
 from lib.DisentanglementVAE.training import DisentanglementTraining
 from lib.flags import make_parser
 from lib.models import VAE, build_model
 from lib.presets import PRESETS
-from lib.training.processes import UnfailingStream, exclusive_run_folder, log_rank_zero
+from lib.sweeps import BackendError
+from lib.training.processes import exclusive_run_folder, log_rank_zero
 from lib.training.resume import find_checkpoint
 from lib.training.run import choose_devices
 from lib.training.signals import StopSignals
 from lib.transfer import initialize_from
 
+BAD_INPUT = (ConfigError, DataError, CheckpointError, BackendError)
 TRAINING = {"density_estimation": DensityTraining, "disentanglement": DisentanglementTraining}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Exit status: 0; 1 for a fault of the run; 2 for bad input; 75 after SIGTERM, SIGUSR1 or
     SIGHUP; 130 after Ctrl-C."""
-    with one_line_errors("train.py", ConfigError, DataError, CheckpointError, OSError):
+    with one_line_errors("train.py", *BAD_INPUT, OSError):
         config = with_data_set(parse(arguments))
         devices = choose_devices(config)
         output = Path(config.output_dir)
@@ -147,5 +149,5 @@ def provenance() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = UnfailingStream(sys.stdout), UnfailingStream(sys.stderr)
+    make_streams_unfailing()
     main()

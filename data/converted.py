@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from lib.files import read_json
 
 from .errors import DataError
 
@@ -27,7 +28,7 @@ def read_description(root: Path, name: str) -> dict[str, Any] | None:
     """
     path = root / name / DESCRIPTION
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         shape, flip, version = found["shape"], found["flip"], found["format"]
         channels, height, width = (int(side) for side in shape)
         if channels not in (1, 3) or min(height, width) < 1 or type(flip) is not bool:

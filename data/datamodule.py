@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -124,11 +127,23 @@ def _as_arrays(batch: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     return batch[0].numpy(), batch[1].numpy()
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """Makes a loader worker ignore signals: one that is sent to a whole job reaches the workers,
-    too, but they are needed until the checkpoint is written."""
+def follow_the_main_process(worker: int) -> None:
+    """Makes a loader worker live as long as the process that started it, and no longer.
+
+    Signals are ignored: one that is sent to a whole job reaches the workers, too, but they are
+    needed until the checkpoint is written. A killed process's workers end within a second: torch's
+    own look only while they wait for work, not while they send a batch that nobody takes.
+    """
     for signum in EXIT_STATUS:
         signal.signal(signum, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="follow_the_main_process").start()
 
 
 class EpochSampler(Sampler[int]):
@@ -284,7 +299,7 @@ class ImageDataModule(pl.LightningDataModule):
             drop_last=order["shuffle"],
             num_workers=self.num_workers,
             timeout=LOADER_TIMEOUT if self.num_workers else 0,
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=follow_the_main_process,
             persistent_workers=self.num_workers > 0,
         )
 

@@ -1,17 +1,22 @@
-"""How the entry scripts report bad input: one line on stderr and exit status 2."""
+"""How the entry scripts talk: streams that never fail, and bad input told in one line on stderr with
+exit status 2."""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO
 
 NO_TEXT = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 )  # control characters, bytes that are no UTF-8
+
+MORE_FILES = "a higher `ulimit -n` allows more, fewer --num_workers need less"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -55,5 +60,42 @@ def one_line_errors(program: str, *kinds: type[Exception]) -> Iterator[None]:
         message = str(error).strip().splitlines()[-1]
         for kind in kinds:
             message = re.sub(rf"^[\w.]*\b{kind.__name__}: ", "", message)
+        if os.strerror(errno.EMFILE) in message:
+            message += f"; {MORE_FILES}"
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+class UnfailingStream:
+    """A text stream whose reader may go away, or whose disk may be full: what cannot be written is
+    lost."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def make_streams_unfailing() -> None:
+    """What this process prints from now on costs no result, whatever becomes of it.
+
+    Streams that were closed before the process started lead nowhere, and so do their descriptors,
+    which files would otherwise get: what is written to descriptor 2 would be in a checkpoint.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+    sys.stdout = UnfailingStream(sys.stdout or open(os.devnull, "w"))  # noqa: SIM115
+    sys.stderr = UnfailingStream(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115

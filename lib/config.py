@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +11,19 @@ from typing import Any, get_type_hints
 from .DensityVAE.blocks import BLOCKS, HIGHWAY
 from .nn import BACKENDS, BORDERS
 from .probability import OBSERVATIONS, POSTERIORS, PRIORS, TAILS
+from .ranges import (
+    ABOVE_ZERO,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    ConfigError,
+    Range,
+    at_most,
+    check_number,
+)
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 NOISES = ("batch", "image")
-FLOAT32_MAX = 3.4e38
 ARCHITECTURE = "Architecture"
 
 # What differs from the fields' defaults for a task, and the fields that say nothing to it.
@@ -52,39 +60,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "checkpoint_activations",
     ),
 }
-
-
-class ConfigError(ValueError):
-    """A flag that is unknown, out of range or contradicts another; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers that a flag may be, from `least` to `most`, and how to say so.
-
-    `least` or `most` is itself excluded if `open_below` or `open_above`.
-    """
-
-    text: str
-    least: float = -math.inf
-    most: float = math.inf
-    open_below: bool = False
-    open_above: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return self.least <= value <= self.most and not (
-            self.open_below and value == self.least or self.open_above and value == self.most
-        )
-
-
-POSITIVE = Range("at least 1", 1)
-NOT_NEGATIVE = Range("0 or more", 0)
-ABOVE_ZERO = Range("above 0", 0, open_below=True)
-FRACTION = Range("above 0 and at most 1", 0, 1, open_below=True)
-
-
-def _at_most(most: int) -> Range:
-    return Range(f"at most {most}", most=most)
 
 
 def _flag(group: str, default: Any, meaning: str, *allowed: str | Range) -> Any:
@@ -154,7 +129,7 @@ class TrainConfig:
         20,
         "go back after so many steps in a row with a loss or gradient not finite",
         POSITIVE,
-        _at_most(100),
+        at_most(100),
     )
     max_rollbacks: int = _safety(
         3, "stop instead of going back to an earlier checkpoint more often", NOT_NEGATIVE
@@ -180,7 +155,7 @@ class TrainConfig:
         Range("0, 1 or 3", 0, 3),
     )
     num_workers: int = _data(
-        2, "loader processes of each training process", NOT_NEGATIVE, _at_most(1024)
+        2, "loader processes of each training process", NOT_NEGATIVE, at_most(1024)
     )
     batch: int = _data(32, "batch size of each device", POSITIVE)
     batch_val: int = _data(
@@ -195,21 +170,21 @@ class TrainConfig:
     val_images: int = _data(0, "validate on the first val_images images; 0: all", NOT_NEGATIVE)
 
     depth: int = _model(
-        15, "number of ladder layers; layer 0 is at the image's scale", POSITIVE, _at_most(1000)
+        15, "number of ladder layers; layer 0 is at the image's scale", POSITIVE, at_most(1000)
     )
     ds_list: list[int] = _model([5, 10], "layers that halve the scale, each in 0 ... depth-1")
     downsample_first: bool = _model(False, "halve the scale in the first convolution already")
-    h_size: int = _model(200, "deterministic channels", POSITIVE, _at_most(2**20))
+    h_size: int = _model(200, "deterministic channels", POSITIVE, at_most(2**20))
     z_size: int = _model(
         4,
         "latent channels of each layer; disentanglement: latent dimensions",
         POSITIVE,
-        _at_most(2**20),
+        at_most(2**20),
     )
     post_model: str = _model("IAF", "posterior", *POSTERIORS)
     prior_model: str = _model("IsoGaussian", "prior", *PRIORS)
     obs_model: str = _model("DML", "observation model", *OBSERVATIONS)
-    mix_components: int = _model(5, "mixture components of DML", POSITIVE, _at_most(2**20))
+    mix_components: int = _model(5, "mixture components of DML", POSITIVE, at_most(2**20))
     dml_tails: str = _model(
         "approximate", "DML's bins below 1e-5: as in the literature, or exact", *TAILS
     )
@@ -218,9 +193,7 @@ class TrainConfig:
         32, "largest scale with SDN layers; 0: none, the IAF-VAE+ baseline", NOT_NEGATIVE
     )
     sdn_min_scale: int = _model(0, "smallest scale with SDN layers", NOT_NEGATIVE)
-    sdn_nfeat_0: int = _model(
-        360, "features of the first SDN layers", NOT_NEGATIVE, _at_most(2**20)
-    )
+    sdn_nfeat_0: int = _model(360, "features of the first SDN layers", NOT_NEGATIVE, at_most(2**20))
     sdn_nfeat_diff: int = _model(
         128, "fewer features after each downsampling SDN layer, not below 50", NOT_NEGATIVE
     )
@@ -273,8 +246,10 @@ class TrainConfig:
         "GPUs of each node; default: 1 if there is one, else 0, the CPU",
         Range("0 (the CPU) or more", 0),
     )
-    num_processes: int = _hardware(1, "processes of each node when --gpus is 0", POSITIVE)
-    num_nodes: int = _hardware(1, "machines", POSITIVE)
+    num_processes: int = _hardware(
+        1, "processes of each node when --gpus is 0", POSITIVE, at_most(256)
+    )
+    num_nodes: int = _hardware(1, "machines", POSITIVE, at_most(100_000))
     distributed_backend: str = _hardware("ddp", "how several processes work together", "ddp")
     amp: bool = _hardware(
         False, "float16 with loss scaling, as the authors; on a CPU bfloat16; not with --precision"
@@ -301,7 +276,10 @@ class TrainConfig:
     )
     check_val_every_n_epoch: int = _log(1, "epochs between validations", POSITIVE)
     figsize: int = _log(
-        8, "sample and reconstruction grids have figsize x figsize images", POSITIVE
+        8,
+        "sample and reconstruction grids have figsize x figsize images",
+        POSITIVE,
+        at_most(100),
     )
     sampling_temperature: float = _log(0.85, "temperature of the sample grids", NOT_NEGATIVE)
 
@@ -313,13 +291,8 @@ class TrainConfig:
                 raise ConfigError(
                     f"--{field.name} must be one of {', '.join(choices)}; got {value}"
                 )
-            if isinstance(value, float):
-                self._require(field.name, math.isfinite(value), "a finite number")
-                self._require(field.name, abs(value) <= FLOAT32_MAX, "a number of 32 bits")
-            elif isinstance(value, int):
-                self._require(field.name, abs(value) < 2**63, "a number of 64 bits")
-            for allowed in field.metadata["ranges"] if value is not None else ():
-                self._require(field.name, value in allowed, allowed.text)
+            if isinstance(value, int | float):
+                check_number(field.name, value, field.metadata["ranges"])
         epochs_ok = self.max_epochs == -1 or self.max_epochs >= 1
         self._require("max_epochs", epochs_ok, "-1 (no limit) or at least 1")
         name_ok = self.exp_name not in ("", ".", "..") and not set(self.exp_name) & set("/\\\0")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -36,8 +38,39 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
         with suppress(OSError):  # some file systems cannot
             sync(path.parent)
+    except OSError as error:  # a full disk's has no name, others have the partial file's
+        if error.strerror and error.filename in (None, partial, str(partial)):
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        OSError: if it cannot be read, or is a pipe or the like, which would never end.
+        ValueError: if it is no JSON, is nested too deep, or holds NaN or an infinity.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file")
+
+    def no_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def set_aside(path: Path) -> Path:
+    """Gives a damaged file another name, which is free, and returns that."""
+    number = 1
+    while os.path.lexists(other := path.with_name(f"{path.name}.damaged{number}")):
+        number += 1
+    return path.rename(other)
 
 
 def remove_partial_files(folder: Path, names: str = "*") -> None:

@@ -116,7 +116,7 @@ class Ledger:
         try:
             stored = json.loads(content.splitlines()[0].removeprefix(b"# "))
             names = sorted(stored.keys() | self.identity.keys())
-        except (ValueError, AttributeError, IndexError):
+        except (ValueError, AttributeError, IndexError, RecursionError):
             return f"{self.path} is not a file of finished images: move it away"
         changed = [
             f"{name} {stored.get(name)} there, {self.identity.get(name)} now"

@@ -12,7 +12,7 @@ from .registry import Context, Evaluation, Flag, evaluations
 
 LIMIT = Flag("limit", "first LIMIT images", least=1)
 COUNT = Flag(
-    "count", "samples at each temperature; reconstructions", default=64, least=1, most=10**6
+    "count", "samples at each temperature; reconstructions", default=64, least=1, most=10**5
 )
 TEMPERATURES = Flag(
     "temperatures",
@@ -49,9 +49,10 @@ LAYERS = Flag(
     unique=True,
     arguments={"nargs": "+"},
 )
-FRAMES = Flag("frames", "images in a row", default=8, least=2, most=10**6)
+FRAMES = Flag("frames", "images in a row", default=8, least=2, most=1000)
 
 BATCH = Flag("batch", "images at a time; default: by the model's size, at most 32", least=1)
+SEED = Flag("seed", "of all noise", default=0, least=-(2**63), most=2**63 - 1)
 NUM_WORKERS = Flag("num_workers", "loader processes", default=0, least=0, most=1024)
 
 SAMPLING_TEMPERATURES = [0.6, 0.7, 0.8, 0.9, 1.0]
@@ -106,7 +107,7 @@ def make_parser(description: str) -> OneLineParser:
 
     options = parser.add_argument_group("Options")
     _add(options, BATCH)
-    options.add_argument("--seed", type=int, default=0, help="of all noise")
+    _add(options, SEED)
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     options.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="implementation of the sweeps"
@@ -131,7 +132,7 @@ def check(flags: argparse.Namespace) -> list[Evaluation]:
         raise ConfigError(
             f"nothing to do: ask for {', '.join(f'--{name}' for name in known)} or --report"
         )
-    for flag in (*_flags(), BATCH, NUM_WORKERS):
+    for flag in (*_flags(), BATCH, SEED, NUM_WORKERS):
         flag.check(flags)
     for evaluation in asked:
         evaluation.check(flags)

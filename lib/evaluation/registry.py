@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config import ConfigError
 from ..DisentanglementVAE import DisentanglementVAE
 from ..models import VAE
+from ..ranges import ConfigError, Range, at_most, check_number
 from .importance import pick_chunk
 from .loading import LoadedModel
 from .tables import Facts, Table
@@ -60,14 +60,13 @@ class Flag:
         if given is None:
             return
         values = given if isinstance(given, list) else [given]
+        ranges = [at_most(self.most)]
         if self.least is not None:
-            shown = " ".join(map(str, values))
-            values = [value for value in values if not isinstance(value, str)]
-            if not all(value >= self.least for value in values):
-                least = f"at least {self.least}" if self.least else "0 or more"
-                raise ConfigError(f"--{self.name} must be {least}; got {shown}")
-            if not all(value <= self.most for value in values):
-                raise ConfigError(f"--{self.name} must be at most {self.most}; got {shown}")
+            text = f"at least {self.least}" if self.least else "0 or more"
+            ranges.insert(0, Range(text, self.least))
+        for value in values:
+            if isinstance(value, int | float):
+                check_number(self.name, value, ranges, " ".join(map(str, values)))
         if self.unique:
             setattr(flags, self.name, list(dict.fromkeys(given)))
 

@@ -112,7 +112,14 @@ def write_report(
             differing=differing,
             commands=_commands(results, sections),
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ReportError(
             f"{path.parent / 'results.json'} holds values of the wrong kind ({error}): move it away"
         ) from None
@@ -208,9 +215,12 @@ def _picture(folder: Path, picture: Mapping[str, str], task: str) -> Picture:
         raise ReportError(f"the picture {path} is missing; {again}") from None
     except OSError as error:
         raise ReportError(f"cannot read the picture {path}: {error.strerror}") from None
-    if not (content.startswith(PNG_START) and content.endswith(PNG_END)):
+    except RuntimeError:  # what Python before 3.13 says of a loop
+        raise ReportError(f"the picture {path} is a link to itself; {again}") from None
+    size = content[16:24] if content.startswith(PNG_START) and content.endswith(PNG_END) else b""
+    width, height = struct.unpack(">II", size) if len(size) == 8 else (0, 0)
+    if not width * height:
         raise ReportError(f"the picture {path} is no PNG, or is cut off; {again}")
-    width, height = struct.unpack(">II", content[16:24])
     enlarge = max(1, ENLARGED_WIDTH // width)
     source = "data:image/png;base64," + base64.b64encode(content).decode()
     return Picture(

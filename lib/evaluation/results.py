@@ -7,15 +7,16 @@ import json
 import os
 import platform
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from ..config import ConfigError
-from ..files import LOCK, PARTIAL, locked, whole_file
+from ..files import LOCK, PARTIAL, locked, read_json, set_aside, whole_file
 from .registry import Context
 
 OWNER = ".weights"  # the fingerprint of the weights whose results are in the folder
@@ -76,11 +77,11 @@ def provenance(context: Context, checkpoint: Path, command: str) -> dict[str, An
 
 def read_results(path: Path) -> dict[str, Any]:
     """What earlier evaluations under this name found."""
-    if not path.exists():
-        return {}
     try:
-        results = json.loads(path.read_text(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        results = read_json(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is damaged ({error}): move it away") from None
     if not isinstance(results, dict) or not all(
         isinstance(result, dict) for result in results.values()
@@ -91,9 +92,27 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def add_result(path: Path, task: str, result: dict[str, Any]) -> dict[str, Any]:
     """Adds a result to those that are kept, also to those of commands that run at the same time;
-    all of them."""
+    all of them.
+
+    A file of results that was damaged since the command began is set aside.
+
+    Raises:
+        ConfigError: if the result holds a number that is not finite.
+    """
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError:
+        raise ConfigError(
+            f"--{task}: the result holds numbers that are not finite: did training diverge?"
+        ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent / LOCK, "", wait=True):
-        results = read_results(path) | {task: result}
+        try:
+            results = read_results(path)
+        except ConfigError:
+            print(f"note: {path} was damaged; it is now {set_aside(path)}", file=sys.stderr)
+            results = {}
+        results[task] = result
         with whole_file(path) as partial_file:
             partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
         return results
@@ -103,7 +122,9 @@ def _owners(folder: Path) -> set[str]:
     """Fingerprints of the weights whose results are in a folder; earlier versions named them in the
     results alone."""
     owner = folder / OWNER
-    named = {owner.read_text()} if owner.is_file() else set()
+    if os.path.lexists(owner) and not owner.is_file():
+        raise ConfigError(f"{owner} is not a file: move it away")
+    named = {owner.read_text(errors="replace")} if owner.exists() else set()
     found = {
         str(result["weights"])
         for result in read_results(folder / "results.json").values()
@@ -126,7 +147,3 @@ def _remove_partial_files(folder: Path) -> None:
     for rest in folder.rglob(f"*{PARTIAL}"):
         if not rest.match("*_" + 7 * "[0-9]" + f".png.*{PARTIAL}"):
             rest.unlink(missing_ok=True)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")

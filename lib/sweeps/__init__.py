@@ -23,9 +23,10 @@ which is one operator of torch with all derivatives; `resolve` in selection.py; 
 """
 
 from .operator import correct_lines, laid_out_for_sweeps
-from .selection import adopt, choices, report, shared_choices
+from .selection import BackendError, adopt, choices, report, shared_choices
 
 __all__ = [
+    "BackendError",
     "adopt",
     "choices",
     "correct_lines",

@@ -36,6 +36,11 @@ OVERRIDE = "SDN_BACKEND"
 ON_CPU = ("cpu", "meta", "mps")  # devices where there is nothing to choose
 
 
+class BackendError(RuntimeError, ValueError):
+    """A backend that was asked for cannot compute a sweep, or there is none of that name; the
+    message is one line."""
+
+
 @dataclass(frozen=True)
 class Case:
     """What a choice depends on."""
@@ -86,20 +91,20 @@ def resolve(backend: str, lines: Tensor, product_dtype: torch.dtype) -> str:
         product_dtype: Type of the operands of its products.
 
     Raises:
-        RuntimeError: if a backend that was asked for by name cannot run here.
-        ValueError: if it does not support this device or type, or SDN_BACKEND names none.
+        BackendError: if a backend that was asked for by name cannot run here, or SDN_BACKEND names
+            none.
     """
     if backend == "auto":
         backend = os.environ.get(OVERRIDE) or "auto"
         if backend not in ("auto", "reference", *CANDIDATES):
-            raise ValueError(
+            raise BackendError(
                 f"{OVERRIDE} must be auto, reference, {', '.join(CANDIDATES)}; got {backend!r}"
             )
     if backend in ("torch", "reference"):
         return backend
     if backend != "auto":
         if reason := backend_module(backend).unsupported(lines, product_dtype):
-            raise RuntimeError(
+            raise BackendError(
                 f"backend {backend!r} cannot run: {reason}; 'torch' and 'reference' can"
             )
         return backend

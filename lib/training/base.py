@@ -19,6 +19,7 @@ from ..utils import keyed_noise, mixed_seed
 from .lightning_internals import completed_epochs, set_loop_progress
 from .processes import log_rank_zero
 from .resume import Position
+from .stored_state import check_stored_state
 
 
 def annealed_beta(beta_final: float, beta_rate: float, step: int) -> float:
@@ -240,6 +241,7 @@ class VAETraining(pl.LightningModule):
             raise CheckpointError(
                 f"the checkpoint does not fit the model: {wrong[0]} is missing or has another shape"
             )
+        check_stored_state(checkpoint, self, self.trainer)
         if "position" in checkpoint:  # earlier versions wrote checkpoints at the end of epochs only
             batches = self.trainer.datamodule.batches_per_epoch
             position = Position(**checkpoint["position"])

@@ -202,6 +202,7 @@ class Checkpoints(Checkpoint):
 
     def _stop(self, trainer: pl.Trainer, signum: int) -> None:
         """Ends the run on all ranks, with a checkpoint."""
+        self.signals.heeded = True
         step, status = trainer.global_step, EXIT_STATUS[signum]
         if trainer.sanity_checking or self.folder is None:
             raise Stopped(f"stopped at step {step}, without a checkpoint", status)

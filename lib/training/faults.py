@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -12,9 +13,10 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
+from ..cli import MORE_FILES
 from .non_finite import Diverged
 from .processes import RESUME_HINT, log_rank_zero, worker_death
-from .signals import FAILED, Stopped
+from .signals import FAILED, Stopped, exit_at_once
 
 
 @contextmanager
@@ -40,6 +42,8 @@ def faults_in_one_line() -> Iterator[None]:
         if fault is None:
             raise
         print_fault(fault)
+        if dist.is_initialized():  # whose end would wait for the processes that are lost
+            exit_at_once(FAILED)
     sys.exit(FAILED)
 
 
@@ -56,6 +60,8 @@ def known_fault(error: RuntimeError) -> str | None:
         return f"the loader gave no batch for {float(timeout[1]):g} s"
     if re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", text):
         return worker_death(last)
+    if os.strerror(errno.EMFILE) in text:
+        return f"{os.strerror(errno.EMFILE)}; {MORE_FILES}"
     if "EADDRINUSE" in text:
         port = os.environ.get("MASTER_PORT", "of MASTER_PORT")
         return f"port {port}, at which the processes of this run were to meet, is in use"

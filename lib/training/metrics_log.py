@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ..files import sync, whole_file
+from ..files import read_json, set_aside, sync, whole_file
 from ..sweeps import choices
 from .base import VAETraining
 from .loggers import Dashboard
@@ -29,7 +30,9 @@ class CsvFile:
     """A CSV file that a resumed run continues: rows past the step that it resumes from are dropped
     first.
 
-    Rows that cannot be written (a full disk) are kept, and written with the next ones.
+    Rows that cannot be written (a full disk) are kept, and written with the next ones. A file that
+    is damaged when a run goes on is set aside, and what can be read of it is kept. One that is
+    removed or cut while the run writes begins again, with its header. A note says so.
     """
 
     def __init__(self, path: Path, columns: list[str], resume_step: int):
@@ -37,15 +40,11 @@ class CsvFile:
         self._unwritten: list[dict[str, Any]] = []
         rows = []
         if resume_step and path.is_file():
-            with path.open(newline="") as file:
-                rows = [
-                    row
-                    for row in csv.DictReader(file)
-                    if None not in row.values()  # a kill can cut the last
-                    and row["step"].isdecimal()
-                    and int(row["step"]) <= resume_step
-                ]
-        with whole_file(path) as partial, partial.open("w", newline="") as file:
+            rows, damaged = logged_rows(path)
+            if damaged:
+                log_rank_zero(f"note: {path} is damaged; it is now {set_aside(path)}")
+            rows = [row for row in rows if int(row["step"]) <= resume_step]
+        with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
@@ -60,9 +59,16 @@ class CsvFile:
         reported = bool(self._unwritten)
         self._unwritten += rows
         try:
-            with self.path.open("a", newline="") as file:
-                file.truncate(self._size)  # half a row of an attempt before
-                csv.DictWriter(file, self.columns).writerows(self._unwritten)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.columns)
+                if file.tell() < self._size:
+                    log_rank_zero(f"note: {self.path} was removed or cut; it begins again")
+                    file.truncate(0)
+                    writer.writeheader()
+                else:
+                    file.truncate(self._size)  # half a row of an attempt before
+                writer.writerows(self._unwritten)
                 file.flush()
                 self._size = file.tell()
             self._unwritten = []
@@ -72,6 +78,25 @@ class CsvFile:
                     f"note: {self.path} cannot be written ({error.strerror}); its rows wait until "
                     "it can"
                 )
+
+
+def logged_rows(path: Path) -> tuple[list[dict[str, str]], bool]:
+    """The rows of a log that have a step, and whether there is anything else in it.
+
+    A last row without its end, which a kill can leave, does not count.
+    """
+    text = path.read_bytes().decode("utf-8", "replace").rpartition("\n")[0]
+    rows, damaged = [], "\0" in text or "\ufffd" in text
+    try:
+        for row in csv.DictReader(text.replace("\0", "").splitlines()):
+            step = row.get("step") or ""
+            if None in row or None in row.values() or not re.fullmatch("[0-9]{1,18}", step):
+                damaged = True
+            else:
+                rows.append(row)
+    except csv.Error:  # a field of many thousand characters
+        damaged = True
+    return rows, damaged or bool(text and "step" not in text.partition("\n")[0])
 
 
 class MetricsLog(pl.Callback):
@@ -159,11 +184,7 @@ class MetricsLog(pl.Callback):
         commits = []
         if resume_step:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                commits = [
-                    str(known)
-                    for known in json.loads(path.read_text())["commits"]
-                    if known != commit
-                ]
+                commits = [str(known) for known in read_json(path)["commits"] if known != commit]
         description = {
             "parameters": sum(
                 each.numel() for each in pl_module.model.parameters() if each.requires_grad

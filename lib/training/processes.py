@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -19,9 +19,18 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ..files import exclusive_folder, remove_partial_files
 from .lightning_internals import take_over_processes
-from .signals import FAILED, exit_at_once, write_line
+from .signals import (
+    EXIT_STATUS,
+    FAILED,
+    StopSignals,
+    exit_at_once,
+    kill_descendants,
+    write_line,
+)
 
 MAIN_PROCESS = "SDN_MAIN_PROCESS"
+STOPPED_GRACE = 10  # seconds, after a signal, for a process that is stopped to be let go on
+STOP_LIMIT = 240  # seconds from a signal to the end of the step, before SLURM's USR1@300 is over
 RESUME_HINT = "--use_checkpoint goes on from the last checkpoint"
 
 
@@ -71,29 +80,36 @@ def exclusive_run_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def watch_ranks(trainer: pl.Trainer) -> Iterator[None]:
-    """Ends this process when one that Lightning started, or that started this one, dies, instead of
-    waiting for it.
+def watch_ranks(trainer: pl.Trainer, signals: StopSignals) -> Iterator[None]:
+    """Ends this process, instead of waiting without end, when another of the run's processes dies,
+    or when a signal asked the run to stop and it cannot.
 
-    torchrun and SLURM watch the processes that they start themselves.
+    Deaths are watched of processes that Lightning started and of the one that started this one;
+    torchrun and SLURM watch those that they start themselves. A run that was asked to stop cannot
+    if a process of it is stopped (SIGSTOP), which ends it after `STOPPED_GRACE` seconds where this
+    process started that one, or if the processes have not met for `STOP_LIMIT` seconds.
+
+    Arguments:
+        trainer: Of the run.
+        signals: Where signals that ask this process to stop are noted.
     """
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    is_child = MAIN_PROCESS in os.environ  # Lightning calls its own children external, too
     if trainer.world_size == 1 or environment is None:
         yield
         return
-    if environment.creates_processes_externally and not is_child:
-        yield
-        return
-    ended = threading.Event()
+    is_child = MAIN_PROCESS in os.environ  # Lightning calls its own children external, too
+    external = environment.creates_processes_externally and not is_child
     if not is_child:
         os.environ[MAIN_PROCESS] = str(os.getpid())  # for those that Lightning starts
     main = int(os.environ[MAIN_PROCESS])
+    ended = threading.Event()
     processes: list[subprocess.Popen] = []
 
     def watch() -> None:
+        asked = None
         while not ended.wait(1):
-            processes.extend(take_over_processes(trainer))
+            if not external:
+                processes.extend(take_over_processes(trainer))
             for rank, process in enumerate(processes, start=1):
                 # Two seconds for this rank to say the same itself.
                 if process.poll() and not ended.wait(2):
@@ -101,12 +117,26 @@ def watch_ranks(trainer: pl.Trainer) -> Iterator[None]:
                     if process.returncode < 0:
                         how = signal.Signals(-process.returncode).name
                     status = max(process.returncode, FAILED)
-                    end(f"process {rank} of this machine died ({how})", status)
+                    end(f"process {rank} of this machine died ({how}), so this run ends", status)
             if is_child and os.getppid() != main and not ended.wait(2):
-                end("the main process died", FAILED)
+                end("the main process died, so this run ends", FAILED)
+            if signals.arrived:
+                now = time.monotonic()
+                asked = asked or now
+                if now - asked > STOPPED_GRACE:
+                    for rank, process in enumerate(processes, start=1):
+                        if is_stopped(process.pid):
+                            give_up(f"process {rank} of this machine is stopped (SIGSTOP)")
+                if now - asked > STOP_LIMIT and not signals.heeded:
+                    give_up(f"the processes of this run did not meet within {STOP_LIMIT} s")
+
+    def give_up(reason: str) -> None:
+        reason = f"{reason}, so this run ends without another checkpoint"
+        end(reason, EXIT_STATUS[signals.arrived])
 
     def end(reason: str, status: int) -> None:
-        write_line(fatal_line(f"{reason}, so this run ends"))
+        write_line(fatal_line(reason))
+        kill_descendants()  # before their parents, or they would be nobody's
         for process in processes:
             process.kill()
         exit_at_once(status)
@@ -118,6 +148,14 @@ def watch_ranks(trainer: pl.Trainer) -> Iterator[None]:
         ended.set()
         if not is_child:  # or runs that this process starts would take it for their main one
             os.environ.pop(MAIN_PROCESS, None)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is held by SIGSTOP or a debugger; False where the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
+    except OSError:
+        return False
 
 
 class LoaderWatch(pl.Callback):
@@ -222,23 +260,3 @@ class Watchdog:
             if since is not None and time.monotonic() - since > self.limit:
                 write_line(f"\n{fatal_line(self.reason)}")
                 exit_at_once(FAILED)
-
-
-class UnfailingStream:
-    """A text stream whose reader may go away, or whose disk may be full: what cannot be written is
-    lost."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)

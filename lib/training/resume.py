@@ -6,17 +6,19 @@ the run trains; `find_checkpoint` chooses the file from which a run goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+from packaging.version import InvalidVersion, Version
 
 from ..checkpoint import CheckpointError, read_checkpoint, stored_config
 from ..config import ConfigError, TrainConfig
+from ..files import read_json
 from .lightning_internals import validate_after_batch
 from .processes import log_rank_zero
 
@@ -191,6 +193,13 @@ def check_resumable(checkpoint: dict[str, Any], path: Path) -> None:
         for name, kind in optional.items()
         if not isinstance(checkpoint.get(name, kind()), kind)
     ]
+    counts = ("epoch", "global_step")
+    wrong += [name for name in counts if name not in wrong and not 0 <= checkpoint[name] < 2**53]
+    version = "pytorch-lightning_version"  # what Lightning makes of the rest depends on it
+    if version not in wrong:
+        with contextlib.suppress(InvalidVersion):
+            version = "" if Version(checkpoint[version]) >= Version("1.0") else version
+        wrong += [version] if version else []
     if wrong:
         raise CheckpointError(f"{path} cannot be trained on: {', '.join(wrong)} missing or damaged")
 
@@ -261,7 +270,7 @@ def check_nothing_is_lost(config: TrainConfig, folder: Path) -> None:
     if not steps.is_file() or len(steps.read_bytes().splitlines()) < 2:
         return  # not even a step
     try:
-        before = TrainConfig.from_dict(json.loads((folder / RUN_FILE).read_text())["config"])
+        before = TrainConfig.from_dict(read_json(folder / RUN_FILE)["config"])
         same = before.make_checkpoint and not changed_fields(config, before)
     except (OSError, ValueError, KeyError, TypeError):
         same = False

@@ -127,7 +127,7 @@ def run(
         training.model.compile(fullgraph=True, **compile_options(config, devices))
     if precision == "64-true":
         training.double()  # Lightning does it after it has loaded a checkpoint, into float32
-    with faults_in_one_line(), loader_watch, watch_ranks(trainer):
+    with faults_in_one_line(), loader_watch, watch_ranks(trainer, signals):
         trainer.fit(
             training,
             datamodule=data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from contextlib import suppress
 from typing import Any
@@ -40,7 +41,10 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self.training = False
+        self.heeded = False  # whether the processes of the run have agreed to stop
         self._before: dict[int, Any] = {}
+        self._arrived = 0
+        self._pipe: tuple[socket.socket, socket.socket] | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -49,9 +53,35 @@ class StopSignals:
                 for signum in EXIT_STATUS
                 if signum.name != "SIGHUP" or signal.getsignal(signum) is not signal.SIG_IGN
             }
+            self._pipe = socket.socketpair()
+            for end in self._pipe:
+                end.setblocking(False)
+            signal.set_wakeup_fd(self._pipe[1].fileno(), warn_on_full_buffer=False)
+            if hasattr(os, "register_at_fork"):
+                # Otherwise a signal to a loader worker would be in the pipe, too.
+                os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         return self
 
+    @property
+    def arrived(self) -> int:
+        """The signal that asked the run to stop, or 0; for one thread beside the main one.
+
+        Unlike `received` it does not wait for the main thread, which notes nothing as long as it is
+        inside of a library: there it may wait for another process without end.
+        """
+        if self._pipe:
+            with suppress(OSError):  # nothing has come
+                for signum in self._pipe[0].recv(4096):
+                    if signum in EXIT_STATUS:
+                        self._arrived = signum
+        return self.received or self._arrived
+
     def __exit__(self, *exception: object) -> None:
+        if self._pipe:
+            signal.set_wakeup_fd(-1)
+            for end in self._pipe:
+                end.close()
+            self._pipe = None
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
@@ -74,17 +104,23 @@ def write_line(message: str) -> None:
 
 
 def exit_at_once(status: int) -> None:
-    """Ends the process and its children, loader workers among them, without waiting for
+    """Ends the process and all that it started, loader workers among them, without waiting for
     anything."""
-    for child in _children(os.getpid()):
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+    kill_descendants()
     os._exit(status)
 
 
-def _children(pid: int) -> list[int]:
+def kill_descendants() -> None:
+    """Kills the processes that this one started, and those that these did."""
+    for pid in _descendants(os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
     try:
         with open(f"/proc/{pid}/task/{pid}/children") as file:
-            return [int(child) for child in file.read().split()]
+            children = [int(child) for child in file.read().split()]
     except OSError:  # not Linux: loader workers notice by themselves, within seconds
         return []
+    return [*children, *(further for child in children for further in _descendants(child))]

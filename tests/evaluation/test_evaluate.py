@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +18,10 @@ from PIL import Image
 import evaluate
 from data.get_dataset import get_dataset
 from lib.checkpoint import write_checkpoint
+from lib.config import ConfigError
 from lib.evaluation.elbo import Elbo
 from lib.evaluation.registry import evaluations
-from lib.evaluation.results import add_result
+from lib.evaluation.results import add_result, read_results, results_folder
 from lib.pictures import save_image
 
 EVERYTHING = (
@@ -373,7 +377,7 @@ def test_the_authors_celeba_checkpoint_just_works(tmp_path):
         ),
         (
             ["--model", "a", "--sampling", "--temperatures", "nan"],
-            "--temperatures must be 0 or more; got nan",
+            "--temperatures must be a finite number; got nan",
         ),
         (["--model", "a", "--likelihood", "--chunk", "0"], "--chunk must be at least 1; got 0"),
         (
@@ -474,6 +478,52 @@ def test_damaged_results_are_not_overwritten(content, message, finished, tmp_pat
         capfd, "--checkpoint", best, "--sampling", "--output_dir", tmp_path
     )
     assert (tmp_path / "figs/tiny/results.json").read_text() == content
+
+
+def kept_by(tmp_path, compute) -> None:
+    """Carries out an evaluation that computes so."""
+    entry = SimpleNamespace(name="toy", compute=compute, lines=lambda result, context: ["toy: 7"])
+    evaluate.evaluate([entry], SimpleNamespace(folder=tmp_path), {"seed": 0})
+
+
+@pytest.mark.parametrize("damage", ["text", "folder", "pipe"])
+def test_a_result_is_kept_though_those_before_it_were_damaged_meanwhile(tmp_path, capfd, damage):
+    def compute(context):
+        path = tmp_path / "results.json"
+        {"text": lambda: path.write_text("{"), "folder": path.mkdir}.get(
+            damage, lambda: os.mkfifo(path)
+        )()
+        return {"images": 1}
+
+    kept_by(tmp_path, compute)
+    assert read_results(tmp_path / "results.json") == {"toy": {"images": 1, "seed": 0}}
+    printed = capfd.readouterr()
+    assert "toy: 7" in printed.out and (tmp_path / "results.json.damaged1").exists()
+    assert "was damaged; it is now" in printed.err
+
+
+def test_a_result_that_cannot_be_kept_is_printed(tmp_path, capfd, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*results\.json'"):
+        kept_by(tmp_path, lambda context: {"images": 1})
+    assert "toy: 7" in capfd.readouterr().out
+
+
+def test_a_result_that_is_not_finite_is_one_line(tmp_path, capfd):
+    with pytest.raises(ConfigError, match="--toy: the result holds numbers that are not finite"):
+        kept_by(tmp_path, lambda context: {"scores": [{"x": float("nan")}]})
+    assert "toy: 7" in capfd.readouterr().out and not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
+def test_an_owner_that_is_no_file_is_one_line(tmp_path, make):
+    (tmp_path / "a").mkdir()
+    make(tmp_path / "a/.weights")
+    with pytest.raises(ConfigError, match=r"\.weights is not a file: move it away"):
+        results_folder(tmp_path, "a", "0" * 12)
 
 
 def test_folders_that_cannot_be_written_are_one_line(finished, tmp_path, capfd):

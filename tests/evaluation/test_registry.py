@@ -99,7 +99,7 @@ def test_evaluations_are_found_in_order_and_have_flags_of_one_name_in_common():
         (Flag("n", "", least=1), 0, "--n must be at least 1; got 0"),
         (Flag("n", "", least=0), [3, -2], "--n must be 0 or more; got 3 -2"),
         (Flag("n", "", least=1), 10**9 + 1, "--n must be at most 1000000000; got 1000000001"),
-        (Flag("n", "", type=float, least=0, most=2), [float("nan")], "--n must be 0 or more"),
+        (Flag("n", "", type=float, least=0, most=2), [float("nan")], "--n must be a finite"),
     ],
 )
 def test_values_outside_the_range_of_a_flag_are_refused(flag, value, message):

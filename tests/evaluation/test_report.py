@@ -328,7 +328,7 @@ def test_a_missing_or_damaged_picture(tmp_path):
     assert (tmp_path / "report.html").read_bytes() == old
 
 
-@pytest.mark.parametrize("kind", ["above", "absolute", "link", "pipe"])
+@pytest.mark.parametrize("kind", ["above", "absolute", "link", "loop", "pipe"])
 def test_pictures_outside_the_folder_and_pipes_are_not_read(kind, tmp_path):
     folder = tmp_path / "figs"
     folder.mkdir()
@@ -336,9 +336,13 @@ def test_pictures_outside_the_folder_and_pipes_are_not_read(kind, tmp_path):
     name = {"above": f"../{outside}", "absolute": str(tmp_path / outside)}.get(kind, "here.png")
     if kind == "link":
         (folder / name).symlink_to(tmp_path / outside)
+    if kind == "loop":
+        (folder / name).symlink_to(name)
     if kind == "pipe":
         os.mkfifo(folder / name)
-    message = r"here.png is not a file" if kind == "pipe" else "name a picture outside"
+    message = {"pipe": "here.png is not a file", "loop": "picture .*here.png"}.get(
+        kind, "name a picture outside"
+    )
     with pytest.raises(ReportError, match=message):
         report(folder, results={"sampling": {"pictures": [{"file": name, "caption": ""}]}})
     assert not (folder / "report.html").exists()

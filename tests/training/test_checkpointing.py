@@ -3,6 +3,7 @@ disk costs."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from endings import leaving_files_alone
 from helpers import REPOSITORY, assert_one_line_error, csv_rows, resumable, run
 
 import train
 from lib.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from lib.files import exclusive_folder, link_or_copy, whole_file
+from lib.training.metrics_log import CsvFile
 from lib.training.resume import Position, newest_checkpoint, step_checkpoints
 
 CONTENT = {"state_dict": {"w": torch.arange(1000.0)}, "hyper_parameters": {}, "global_step": 3}
@@ -255,6 +258,80 @@ def test_a_checkpoint_that_lacks_something_is_one_line(kept, tmp_path, images, c
     assert_one_line_error(run("train.py", *resumable(images, tmp_path, "--iters", 12)), message)
 
 
+def changed(checkpoint: dict, *keys: object, to: object = None) -> dict:
+    """A copy of a checkpoint with another value at some depth."""
+    inner = checkpoint = copy.deepcopy(checkpoint)
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = to
+    return checkpoint
+
+
+PROGRESS = ("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress")
+GROUP = ("optimizer_states", 0, "param_groups")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "named"),
+    [
+        (("optimizer_states", 0, "state"), {}, "holds no moments after 10 steps"),
+        (("optimizer_states", 0, "state", 0, "exp_avg"), torch.zeros(3), "of that shape"),
+        (("optimizer_states", 0, "state", 0, "exp_inf"), torch.tensor(0.5), "of that shape"),
+        (("optimizer_states",), [], "optimizer_states holds 0 entries"),
+        (GROUP, None, "param_groups"),
+        ((*GROUP, 0, "lr"), "0.1", "['lr'] is '0.1'"),
+        ((*GROUP, 0, "betas"), (0.9,), "betas"),
+        ((*GROUP, 0, "params"), [0], "of other parameters"),
+        (("lr_schedulers", 0, "base_lrs"), [None], "base_lrs"),
+        (("lr_schedulers", 0, "step"), 1, "'step', which is no setting"),
+        (("loops", "fit_loop"), None, "loops['fit_loop'] is None"),
+        ((*PROGRESS, "optimizer", "step", "total", "completed"), 3, "global_step"),
+        (("loops", "fit_loop", "epoch_progress", "current", "ready"), "2", "'ready'] is '2'"),
+        (("callbacks", "SkipNonFinite"), {}, "lacks recent"),
+        (("callbacks", "Checkpoints", "best_score"), "x", "best_score"),
+        (("callbacks", 7), {}, "callbacks"),
+        (("position", "images"), -5, "position"),
+        (("position", "x"), 1, "position"),
+        (("since_validation", "steps"), "0", "since_validation['steps']"),
+        (("lrate_factor",), 7.0, "lrate_factor"),
+        (("best_validation",), float("nan"), "best_validation"),
+        (("pytorch-lightning_version",), "x", "pytorch-lightning_version"),
+        (("global_step",), -1, "global_step"),
+        (("state_dict", "model.h"), None, "model.h"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_made_by_hand_is_refused_before_training(
+    kept, tmp_path, images, capfd, keys, value, named
+):
+    """Whatever of it is of another kind: nothing is trained, and no file is touched."""
+    original = read_checkpoint(step_checkpoints(kept / "checkpoints/sdn")[0])
+    write_checkpoint(changed(original, *keys, to=value), tmp_path / "checkpoints/sdn/last.ckpt")
+    with leaving_files_alone(tmp_path), pytest.raises(SystemExit) as stop:
+        train.main(resumable(images, tmp_path, "--iters", 12))
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "train.py: error: " in last and named in last, last
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["last.ckpt"]
+
+
+def test_moments_that_are_not_finite_are_refused(kept, tmp_path, images, capfd):
+    content = read_checkpoint(step_checkpoints(kept / "checkpoints/sdn")[0])
+    content["optimizer_states"][0]["state"][0]["exp_avg"].view(-1)[0] = float("nan")
+    write_checkpoint(content, tmp_path / "checkpoints/sdn/last.ckpt")
+    with pytest.raises(SystemExit):
+        train.main(resumable(images, tmp_path, "--iters", 12))
+    assert "['exp_avg'] is not finite" in capfd.readouterr().err
+
+
+def test_every_step_skipped_leaves_no_moments_and_goes_on(kept, tmp_path, images):
+    content = read_checkpoint(step_checkpoints(kept / "checkpoints/sdn")[0])
+    content["optimizer_states"][0]["state"] = {}
+    content["callbacks"]["SkipNonFinite"]["recent"] = [True] * 10
+    write_checkpoint(content, tmp_path / "checkpoints/sdn/last.ckpt")
+    train.main(resumable(images, tmp_path, "--iters", 11, "--max_skipped", 50))
+    assert read_checkpoint(tmp_path / "checkpoints/sdn/last.ckpt")["global_step"] == 11
+
+
 def limited(limit: int, *arguments: str) -> subprocess.CompletedProcess:
     """train.py with no file larger than `limit` bytes: writing fails as on a full disk."""
     return subprocess.run(
@@ -286,6 +363,54 @@ def test_a_full_disk_costs_neither_the_run_nor_older_checkpoints(kept, tmp_path,
     done = run("train.py", *resumable(images, tmp_path, "--iters", 20))
     assert done.returncode == 0, done.stderr
     assert read_checkpoint(folder / "last.ckpt")["global_step"] == 20
+
+
+@pytest.mark.parametrize("removed", [True, False], ids=["removed", "emptied"])
+def test_a_log_that_goes_while_it_is_written_begins_again(tmp_path, capfd, removed):
+    path = tmp_path / "run/steps.csv"
+    file = CsvFile(path, ["step", "value"], 0)
+    file.append([dict(step=step, value="x" * 100) for step in range(1, 4)])
+    if removed:
+        shutil.rmtree(path.parent)
+    else:
+        os.truncate(path, 0)
+    file.append([dict(step=4, value=1)])
+    file.append([dict(step=5, value=2)])
+    assert csv_rows(path) == [dict(step="4", value="1"), dict(step="5", value="2")]
+    assert capfd.readouterr().err.count("steps.csv was removed or cut; it begins again") == 1
+
+
+LOG = b"step,value\r\n1,a\r\n2,b\r\n3,c\r\n4,d\r\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "steps", "damaged"),
+    [
+        (LOG, [1, 2, 3], False),
+        (LOG[:-4], [1, 2, 3], False),  # cut by a kill
+        (LOG[: LOG.index(b"4")] + bytes(1000), [1, 2, 3], False),  # by a power cut
+        (b"", [], False),
+        (LOG.replace(b"b", b"\xff"), [1, 2, 3], True),
+        (LOG.replace(b"2,b", bytes(3)), [1, 3], True),
+        (bytes(1095) + LOG[LOG.index(b"2") :], [], True),
+        (LOG[LOG.index(b"1") :], [], True),
+        (LOG.replace(b"2,b", b"2"), [1, 3], True),
+        (LOG.replace(b"2,b", b"2,b,c"), [1, 3], True),
+        (LOG.replace(b"2,b", b"two,b"), [1, 3], True),
+        (LOG.replace(b"b", b"b" * 200_000), [1], True),
+        (b"hello\nworld\n", [], True),
+    ],
+)
+def test_a_damaged_log_is_set_aside_and_what_can_be_read_is_kept(
+    tmp_path, capfd, content, steps, damaged
+):
+    path = tmp_path / "steps.csv"
+    path.write_bytes(content)
+    CsvFile(path, ["step", "value"], resume_step=3)
+    assert [int(row["step"]) for row in csv_rows(path)] == steps
+    aside = tmp_path / "steps.csv.damaged1"
+    assert aside.exists() == damaged == ("is damaged; it is now" in capfd.readouterr().err)
+    assert not damaged or aside.read_bytes() == content
 
 
 def test_rows_that_do_not_fit_on_the_disk_are_written_later(tmp_path, capfd):
