@@ -7,6 +7,7 @@ requirements="requirements.txt requirements-test.txt"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
+"$python" -m pyright --pythonpath "$python"
 export OMP_NUM_THREADS=1 WANDB_MODE=disabled # one thread in each of two test processes
 if [ "${1:-}" = --slow ]; then
     shift

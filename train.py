@@ -8,8 +8,9 @@ import signal
 if __name__ == "__main__":
     # The imports below take seconds, in which a signal is to end the process as it does later.
     for _name, _status in {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGHUP": 75}.items():
-        if signal.getsignal(getattr(signal, _name)) is not signal.SIG_IGN or _name != "SIGHUP":
-            signal.signal(getattr(signal, _name), lambda *_, status=_status: os._exit(status))
+        _signum = getattr(signal, _name, None)  # Windows has the first two alone
+        if _signum and (_name != "SIGHUP" or signal.getsignal(_signum) is not signal.SIG_IGN):
+            signal.signal(_signum, lambda *_, status=_status: os._exit(status))
 
 import subprocess
 import sys

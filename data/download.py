@@ -9,7 +9,6 @@ the file is checked against it; otherwise against the sum of the published file,
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -27,6 +26,8 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from lib.cli import OneLineParser, one_line_errors
+from lib.files import LOCK, locked
+from lib.progress import progress
 
 from .errors import DataError
 
@@ -64,18 +65,19 @@ def download(
         return
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(destination, ".partial")
-    with partial.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is downloading {destination}") from None
-        if not partial.exists():
-            raise DataError(f"another process has just downloaded {destination}")
-        _fetch_all(url, file, _beside(destination, ".partial.json"), attempts or ATTEMPTS)
-        os.fsync(file.fileno())
-        _check_sum(partial, destination, sha256)
-        partial.rename(destination)
-    _beside(destination, ".partial.json").unlink(missing_ok=True)
+    message = f"another process is downloading {destination}"
+    try:
+        with locked(_beside(partial, LOCK), message):
+            if destination.exists():
+                raise DataError(f"another process has just downloaded {destination}")
+            with partial.open("ab") as file:
+                _fetch_all(url, file, _beside(destination, ".partial.json"), attempts or ATTEMPTS)
+                os.fsync(file.fileno())
+            _check_sum(partial, destination, sha256)
+            partial.rename(destination)
+            _beside(destination, ".partial.json").unlink(missing_ok=True)
+    except BlockingIOError as error:
+        raise DataError(str(error)) from None
 
 
 def _fetch_all(url: str, file: BinaryIO, identity_file: Path, attempts: int) -> None:
@@ -227,7 +229,7 @@ def _begun(identity_file: Path) -> Any:
 
 def _bar(title: str, size: int, initial: int = 0) -> tqdm:
     """A bar of the progress over so many bytes, in a terminal."""
-    return tqdm(desc=title, total=size, initial=initial, unit="B", unit_scale=True, disable=None)
+    return progress(desc=title, total=size, initial=initial, unit="B", unit_scale=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

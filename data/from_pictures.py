@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from .convert.decoding import Shape
+from .convert.decoding import Shape, usable_cores
 from .convert.images import Options, convert, summary
 from .convert.sources import HUB
 from .converted import COMMAND, converted_names, read_description
@@ -69,9 +69,8 @@ def _made_of(source: str, root: Path, size: tuple[int, int], channels: int) -> D
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise DataError(f"for several processes, first convert the pictures: {command}")
         root.mkdir(parents=True, exist_ok=True)
-        workers = len(os.sched_getaffinity(0))
         try:
-            for line in summary(convert(options, root, processes=workers)):
+            for line in summary(convert(options, root, processes=usable_cores())):
                 print(line)
         except DataError as error:
             raise DataError(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lib.optional import optional
+
 from .errors import DataError
 
 KINDS = {  # beginnings of values in the LMDBs of other programs
@@ -155,12 +157,7 @@ class LmdbImages(Dataset):
     def _damage_in_one_line(self) -> Iterator[None]:
         """Turns what LMDB reports, of the files as a whole or of a page inside them, into
         DataError."""
-        try:
-            import lmdb
-        except ImportError:
-            raise DataError(
-                f"reading {self.path} needs the package lmdb: pip install lmdb"
-            ) from None
+        lmdb = optional("lmdb", f"reading {self.path}", "train", DataError)
         try:
             yield
         except lmdb.Error as error:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from lib.files import LOCK, locked
 
 from .errors import DataError
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked_folder(folder: Path, *, wait: bool) -> Iterator[None]:
     """Makes a folder if it is missing and keeps other processes from the same block for it.
-
-    On a file system that cannot lock, nobody is kept away.
 
     Arguments:
         wait: Whether to wait, and say so, while another process holds the folder.
@@ -25,18 +23,13 @@ def locked_folder(folder: Path, *, wait: bool) -> Iterator[None]:
         DataError: if another process holds it and there is no waiting.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise DataError(
-                        f"another process is writing into {folder}; let it finish"
-                    ) from None
-                print(f"waiting for another process that writes into {folder}", file=sys.stderr)
-                fcntl.flock(handle, fcntl.LOCK_EX)
+    message = f"another process is writing into {folder}; let it finish"
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / LOCK, message))
+        except BlockingIOError as error:
+            if not wait:
+                raise DataError(str(error)) from None
+            print(f"waiting for another process that writes into {folder}", file=sys.stderr)
+            held.enter_context(locked(folder / LOCK, message, wait=True))
         yield
-    finally:
-        os.close(handle)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import importlib.util
 import os
 import queue
@@ -21,6 +20,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,12 @@ from lib.config import ConfigError, TrainConfig
 from lib.DisentanglementVAE.metrics import METRICS, FactorData, MetricError
 from lib.evaluation.disentanglement import DEFAULT_METRICS, FewerLevels
 from lib.evaluation.results import read_results
+from lib.files import exclusive_folder, locked
 
 from . import disentanglement_results
 from .naming import DECODERS, Run
 
+LOCK = ".experiment.lock"  # of an experiment in the folder of a run
 REPOSITORY = Path(__file__).resolve().parent.parent
 BETAS = [1.0, 32.0, 100.0, 300.0, 500.0]
 SEEDS = list(range(10))
@@ -267,10 +269,11 @@ def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> s
     """Trains, goes on with or only evaluates a run; what there is to say of it."""
     folder = experiment.weights(run).parent
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(folder / LOCK, ""))
+            with exclusive_folder(folder, ""):
+                pass  # nor does a train.py hold it whose experiment was killed
         except BlockingIOError:
             raise LeftToOther from None
         if is_evaluated(experiment, run):
@@ -282,7 +285,7 @@ def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> s
             command = ["train.py", *experiment.train_flags, *decoder, "--exp_name", run.folder]
             command += ["--random_seed", str(run.seed), "--beta_final", f"{run.beta:g}"]
             command += ["--make_checkpoint", "--use_checkpoint"]
-            execute(experiment, command, folder, lock, surroundings)
+            execute(experiment, command, folder, surroundings)
             begun = f" from step {step}" if step else ""
             story = f"trained{begun} in {(time.perf_counter() - start) / 60:.1f} min, "
         output_dir = experiment.config.output_dir
@@ -292,9 +295,7 @@ def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> s
         command += ["--disentanglement", "--metrics", *experiment.metrics]
         command += ["--levels", *map(str, experiment.levels)]
         command += ["--device", "cpu"] if experiment.config.gpus == 0 else []
-        execute(experiment, command, folder, lock, surroundings)
-    finally:
-        os.close(lock)
+        execute(experiment, command, folder, surroundings)
     results = experiment.results(run)
     scores = {
         name: values["score"] for name, values in results["disentanglement"]["scores"].items()
@@ -304,11 +305,7 @@ def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> s
 
 
 def execute(
-    experiment: Experiment,
-    command: list[str],
-    folder: Path,
-    lock: int,
-    surroundings: dict[str, str],
+    experiment: Experiment, command: list[str], folder: Path, surroundings: dict[str, str]
 ) -> None:
     """Runs one of the scripts, with its output in the run's log; raises RunError if it fails."""
     log = folder / "log.txt"
@@ -316,15 +313,12 @@ def execute(
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         start = file.tell()
-        # The lock is handed on, so that it lasts as long as the script even if this process is
-        # killed.
         process = subprocess.Popen(
             [sys.executable, str(REPOSITORY / command[0]), *command[1:]],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | surroundings,
-            pass_fds=(lock,),
         )
     experiment.children.add(process)
     try:

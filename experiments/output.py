@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from lib.config import ConfigError
 from lib.files import whole_file
+from lib.optional import optional
 
 Row = Mapping[str, Any]
 
@@ -79,6 +81,7 @@ def panels(
 ) -> Iterator[np.ndarray]:
     """Axes [rows, columns] of a figure of `size` inches, which is written at the end, with a legend
     above. Options are `sharex`, and `legend_columns`, by default 3."""
+    optional("matplotlib", "a plot", "evaluate", ConfigError)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -292,7 +292,12 @@ class TrainConfig:
     )
 
     logger: str = _log(
-        "auto", "dashboard beside the CSV files; auto: wandb if installed", "auto", "wandb", "none"
+        "auto",
+        "dashboard beside the CSV files; auto: wandb if installed",
+        "auto",
+        "wandb",
+        "tensorboard",
+        "none",
     )
     check_val_every_n_epoch: int = _log(1, "epochs between validations", POSITIVE)
     figsize: int = _log(

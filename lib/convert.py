@@ -30,8 +30,8 @@ def convert(
     Arguments:
         module: The network. A convolution that occurs in it twice is replaced by one layer that
             does.
-        dirs: Directions of the sweeps of each layer, or a sequence of such, which the layers take in
-            turn.
+        dirs: Directions of the sweeps of each layer, or a sequence of such, which the layers take
+            in turn.
         where: Which convolutions: a pattern of names as in `named_modules()` (`"layer4.*"`), or
             several, or a function of name and convolution. By default all `torch.nn.Conv2d` with a
             kernel larger than 1x1.
@@ -57,7 +57,7 @@ def convert(
         raise ValueError("keep_function=True needs residual=True: no other layer has a convolution")
     if isinstance(module, nn.Conv2d):
         raise ValueError("the module is itself a convolution: replace it where it is used")
-    in_turn = list(dirs) if isinstance(dirs[0], Sequence) else [dirs]
+    in_turn: list[Any] = list(dirs) if isinstance(dirs[0], Sequence) else [dirs]
     found = [
         (name, child)
         for name, child in module.named_modules()

@@ -1,8 +1,8 @@
-"""Files that are there as a whole or not at all, and folders that one process has for itself."""
+"""Files that are there as a whole or not at all, and what one process has for itself."""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import secrets
 import shutil
@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
 PARTIAL = ".partial"
+LOCK = ".lock"  # of a folder
+HELD = ".held"  # behind the name of a lock where the file system knows none
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
 @contextmanager
@@ -44,7 +49,8 @@ def remove_partial_files(folder: Path, names: str = "*") -> None:
 
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    # Windows waits only for files that are open for writing, and never for folders.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -62,6 +68,55 @@ def link_or_copy(path: Path, name: Path) -> None:
 
 
 @contextmanager
+def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes from the same block for the same path, until the end of the block or of
+    the process.
+
+    Children that are forked meanwhile do not hold the lock. Where the file system has no locks, a
+    file beside the path names the process that holds it; one that has died on this machine is
+    found out, on another machine it is not.
+
+    Arguments:
+        path: Of a file with no other use, in a folder that exists. It is made, and removed at the
+            end.
+        message: What to tell where another process holds the lock.
+        wait: Whether to wait for that process.
+
+    Raises:
+        BlockingIOError: with the message, if another process holds the lock and there is no
+            waiting.
+    """
+    lock = _acquired(path, message, -1 if wait else 0)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes the file of a lock itself
+            path.unlink()  # while it is held: whoever waits for it makes another file
+        lock.release()
+
+
+def _acquired(path: Path, message: str, timeout: float) -> BaseFileLock:
+    try:
+        lock = FileLock(path, timeout, fallback_to_soft=False)
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise BlockingIOError(message) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    path = path.with_name(path.name + HELD)
+    try:
+        lock = SoftFileLock(path, timeout)
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise BlockingIOError(
+            f"{message} ({path} names that process: remove the file if it has ended)"
+        ) from None
+
+
+@contextmanager
 def exclusive_folder(folder: Path, message: str) -> Iterator[None]:
     """Holds a folder for this process, until the end of the block or of the process; leaves none
     that stays empty.
@@ -71,21 +126,10 @@ def exclusive_folder(folder: Path, message: str) -> Iterator[None]:
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                # Its holder removed it a moment ago, and another may hold a new one.
-                raise BlockingIOError
-        except BlockingIOError:
-            raise BlockingIOError(message) from None
-        # Otherwise loader workers would hold it after this process's death.
-        os.register_at_fork(after_in_child=lock.close)
-        try:
+    try:
+        with locked(folder / LOCK, message):
             yield
-        finally:
-            path.unlink(missing_ok=True)
-            for made in new:
-                with suppress(OSError):  # not empty
-                    made.rmdir()
+    finally:
+        for made in new:
+            with suppress(OSError):  # not empty
+                made.rmdir()

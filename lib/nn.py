@@ -6,7 +6,8 @@ Image Modeling", ICLR 2021, section 2 and Algorithm 1.
 
 This file needs PyTorch and the standard library only and works as a single copied file, in which
 the sweeps run as an open loop over the lines of a map. With the folder `sweeps/` beside it they run
-by faster implementations of the same equations. MIT licence, (c) 2026 The SDN developers::
+by faster implementations of the same equations. (c) 2026 The SDN developers,
+SPDX-License-Identifier: MIT::
 
     from nn import SDNLayer
 
@@ -16,17 +17,15 @@ by faster implementations of the same equations. MIT licence, (c) 2026 The SDN d
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
-import inspect
 import operator
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -42,101 +41,187 @@ Border = Literal["zeros", "keep"]
 Backend = Literal["auto", "reference", "torch", "lines", "cluster", "triton"]
 Init = Literal["paper", "deep"]
 Size = int | Sequence[int]  # of height and width
+Options = dict[str, Any]
 BORDERS, BACKENDS, INITS = get_args(Border), get_args(Backend), get_args(Init)
 RENAMED_BACKENDS = {"triton": "lines"}  # in configurations of earlier versions
-RENAMED_ARGUMENTS = {"in_ch": "in_channels", "out_ch": "out_channels"}
-ORDER_OF_PAPER = (
-    "in_channels out_channels num_features dirs kernel_size stride padding upsample"
-).split()
-CONVOLUTION_ATTRIBUTES = (
-    "kernel_size stride padding dilation groups bias padding_mode output_padding"
-).split()
 
 
-class _Layer(nn.Module):
-    """What :class:`SDNLayer` and :class:`ResSDNLayer` share: their arguments, and the attributes of
-    a convolution."""
+def correct_line(
+    h: Tensor,
+    previous: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+) -> Tensor:
+    """The equations of :class:`Sweep` for one line.
 
-    @overload
+    Arguments:
+        h: The line's features before the sweep, [position, batch, channel].
+        previous: The corrected features of the line visited before it, of the same shape.
+        weight_ih: [3C, 3C]; rows are the gates r, z, n; columns the neighbours j-1, j, j+1.
+        weight_hh: [3C, C]. bias_ih, bias_hh: [3C].
+
+    Returns:
+        The line's corrected features, of the same shape.
+    """
+    edge = torch.zeros_like(previous[:1])
+    before = torch.cat([edge, previous[:-1]])  # the neighbour at j-1
+    after = torch.cat([previous[1:], edge])  # the neighbour at j+1
+    u = torch.cat([before, previous, after], dim=-1)  # [position, batch, 3C]
+    from_neighbours = F.linear(u, weight_ih).to(h.dtype) + bias_ih
+    from_own = F.linear(h, weight_hh).to(h.dtype) + bias_hh
+    ir, iz, in_ = from_neighbours.chunk(3, dim=-1)
+    hr, hz, hn = from_own.chunk(3, dim=-1)
+    r = torch.sigmoid(ir + hr)
+    z = torch.sigmoid(iz + hz)
+    n = torch.tanh(in_ + r * hn)
+    return (1 - z) * n + z * h
+
+
+def correct_lines_reference(
+    lines: Tensor, *parameters: Tensor, reverse: bool, keep_first: bool
+) -> Tensor:
+    """A sweep: line after line, with nothing fused and nothing precomputed.
+
+    Arguments:
+        lines: Features before the sweep, [line, position, batch, channel].
+        *parameters: weight_ih, weight_hh, bias_ih and bias_hh, see :func:`correct_line`.
+        reverse: Whether the last line is visited first.
+        keep_first: Whether the line visited first stays as it is.
+
+    Returns:
+        Corrected features, same shape and type (float32 for float64 under autocast). Matrix
+        products are in autocast's type; features in low precision are rounded after the sweep, not
+        between its lines.
+    """
+    dtype = lines.dtype
+    # Tensors without content (the device meta) have no autocast.
+    if not lines.is_meta and torch.is_autocast_enabled(lines.device.type):
+        dtype = torch.float32 if dtype == torch.float64 else dtype
+        lines = lines.float()
+    visited = lines.flip(0) if reverse else lines
+    corrected: list[Tensor] = []
+    previous = torch.zeros_like(visited[0])
+    for h in visited:
+        keep = keep_first and not corrected
+        previous = h if keep else correct_line(h, previous, *parameters)
+        corrected.append(previous)
+    if reverse:
+        corrected.reverse()
+    return torch.stack(corrected).to(dtype)
+
+
+class Sweep(nn.Module):
+    r"""One correction sweep across a feature map (paper, Algorithm 1).
+
+    The lines (columns for directions 0 and 1, rows for 2 and 3) are visited one after another. With
+    :math:`h` the features of a line before the sweep, :math:`p` the corrected features of the line
+    visited before it (zeros beyond the edges) and :math:`u_j = [p_{j-1}, p_j, p_{j+1}]`, all
+    positions :math:`j` of a line are corrected at once:
+
+    .. math::
+        r &= \sigma(W_{ir} u + b_{ir} + W_{hr} h + b_{hr}) \\
+        z &= \sigma(W_{iz} u + b_{iz} + W_{hz} h + b_{hz}) \\
+        n &= \tanh(W_{in} u + b_{in} + r \odot (W_{hn} h + b_{hn})) \\
+        h' &= (1 - z) \odot n + z \odot h
+
+    The parameters are those of a `torch.nn.GRUCell(3 * C, C)`, initialized as it is: :math:`U(\pm
+    1/\sqrt{C})`. With `init="deep"` 2 is added to the bias of :math:`z`, so that at first the sweep
+    passes on most of what it gets and gradients reach the first of many layers (DEVIATIONS.md).
+
+    Arguments:
+        num_features: Number of features :math:`C`.
+        direction: 0, 1, 2 or 3, see :class:`SDNLayer`.
+        border, backend, init, device, dtype: See :class:`SDNLayer`.
+
+    Shapes:
+        - input and output: :math:`[B, C, H, W]`, of one type. Under autocast only products are in
+          its type.
+    """
+
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size = 1,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
+        num_features: int,
+        direction: int,
         *,
-        dirs: Sequence[int],
-        num_features: int | None = None,
-        upsample: bool = False,
-        output_padding: Size = 0,
         border: Border = "zeros",
         backend: Backend = "auto",
         init: Init = "paper",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ): ...
-
-    @overload
-    def __init__(
-        self,
-        in_ch: int,
-        out_ch: int,
-        num_features: int,
-        dirs: Sequence[int],
-        kernel_size: Size = 1,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        upsample: bool = False,
-        **further: Any,
-    ): ...
-
-    def __init__(self, *arguments: Any, **keywords: Any):
+    ):
         super().__init__()
-        self._options = _Options.of(arguments, keywords)
-        self.in_channels = self._options.in_channels
-        self.out_channels = self._options.out_channels
-        self.dirs = self._options.dirs
-
-    def __getattr__(self, name: str) -> Any:
-        if name in CONVOLUTION_ATTRIBUTES:
-            return getattr(self._convolution, name)
-        return super().__getattr__(name)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, dirs={list(self.dirs)}"
-
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):  # of a symbolic trace: of the input nothing is known
-            given = not isinstance(output_size, torch.fx.Proxy)
-            return self._computed(x, output_size if given else None)
-        if x.dim() == 3:
-            return self(x[None], output_size)[0]
-        _check_input(x, self._convolution)
-        memory_format = _memory_format(x)
-        x = _laid_out(x, torch.channels_last)  # which the sweeps need: converted once
-        return _laid_out(self._computed(x, output_size), memory_format)  # [B, out_channels, H', W']
-
-    @property
-    def _convolution(self) -> nn.Conv2d | nn.ConvTranspose2d:
-        """The one with the kernel."""
-        raise NotImplementedError
-
-    def _computed(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
-        raise NotImplementedError
+        C = _integer("num_features", num_features)
+        (self.direction,) = _directions([direction])
+        self.border = _one_of("border", border, BORDERS)
+        backend = _one_of("backend", backend, BACKENDS)
+        self.backend = RENAMED_BACKENDS.get(backend, backend)
+        self.init = _one_of("init", init, INITS)
+        # Names of the authors' release: cell.gru.weight_ih, ...
+        gru = _GRUParameters(3 * C, C, device=device, dtype=dtype)
+        self.cell: Any = nn.ModuleDict({"gru": gru})
+        self._open_gate()
 
     def reset_parameters(self) -> None:
         """Draws new parameters, as at construction."""
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, Sweep)):
-                module.reset_parameters()
+        self.cell.gru.reset_parameters()
+        self._open_gate()
+
+    def _open_gate(self) -> None:
+        if self.init == "deep":
+            with torch.no_grad():
+                self.cell.gru.bias_ih.chunk(3)[1].add_(2)
+
+    def extra_repr(self) -> str:
+        return f"{DIRECTIONS[self.direction]}, border={self.border!r}, backend={self.backend!r}"
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Corrects features [B, C, H, W]."""
+        to_lines = (3, 2, 0, 1) if self.direction in (0, 1) else (2, 3, 0, 1)
+        from_lines = (2, 3, 1, 0) if self.direction in (0, 1) else (2, 3, 0, 1)
+        lines = features.permute(to_lines)  # [line, position, B, C]
+        sides = dict(reverse=self.direction in (1, 3), keep_first=self.border == "keep")
+        lines = correct_lines(lines, *self.cell.gru(), **sides, backend=self.backend)
+        return lines.permute(from_lines)  # [B, C, H, W]
 
 
-class SDNLayer(_Layer):
+class _GRUParameters(nn.GRUCell):
+    """A GRU cell that, called without inputs, returns its parameters: after the hooks on it have
+    run, which may compute them, as those of `torch.nn.utils.spectral_norm` do."""
+
+    def forward(self, *inputs: Tensor) -> Any:  # type: ignore[override]
+        if inputs:
+            return super().forward(*inputs)
+        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+
+
+_Function = TypeVar("_Function", bound=Callable[..., None])
+
+
+def _in_either_order(init: _Function) -> _Function:
+    """Lets a layer take its arguments in the order and by the names of the paper's program, too.
+
+    That order is recognized by `dirs` in the fourth place, or by a third argument beside
+    `kernel_size=...`, which can only be the number of features.
+    """
+    order = "in_channels out_channels num_features dirs kernel_size stride padding upsample".split()
+    renamed = {"in_ch": "in_channels", "out_ch": "out_channels"}
+
+    @functools.wraps(init)
+    def init_by_name(self: nn.Module, *arguments: Any, **keywords: Any) -> None:
+        keywords = {renamed.get(name, name): value for name, value in keywords.items()}
+        of_paper = len(arguments) > 3 and "dirs" not in keywords
+        if of_paper or (len(arguments) == 3 and "kernel_size" in keywords):
+            by_name = dict(zip(order, arguments, strict=False))
+            init(self, *arguments[len(order) :], **by_name, **keywords)
+        else:
+            init(self, *arguments, **keywords)
+
+    return init_by_name  # type: ignore[return-value]
+
+
+class SDNLayer(nn.Module):
     r"""Spatial dependency layer (paper, section 2): project-in, directional correction sweeps,
     project-out.
 
@@ -194,29 +279,88 @@ class SDNLayer(_Layer):
         torch.Size([2, 8, 5, 7])
     """
 
-    def __init__(self, *arguments: Any, **keywords: Any):
-        super().__init__(*arguments, **keywords)
-        options = self._options
-        self.project_in_stage = options.convolution(options.features)
-        self.sdn_correction_stage = nn.ModuleList(
-            Sweep(options.features, direction, **options.of_sweeps) for direction in self.dirs
-        )
-        self.project_out_stage = nn.Conv2d(
-            options.features, self.out_channels, kernel_size=1, **options.factory
-        )
+    @_in_either_order
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size = 1,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        dirs: Sequence[int],
+        num_features: int | None = None,
+        upsample: bool = False,
+        output_padding: Size = 0,
+        border: Border = "zeros",
+        backend: Backend = "auto",
+        init: Init = "paper",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_channels = _integer("in_channels", in_channels)
+        self.out_channels = _integer("out_channels", out_channels)
+        self.dirs = _directions(dirs)
+        C = self.out_channels if num_features is None else _integer("num_features", num_features)
+        convolution: Options = dict(kernel_size=kernel_size, stride=stride, padding=padding)
+        convolution |= dict(dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode)
+        convolution |= dict(upsample=upsample, output_padding=output_padding)
+        sweep = dict(border=border, backend=backend, init=init)
+        self._build(C, convolution, sweep, dict(device=device, dtype=dtype))
+
+    def _build(self, C: int, convolution: Options, sweep: Options, factory: Options) -> None:
+        """Makes the modules, with options of all convolutions, of all sweeps and of all modules."""
+        self.project_in_stage = make_convolution(self.in_channels, C, **convolution, **factory)
+        sweeps = [Sweep(C, direction, **sweep, **factory) for direction in self.dirs]
+        self.sdn_correction_stage = nn.ModuleList(sweeps)
+        self.project_out_stage = nn.Conv2d(C, self.out_channels, kernel_size=1, **factory)
 
     @property
     def _convolution(self) -> nn.Conv2d | nn.ConvTranspose2d:
+        """The one whose arguments are the layer's."""
         return self.project_in_stage
 
-    def _computed(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
-        features = torch.tanh(_convolved(self.project_in_stage, x, output_size))  # [B, C, H', W']
+    def __getattr__(self, name: str) -> Any:
+        names = "kernel_size stride padding dilation groups bias padding_mode output_padding"
+        of_convolution = name in names.split()
+        return getattr(self._convolution, name) if of_convolution else super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, dirs={list(self.dirs)}"
+
+    def reset_parameters(self) -> None:
+        """Draws new parameters, as at construction."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, Sweep)):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Maps [B, in_channels, H, W] to [B, out_channels, H', W'], in the memory format of `x`."""
+        sizes: tuple[Sequence[int], ...] = ()
+        if output_size is not None and not isinstance(output_size, torch.fx.Proxy):
+            sizes = (output_size,)
+        if isinstance(x, torch.fx.Proxy):  # of a symbolic trace: of the input nothing is known
+            return self._computed(x, *sizes)
+        if x.dim() == 3:
+            return self(x[None], output_size)[0]
+        _check_input(x, output_size, self._convolution)
+        if _SWEEPS is None:
+            return self._computed(x, *sizes)
+        return _SWEEPS.laid_out_for_sweeps(self._computed, x, *sizes)
+
+    def _computed(self, x: Tensor, *output_size: Sequence[int]) -> Tensor:
+        features = torch.tanh(self.project_in_stage(x, *output_size))  # [B, C, H', W']
         for sweep in self.sdn_correction_stage:
             features = sweep(features)  # [B, C, H', W']
         return self.project_out_stage(features)
 
 
-class ResSDNLayer(_Layer):
+class ResSDNLayer(SDNLayer):
     r"""Spatial dependency layer with a highway connection (paper, Figure 3).
 
     With :math:`(s, g)` the two halves of the channels of an `SDNLayer(in_channels, 2 *
@@ -227,178 +371,132 @@ class ResSDNLayer(_Layer):
     Arguments, shapes and errors are those of :class:`SDNLayer`.
     """
 
-    def __init__(self, *arguments: Any, **keywords: Any):
-        super().__init__(*arguments, **keywords)
-        options = self._options
-        changes = {"out_channels": 2 * self.out_channels, "num_features": options.features}
-        self.sdn = SDNLayer(**dataclasses.asdict(options) | changes)
-        self.cnn = options.convolution(self.out_channels)
+    def _build(self, C: int, convolution: Options, sweep: Options, factory: Options) -> None:
+        both = 2 * self.out_channels  # corrected features and a gate
+        options = convolution | sweep | factory
+        self.sdn = SDNLayer(self.in_channels, both, dirs=self.dirs, num_features=C, **options)
+        self.cnn = make_convolution(self.in_channels, self.out_channels, **convolution, **factory)
 
     @property
     def _convolution(self) -> nn.Conv2d | nn.ConvTranspose2d:
         return self.cnn
 
-    def _computed(self, x: Tensor, output_size: Sequence[int] | None) -> Tensor:
-        corrected, gate = self.sdn(x, output_size).chunk(2, dim=1)  # 2 x [B, out_channels, H', W']
-        convolved = _convolved(self.cnn, x, output_size).to(corrected.dtype)
+    def _computed(self, x: Tensor, *output_size: Sequence[int]) -> Tensor:
+        corrected, gate = self.sdn(x, *output_size).chunk(2, dim=1)  # 2 x [B, out_channels, H', W']
+        convolved = self.cnn(x, *output_size).to(corrected.dtype)
         return torch.lerp(corrected, convolved, torch.sigmoid(gate))
 
 
-class Sweep(nn.Module):
-    r"""One correction sweep across a feature map (paper, Algorithm 1).
+def make_convolution(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Size,
+    stride: Size,
+    padding: Size | str,
+    upsample: bool,
+    output_padding: Size = 0,
+    **options: Any,
+) -> nn.Conv2d | nn.ConvTranspose2d:
+    """A convolution, or if `upsample` a transposed one, that checks its arguments.
 
-    The lines (columns for directions 0 and 1, rows for 2 and 3) are visited one after another. With
-    :math:`h` the features of a line before the sweep, :math:`p` the corrected features of the line
-    visited before it (zeros beyond the edges) and :math:`u_j = [p_{j-1}, p_j, p_{j+1}]`, all
-    positions :math:`j` of a line are corrected at once:
+    Further options are those of `torch.nn.Conv2d`.
 
-    .. math::
-        r &= \sigma(W_{ir} u + b_{ir} + W_{hr} h + b_{hr}) \\
-        z &= \sigma(W_{iz} u + b_{iz} + W_{hz} h + b_{hz}) \\
-        n &= \tanh(W_{in} u + b_{in} + r \odot (W_{hn} h + b_{hn})) \\
-        h' &= (1 - z) \odot n + z \odot h
-
-    The parameters are those of a `torch.nn.GRUCell(3 * C, C)`, initialized as it is: :math:`U(\pm
-    1/\sqrt{C})`. With `init="deep"` 2 is added to the bias of :math:`z`, so that at first the sweep
-    passes on most of what it gets and gradients reach the first of many layers (DEVIATIONS.md).
-
-    Arguments:
-        num_features: Number of features :math:`C`.
-        direction: 0, 1, 2 or 3, see :class:`SDNLayer`.
-        border, backend, init, device, dtype: See :class:`SDNLayer`.
-
-    Shapes:
-        - input and output: :math:`[B, C, H, W]`, of one type. Under autocast only products are in
-          its type.
+    Raises:
+        ValueError: on arguments that cannot work.
     """
-
-    def __init__(
-        self,
-        num_features: int,
-        direction: int,
-        *,
-        border: Border = "zeros",
-        backend: Backend = "auto",
-        init: Init = "paper",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        num_features = _integer("num_features", num_features)
-        (self.direction,) = _checked_directions([direction])
-        self.border = _one_of("border", border, BORDERS)
-        backend = _one_of("backend", backend, BACKENDS)
-        self.backend = RENAMED_BACKENDS.get(backend, backend)
-        self.init = _one_of("init", init, INITS)
-        self.cell = SweepCell(num_features, device=device, dtype=dtype)
-        self._open_gate()
-
-    def reset_parameters(self) -> None:
-        """Draws new parameters, as at construction."""
-        self.cell.gru.reset_parameters()
-        self._open_gate()
-
-    def _open_gate(self) -> None:
-        if self.init == "deep":
-            with torch.no_grad():
-                self.cell.gru.bias_ih.chunk(3)[1].add_(2)
-
-    def extra_repr(self) -> str:
-        return f"{DIRECTIONS[self.direction]}, border={self.border!r}, backend={self.backend!r}"
-
-    def forward(self, features: Tensor) -> Tensor:
-        to_lines = (3, 2, 0, 1) if self.direction in (0, 1) else (2, 3, 0, 1)
-        from_lines = (2, 3, 1, 0) if self.direction in (0, 1) else (2, 3, 0, 1)
-        lines = features.permute(to_lines)  # [line, position, B, C]
-        sides = dict(reverse=self.direction in (1, 3), keep_first=self.border == "keep")
-        lines = correct_lines(lines, *self.cell(), **sides, backend=self.backend)
-        return lines.permute(from_lines)  # [B, C, H, W]
+    kernel_size, stride = _pair("kernel_size", kernel_size), _pair("stride", stride)
+    options["dilation"] = _pair("dilation", options.get("dilation", 1))
+    options["groups"] = _integer("groups", options.get("groups", 1))
+    padding = padding if isinstance(padding, str) else _pair("padding", padding, 0)
+    output_padding = _pair("output_padding", output_padding, 0)
+    channels = _integer("in_channels", in_channels), _integer("out_channels", out_channels)
+    if not upsample:
+        if any(output_padding):
+            raise ValueError("output_padding needs upsample=True")
+        return nn.Conv2d(*channels, kernel_size, stride, padding, **options)
+    if isinstance(padding, str) or options.get("padding_mode", "zeros") != "zeros":
+        raise ValueError("upsample=True needs padding in numbers, and padding_mode='zeros'")
+    if stride == (1, 1):
+        raise ValueError(
+            "upsample=True needs stride >= 2 (kernel_size=4, stride=2, padding=1 doubles the scale)"
+        )
+    for kernel, step, pad in zip(kernel_size, stride, padding, strict=True):
+        if kernel < step:
+            raise ValueError(
+                "upsample=True needs kernel_size >= stride, or some outputs see no input at "
+                f"all; got kernel_size={kernel}, stride={step}"
+            )
+        if kernel <= 2 * pad:
+            raise ValueError(
+                f"upsample=True needs kernel_size > 2 * padding, got kernel_size={kernel}, "
+                f"padding={pad}"
+            )
+    return nn.ConvTranspose2d(*channels, kernel_size, stride, padding, output_padding, **options)
 
 
-class SweepCell(nn.Module):
-    """Holds a sweep's parameters under the names of the authors' release (`cell.gru.weight_ih`,
-    ...), and returns weight_ih, weight_hh, bias_ih and bias_hh."""
-
-    def __init__(self, num_features: int, **factory: Any):
-        super().__init__()
-        self.gru = _GRUParameters(3 * num_features, num_features, **factory)
-
-    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.gru()
-
-
-class _GRUParameters(nn.GRUCell):
-    """A GRU cell that, called without inputs, returns its parameters: after the hooks on it have
-    run, which may compute them, as those of `torch.nn.utils.spectral_norm` do."""
-
-    def forward(self, *inputs: Tensor) -> Any:  # type: ignore[override]
-        if inputs:
-            return super().forward(*inputs)
-        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+def _integer(name: str, value: Any, least: int = 1) -> int:
+    """An integer of any kind, numpy's too, as Python's."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return number
 
 
-def correct_lines_reference(
-    lines: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor,
-    bias_hh: Tensor,
-    *,
-    reverse: bool,
-    keep_first: bool,
-) -> Tensor:
-    """The equations of :class:`Sweep`, line after line, with nothing fused and nothing precomputed.
+def _pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
+    """A number for height and width each, from one for both or from two."""
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(values) != 2 or isinstance(value, str):
+        raise ValueError(f"{name} must be an integer or two of them, got {value!r}")
+    return _integer(name, values[0], least), _integer(name, values[1], least)
 
-    Arguments:
-        lines: Features before the sweep, [line, position, batch, channel].
-        weight_ih: [3C, 3C]; rows are the gates r, z, n; columns the neighbours j-1, j, j+1.
-        weight_hh: [3C, C]. bias_ih, bias_hh: [3C].
-        reverse: Whether the last line is visited first.
-        keep_first: Whether the line visited first stays as it is.
 
-    Returns:
-        Corrected features, same shape and type (float32 for float64 under autocast). Matrix
-        products are in autocast's type; features in low precision are rounded after the sweep, not
-        between its lines.
-    """
-    dtype = _features_dtype(lines)
-    if _autocasts(lines):
-        lines = lines.float()
-    visited = lines.flip(0) if reverse else lines
-    corrected: list[Tensor] = []
-    previous = torch.zeros_like(visited[0])
-    for h in visited:
-        if keep_first and not corrected:
-            previous = h
-        else:
-            edge = torch.zeros_like(previous[:1])
-            before = torch.cat([edge, previous[:-1]])  # the neighbour at j-1
-            after = torch.cat([previous[1:], edge])  # the neighbour at j+1
-            u = torch.cat([before, previous, after], dim=-1)  # [position, batch, 3C]
-            from_neighbours = F.linear(u, weight_ih).to(h.dtype) + bias_ih
-            from_own = F.linear(h, weight_hh).to(h.dtype) + bias_hh
-            ir, iz, in_ = from_neighbours.chunk(3, dim=-1)
-            hr, hz, hn = from_own.chunk(3, dim=-1)
-            r = torch.sigmoid(ir + hr)
-            z = torch.sigmoid(iz + hz)
-            n = torch.tanh(in_ + r * hn)
-            previous = (1 - z) * n + z * h
-        corrected.append(previous)
-    if reverse:
-        corrected.reverse()
-    return torch.stack(corrected).to(dtype)
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def _directions(dirs: Sequence[int]) -> tuple[int, ...]:
+    allowed = ", ".join(f"{number} ({meaning})" for number, meaning in DIRECTIONS.items())
+    if not isinstance(dirs, Iterable):
+        raise ValueError(
+            f"dirs must be a sequence of directions, got {dirs!r}; allowed are {allowed}"
+        )
+    dirs = tuple(dirs)
+    if not dirs:
+        raise ValueError(f"dirs must name at least one direction; allowed are {allowed}")
+    for direction in dirs:
+        if isinstance(direction, bool) or direction not in DIRECTIONS:
+            raise ValueError(f"unknown direction {direction!r} in dirs; allowed are {allowed}")
+    return tuple(map(operator.index, dirs))
+
+
+def _check_input(
+    x: Tensor, output_size: Sequence[int] | None, convolution: nn.Conv2d | nn.ConvTranspose2d
+) -> None:
+    if output_size is not None and isinstance(convolution, nn.Conv2d):
+        raise ValueError("output_size needs upsample=True")
+    channels = convolution.in_channels
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(
+            f"input must be [batch, {channels}, height, width] or [{channels}, height, width], "
+            f"got {list(x.shape)}"
+        )
+    if isinstance(convolution, nn.Conv2d) and not isinstance(convolution.padding, str):
+        sizes = zip(convolution.kernel_size, convolution.dilation, convolution.padding, strict=True)
+        least = [dilation * (kernel - 1) + 1 - 2 * padding for kernel, dilation, padding in sizes]
+        if x.shape[2] < least[0] or x.shape[3] < least[1]:
+            raise ValueError(
+                f"input must be at least {least[0]} high and {least[1]} wide for this kernel, got "
+                f"{list(x.shape)}"
+            )
 
 
 def correct_lines(
-    lines: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor,
-    bias_hh: Tensor,
-    *,
-    reverse: bool,
-    keep_first: bool,
-    backend: str = "auto",
+    lines: Tensor, *parameters: Tensor, reverse: bool, keep_first: bool, backend: str = "auto"
 ) -> Tensor:
     """Computes what :func:`correct_lines_reference` computes, with a choice of `backend`.
 
@@ -407,24 +505,18 @@ def correct_lines(
         ValueError: if it does not support this device or type, or if the tensors are on several
             devices.
     """
-    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
-    if any(parameter.device != lines.device for parameter in parameters):
-        where = ", ".join(str(parameter.device) for parameter in parameters)
-        raise ValueError(
-            f"features are on {lines.device}, parameters on {where}: all must be on one device"
+    if backend != "reference" and _SWEEPS is not None:
+        return _SWEEPS.correct_lines(
+            lines, *parameters, reverse=reverse, keep_first=keep_first, backend=backend
         )
-    if backend == "reference" or _SWEEPS is None:
-        if backend not in ("auto", "reference"):
-            raise RuntimeError(
-                f"backend {backend!r} cannot run: there is no folder sweeps/ beside nn.py; "
-                "'auto' and 'reference' can"
-            )
-        if backend == "auto" and not torch.compiler.is_compiling():
-            _remark_slow()
-        return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
-    return _SWEEPS.correct_lines(
-        lines, *parameters, reverse=reverse, keep_first=keep_first, backend=backend
-    )
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(
+            f"backend {backend!r} cannot run: there is no folder sweeps/ beside nn.py; 'auto' and "
+            "'reference' can"
+        )
+    if backend == "auto" and not torch.compiler.is_compiling():
+        _remark_slow()
+    return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
 
 
 torch.fx.wrap("correct_lines")  # a sweep is one node of a symbolic trace
@@ -452,225 +544,6 @@ def _import_sweeps() -> types.ModuleType | None:
     sys.modules[package.__name__] = package
     sys.modules[f"{package.__name__}.nn"] = sys.modules[__name__]
     return importlib.import_module(f"{package.__name__}.sweeps")
-
-
-def _features_dtype(lines: Tensor) -> torch.dtype:
-    """The type of a sweep's result."""
-    return torch.float32 if _autocasts(lines) and lines.dtype == torch.float64 else lines.dtype
-
-
-def _autocasts(lines: Tensor) -> bool:
-    # Tensors without content (the device meta) have no autocast.
-    return not lines.is_meta and torch.is_autocast_enabled(lines.device.type)
-
-
-def is_transformed() -> bool:
-    """Whether a derivative other than a gradient is being taken, or a function mapped: inside a
-    transform of `torch.func`, or a level of `torch.autograd.forward_ad`."""
-    return (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
-def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The tensor in a memory format; as it is inside a transform, for some know no formats."""
-    if is_transformed():
-        return x
-    return x.contiguous(memory_format=memory_format)
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format that a convolution's output would have."""
-    if is_transformed():  # whose tensors cannot be asked
-        return torch.contiguous_format
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-@dataclasses.dataclass
-class _Options:
-    """The arguments of a layer, checked and complete."""
-
-    in_channels: int
-    out_channels: int
-    kernel_size: Size = 1
-    stride: Size = 1
-    padding: Size | str = 0
-    dilation: Size = 1
-    groups: int = 1
-    bias: bool = True
-    padding_mode: str = "zeros"
-    dirs: Sequence[int] = ()
-    num_features: int | None = None
-    upsample: bool = False
-    output_padding: Size = 0
-    border: Border = "zeros"
-    backend: Backend = "auto"
-    init: Init = "paper"
-    device: torch.device | str | None = None
-    dtype: torch.dtype | None = None
-
-    @classmethod
-    def of(cls, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Options:
-        """Options from the arguments of a call, in the order of a convolution or of the paper."""
-        keywords = {RENAMED_ARGUMENTS.get(name, name): value for name, value in keywords.items()}
-        names = [field.name for field in dataclasses.fields(cls)]
-        # A third argument beside kernel_size=... can only be the number of features.
-        of_paper = "dirs" not in keywords and len(arguments) > 3
-        of_paper |= "kernel_size" in keywords and len(arguments) == 3
-        order = ORDER_OF_PAPER if of_paper else names[: names.index("dirs")]
-        if len(arguments) > len(order):
-            raise TypeError(
-                f"at most {len(order)} arguments by place are taken: {', '.join(order)}"
-            )
-        given = dict(zip(order, arguments, strict=False))
-        for name in keywords:
-            if name in given:
-                raise TypeError(f"{name} is given twice")
-            if name not in names:
-                raise TypeError(f"unknown argument {name}; there are {', '.join(names)}")
-        given |= keywords
-        for name in ("in_channels", "out_channels", "dirs"):
-            if name not in given:
-                raise TypeError(f"{name} is missing")
-        return cls(**given)
-
-    def __post_init__(self) -> None:
-        self.in_channels = _integer("in_channels", self.in_channels)
-        self.out_channels = _integer("out_channels", self.out_channels)
-        self.features = _integer(
-            "num_features", self.out_channels if self.num_features is None else self.num_features
-        )
-        self.dirs = _checked_directions(self.dirs)
-        for name, least in (("kernel_size", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
-            value = getattr(self, name)
-            if not (name == "padding" and isinstance(value, str)):
-                setattr(self, name, _pair(name, value, least))
-        self.output_padding = _pair("output_padding", self.output_padding, 0)
-        self.groups = _integer("groups", self.groups)
-        if self.upsample:
-            self._check_upsampling()
-        elif any(self.output_padding):
-            raise ValueError("output_padding needs upsample=True")
-
-    def _check_upsampling(self) -> None:
-        if isinstance(self.padding, str) or self.padding_mode != "zeros":
-            raise ValueError("upsample=True needs padding in numbers, and padding_mode='zeros'")
-        if self.stride == (1, 1):
-            raise ValueError(
-                "upsample=True needs stride >= 2 (kernel_size=4, stride=2, padding=1 doubles the "
-                "scale)"
-            )
-        sizes = (_pair("", size, 0) for size in (self.kernel_size, self.stride, self.padding))
-        for kernel, stride, padding in zip(*sizes, strict=True):
-            if kernel < stride:
-                raise ValueError(
-                    "upsample=True needs kernel_size >= stride, or some outputs see no input at "
-                    f"all; got kernel_size={kernel}, stride={stride}"
-                )
-            if kernel <= 2 * padding:
-                raise ValueError(
-                    f"upsample=True needs kernel_size > 2 * padding, got kernel_size={kernel}, "
-                    f"padding={padding}"
-                )
-
-    @property
-    def factory(self) -> dict[str, Any]:
-        return {"device": self.device, "dtype": self.dtype}
-
-    @property
-    def of_sweeps(self) -> dict[str, Any]:
-        return {"border": self.border, "backend": self.backend, "init": self.init} | self.factory
-
-    def convolution(self, out_channels: int) -> nn.Conv2d | nn.ConvTranspose2d:
-        """A convolution to so many channels, or if `upsample` a transposed one."""
-        names = ("kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode")
-        shared = {name: getattr(self, name) for name in names} | self.factory
-        if self.upsample:
-            shared["output_padding"] = self.output_padding
-            return nn.ConvTranspose2d(self.in_channels, out_channels, **shared)
-        return nn.Conv2d(self.in_channels, out_channels, **shared)
-
-
-# What `inspect.signature` tells, and those who ask it whether there is an argument `device`.
-_Layer.__signature__ = inspect.signature(_Options)  # type: ignore[attr-defined]
-
-
-def make_convolution(
-    in_ch: int, out_ch: int, kernel_size: int, stride: int, padding: int, upsample: bool
-) -> nn.Conv2d | nn.ConvTranspose2d:
-    """A convolution, or if `upsample` a transposed one, with arguments that cannot work refused
-    (ValueError)."""
-    options = _Options(in_ch, out_ch, kernel_size, stride, padding, dirs=[0], upsample=upsample)
-    return options.convolution(options.out_channels)
-
-
-def _convolved(
-    convolution: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, output_size: Sequence[int] | None
-) -> Tensor:
-    if output_size is None:
-        return convolution(x)
-    if isinstance(convolution, nn.Conv2d):
-        raise ValueError("output_size needs upsample=True")
-    return convolution(x, output_size)
-
-
-def _integer(name: str, value: Any, least: int = 1) -> int:
-    """An integer of any kind, numpy's too, as Python's."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    return number
-
-
-def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
-    """A number for height and width each, from one for both or from two."""
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(values) != 2 or isinstance(value, str):
-        raise ValueError(f"{name} must be an integer or two of them, got {value!r}")
-    return _integer(name, values[0], least), _integer(name, values[1], least)
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
-
-
-def _checked_directions(dirs: Sequence[int]) -> tuple[int, ...]:
-    allowed = ", ".join(f"{number} ({meaning})" for number, meaning in DIRECTIONS.items())
-    try:
-        dirs = tuple(dirs)
-    except TypeError:
-        raise ValueError(
-            f"dirs must be a sequence of directions, got {dirs!r}; allowed are {allowed}"
-        ) from None
-    if not dirs:
-        raise ValueError(f"dirs must name at least one direction; allowed are {allowed}")
-    for direction in dirs:
-        if isinstance(direction, bool) or direction not in DIRECTIONS:
-            raise ValueError(f"unknown direction {direction!r} in dirs; allowed are {allowed}")
-    return tuple(map(operator.index, dirs))
-
-
-def _check_input(x: Tensor, convolution: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    channels = convolution.in_channels
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(
-            f"input must be [batch, {channels}, height, width] or [{channels}, height, width], "
-            f"got {list(x.shape)}"
-        )
-    if isinstance(convolution, nn.Conv2d) and not isinstance(convolution.padding, str):
-        sizes = zip(convolution.kernel_size, convolution.dilation, convolution.padding, strict=True)
-        least = [dilation * (kernel - 1) + 1 - 2 * padding for kernel, dilation, padding in sizes]
-        if x.shape[2] < least[0] or x.shape[3] < least[1]:
-            raise ValueError(
-                f"input must be at least {least[0]} high and {least[1]} wide for this kernel, got "
-                f"{list(x.shape)}"
-            )
 
 
 _SWEEPS = _import_sweeps()

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.utils import make_grid
 
+from .config import ConfigError
 from .files import whole_file
+from .optional import optional
 from .picture_files import PictureError, fit_picture, read_picture
 
 SMALLEST = 64  # pixels of a picture's side; smaller images are enlarged
@@ -111,6 +113,7 @@ def save_rates(
         rates: In bits/dim; of layers, the topmost first.
         scales: (H, W) of each layer's latent; nothing if the rates are of dimensions.
     """
+    optional("matplotlib", "a plot of rates", "evaluate", ConfigError)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -297,11 +297,12 @@ def test_both_orders_of_arguments_make_the_same_layer(layer_class):
 @pytest.mark.parametrize(
     "arguments, keywords, message",
     [
-        ((3, 4, 3), {}, "dirs is missing"),
-        ((3,), dict(dirs=[0]), "out_channels is missing"),
-        ((3, 4), dict(dirs=[0], in_ch=3), "in_channels is given twice"),
-        ((3, 4), dict(dirs=[0], kernel=3), "unknown argument kernel; there are in_channels"),
-        (tuple(range(1, 11)), dict(dirs=[0]), "at most 9 arguments by place are taken"),
+        ((3, 4, 3), {}, "missing 1 required keyword-only argument: 'dirs'"),
+        ((3,), dict(dirs=[0]), "missing 1 required positional argument: 'out_channels'"),
+        ((3, 4), dict(dirs=[0], in_ch=3), "multiple values for argument 'in_channels'"),
+        ((3, 4, 8, [0], 1, 1, 0, False, 1), {}, "multiple values for argument 'in_channels'"),
+        ((3, 4), dict(dirs=[0], kernel=3), "unexpected keyword argument 'kernel'"),
+        (tuple(range(1, 11)), dict(dirs=[0]), "takes from 3 to 10 positional arguments"),
     ],
 )
 def test_arguments_that_do_not_fit_together(arguments, keywords, message):

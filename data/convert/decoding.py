@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -96,9 +96,7 @@ def decode_all(entries: Iterable[Entry], shape: Shape, processes: int) -> Iterat
         return
     Image.init()  # once, before the processes are there
     waiting: deque[Any] = deque()
-    with ProcessPoolExecutor(
-        processes, multiprocessing.get_context("fork"), _leave_interrupts
-    ) as pool:
+    with ProcessPoolExecutor(processes, initializer=_leave_interrupts) as pool:
         try:
             for chunk in _chunks(entries):
                 waiting.append(pool.submit(_decode_chunk, chunk, shape))
@@ -113,6 +111,13 @@ def decode_all(entries: Iterable[Entry], shape: Shape, processes: int) -> Iterat
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from lib.cli import OneLineParser, one_line_errors
 from lib.files import exclusive_folder
@@ -31,7 +29,7 @@ from lib.picture_files import FITS
 from ..converted import FORMAT
 from ..errors import DataError
 from ..get_dataset import DATASETS
-from .decoding import Decoded, Shape, decode_all
+from .decoding import Decoded, Shape, decode_all, usable_cores
 from .sources import Entry, Source, open_source
 from .storing import FIRST, SPLITS, Progress, Store, partial_folder
 
@@ -175,12 +173,11 @@ def _convert_stage(store: Store, shape: Shape, stage: Stage, processes: int) -> 
                 yield entry
 
     decoded_entries = decode_all(itertools.islice(wanted(), done, None), shape, processes)
-    bar = tqdm(
+    bar = progress(
         initial=done,
         total=stage.source.total,
         desc=f"{stage.name} of {stage.source.kind}",
         unit=" files",
-        disable=None,
     )
     with bar, closing(decoded_entries):
         try:
@@ -331,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         choices=range(1025),
         metavar="INT",
-        default=len(os.sched_getaffinity(0)),
+        default=usable_cores(),
         help="processes that decode",
     )
     flags = parser.parse_args(arguments)

@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 from numpy import ndarray
-from tqdm import tqdm
 
 from lib.cli import OneLineParser, one_line_errors
+from lib.optional import optional
+from lib.progress import progress
 
 from .. import scenes
 from ..errors import DataError
@@ -55,7 +56,7 @@ def opened(path: Path, command: str = COMMAND) -> Iterator[Any]:
         DataError: if the file is missing or damaged, cannot be read, is locked, or has other images
             or labels.
     """
-    h5py = _h5py()
+    h5py = optional("h5py", "a file of 3D-Shapes", "shapes3d", DataError)
     try:
         path.stat()
     except FileNotFoundError:
@@ -95,7 +96,7 @@ def decoded(images: Any, path: Path, command: str = COMMAND) -> Iterator[ndarray
     again = f"remove {path} and get it again with: {command}"
     rows = images.chunks[0] if images.chunks else BLOCK
     count = min(-(-BLOCK // rows) * rows, LARGEST_BLOCK)  # whole pieces: each is decompressed once
-    with tqdm(total=scenes.SCENES, desc=path.name, unit=" images", disable=None) as bar:
+    with progress(total=scenes.SCENES, desc=path.name, unit=" images") as bar:
         for start in range(0, scenes.SCENES, count):
             try:
                 block = images[start : start + count]
@@ -164,7 +165,7 @@ def write_hdf5(
         DataError: if the file exists, the disk has too little room, what was written cannot be read
             back, or the package h5py is missing.
     """
-    h5py = _h5py()
+    h5py = optional("h5py", "a file of 3D-Shapes", "shapes3d", DataError)
     if path.exists():
         raise DataError(f"{path} exists: move it away to write it again")
     partial = path.with_suffix(".partial.h5")
@@ -265,14 +266,6 @@ def _fault(path: Path, error: Exception, damage: str, again: str) -> str:
         f"{path} cannot be locked ({os.strerror(number)}), as on some network file systems: set "
         "the environment variable HDF5_USE_FILE_LOCKING=FALSE"
     )
-
-
-def _h5py() -> Any:
-    try:
-        import h5py
-    except ImportError:
-        raise DataError("3D-Shapes files need the package h5py: pip install h5py") from None
-    return h5py
 
 
 def _check(flags: Namespace) -> str:

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from lib.optional import optional
 from lib.picture_files import MOST_BYTES
 
 from ..errors import DataError
@@ -188,11 +189,8 @@ def _check_end(path: Path) -> None:
 
 
 def _parquet(paths: list[Path]) -> Source:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError("reading Parquet needs the package pyarrow: pip install pyarrow") from None
+    pyarrow = optional("pyarrow", "reading Parquet", "images", DataError)
+    from pyarrow import parquet
 
     def is_picture(kind: Any) -> bool:
         inside = kind.field("bytes").type if _has_bytes(pyarrow, kind) else kind
@@ -225,10 +223,7 @@ def _row(name: str, split: str, row: Any) -> Entry:
 
 
 def _hugging_face(source: str) -> Source:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{source} needs the package datasets: pip install datasets") from None
+    datasets = optional("datasets", source, "images", DataError)
 
     def opened() -> dict[str, Any]:
         try:
@@ -255,10 +250,7 @@ def _hugging_face(source: str) -> Source:
 
 
 def _lmdb(path: Path) -> Source:
-    try:
-        import lmdb
-    except ImportError:
-        raise DataError("reading an LMDB needs the package lmdb: pip install lmdb") from None
+    lmdb = optional("lmdb", "reading an LMDB", "images", DataError)
     file = path / "data.mdb" if path.is_dir() else path
     options = dict(readonly=True, lock=False, readahead=False, subdir=path.is_dir())
 

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.files import PARTIAL, sync, whole_file
+from lib.files import LOCK, PARTIAL, sync, whole_file
+from lib.optional import optional
 
 from ..converted import DESCRIPTION
 from ..errors import DataError
@@ -124,7 +125,7 @@ class Store:
         with contextlib.suppress(OSError):  # some file systems cannot
             sync(target.parent)
         for rest in self.folder.iterdir():
-            if rest.name != ".lock":
+            if not rest.name.startswith(LOCK):
                 shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
 
     def _stored_progress(self, options: dict[str, Any]) -> Progress:
@@ -135,10 +136,7 @@ class Store:
         return stored if stored and stored.options == options else Progress(options)
 
     def _opened(self, split: str) -> Any:
-        try:
-            import lmdb
-        except ImportError:
-            raise DataError("writing an LMDB needs the package lmdb: pip install lmdb") from None
+        lmdb = optional("lmdb", "writing an LMDB", "images", DataError)
         path = self.data / f"{split}.lmdb"
         environment = lmdb.open(str(path), map_size=2**27, sync=False, meminit=False)
         count, there = self.progress.images[split], environment.stat()["entries"]

@@ -11,6 +11,8 @@ import struct
 from collections.abc import Iterator
 from typing import IO
 
+from lib.optional import optional
+
 from ..errors import DataError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # how protobuf writes a field
@@ -24,13 +26,7 @@ def masked_crc32c(data: bytes) -> int:
     Raises:
         DataError: if the package google-crc32c is missing.
     """
-    try:
-        from google_crc32c import value
-    except ImportError:
-        raise DataError(
-            "checking TFRecords needs the package google-crc32c: pip install google-crc32c"
-        ) from None
-    crc = value(data)
+    crc = optional("google_crc32c", "checking TFRecords", "convert", DataError).value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from lib.cli import OneLineParser, one_line_errors
 from lib.files import sync
+from lib.optional import optional
+from lib.progress import progress
 
 from ..errors import DataError
 from ..locks import locked_folder
@@ -110,9 +110,7 @@ def find_shards(name: str, source: Path) -> Iterator[dict[str, list[tuple[int, S
     elif source.is_file():
         try:
             with tarfile.open(source, "r:") as archive:
-                for member in tqdm(
-                    archive, desc=f"contents of {source.name}", unit=" files", disable=None
-                ):
+                for member in progress(archive, desc=f"contents of {source.name}", unit=" files"):
                     if member.isfile():
                         add(
                             member.name,
@@ -181,7 +179,7 @@ def check_room(name: str, target: Path, shard_bytes: int) -> None:
 def convert_split(name: str, split: str, shards: list[Shard], target: Path) -> int:
     """Writes one LMDB, complete or not at all; returns the number of images."""
     final, partial, old = _paths(target, split)
-    lmdb = _lmdb()
+    lmdb = optional("lmdb", "writing an LMDB", "convert", DataError)
     try:
         count = _write(lmdb, partial, images(name, shards, split))
     except lmdb.Error as error:
@@ -212,7 +210,7 @@ def images(name: str, shards: list[Shard], split: str) -> Iterator[bytes]:
     channels, height, width = DATASETS[name].shape
     expected = [height, width, channels]
     total = sum(shard.size for shard in shards)
-    with tqdm(total=total, desc=f"{name} {split}", unit="B", unit_scale=True, disable=None) as bar:
+    with progress(total=total, desc=f"{name} {split}", unit="B", unit_scale=True) as bar:
         for shard in shards:
             number = -1
             with shard.open() as stream:
@@ -265,14 +263,6 @@ def _put(lmdb: Any, environment: Any, batch: list[tuple[bytes, bytes]]) -> None:
             return
         except lmdb.MapFullError:
             environment.set_mapsize(2 * environment.info()["map_size"])
-
-
-def _lmdb() -> Any:
-    try:
-        import lmdb
-    except ImportError:
-        raise DataError("writing an LMDB needs the package lmdb: pip install lmdb") from None
-    return lmdb
 
 
 def _command(name: str) -> str:

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lib.optional import optional
+
 from ..errors import DataError
 from ..registry import DatasetSpec, register
 
@@ -82,14 +84,8 @@ class Photos32(Dataset):
 
 def photographs() -> list[Image.Image]:
     """The seven photographs, RGB."""
-    try:
-        from skimage import data
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise DataError(
-            "Photos32 needs scikit-image and scikit-learn: pip install scikit-image scikit-learn "
-            f"({error})"
-        ) from None
+    data = optional("skimage.data", "Photos32", "photos", DataError)
+    samples = optional("sklearn.datasets", "Photos32", "photos", DataError)
     arrays = [
         data.astronaut(),
         data.cat(),
@@ -99,7 +95,7 @@ def photographs() -> list[Image.Image]:
     ]
     return [
         Image.fromarray(np.asarray(array)).convert("RGB")
-        for array in [*arrays, *load_sample_images().images]
+        for array in [*arrays, *samples.load_sample_images().images]
     ]
 
 

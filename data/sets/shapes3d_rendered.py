@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor
-from tqdm import tqdm
+
+from lib.progress import progress
 
 from ..registry import DatasetSpec, register
 from ..scenes import FACTOR_SIZES, IMAGE_SHAPE, SIZE, Scenes
@@ -72,7 +73,7 @@ def blocks(count: int) -> Iterator[ndarray]:
     """The images of the first `count` scenes in the file's layout: uint8 [n, 64, 64, 3] at a
     time."""
     weights, colours = geometry_weights(), hue_colours()
-    with tqdm(total=count, desc="rendered", unit=" images", disable=None) as bar:
+    with progress(total=count, desc="rendered", unit=" images") as bar:
         for start in range(0, count, GEOMETRIES):
             block = np.empty((min(GEOMETRIES, count - start), SIZE * SIZE, 3), np.uint8)
             for scene, image in enumerate(block, start):

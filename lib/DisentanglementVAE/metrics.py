@@ -38,6 +38,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..optional import optional
+
 # Points drawn at a time; no argument, since the draws, and so the score of a seed, depend on it.
 GROUP = 256
 # Standard deviation up to which a dimension counts as constant.
@@ -112,6 +114,7 @@ def beta_vae(
     Returns:
         `score` and `train_accuracy`.
     """
+    optional("sklearn", "this score", "metrics", MetricError)
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
 
@@ -218,6 +221,7 @@ def mig(
         samples: Images.
         bins: Of equal width, from the least to the greatest value of each dimension.
     """
+    optional("sklearn", "this score", "metrics", MetricError)
     from sklearn.metrics import mutual_info_score
 
     _check_at_least(2, samples=samples)
@@ -269,6 +273,7 @@ def dci(
     Returns:
         `score`, the disentanglement; `completeness`, `informativeness` and `train_accuracy`.
     """
+    optional("sklearn", "this score", "metrics", MetricError)
     from sklearn.ensemble import GradientBoostingClassifier
 
     _check_at_least(1, train=train, test=test, trees=trees, batch_size=batch_size)
@@ -316,6 +321,7 @@ def sap(
         train, test: Images.
         penalty: scikit-learn's `C`.
     """
+    optional("sklearn", "this score", "metrics", MetricError)
     from sklearn.svm import LinearSVC
 
     _check_at_least(1, train=train, test=test, batch_size=batch_size)

@@ -86,7 +86,7 @@ class Estimate:
     values: list[Tensor] = field(default_factory=list)
 
     def add(self, values: Tensor) -> None:
-        self.values.append(values.detach().double().cpu())
+        self.values.append(values.detach().cpu().double())
 
     @property
     def count(self) -> int:

@@ -106,7 +106,7 @@ class ImportanceSampler:
             one_sample_kl=True,
         )
         log_prob = self.model.observation.log_prob(params, x.expand(count, *x.shape[1:]))
-        return torch.logsumexp(log_prob.double() - rates.double().sum(1), dim=0).cpu()
+        return torch.logsumexp(log_prob.cpu().double() - rates.cpu().double().sum(1), dim=0)
 
     def _attempt(self, function: Callable, *arguments: Any) -> Any:
         """What the function gives; None if memory ran out, and then the chunk is halved."""
@@ -136,7 +136,7 @@ def pick_chunk(model: VAE) -> int:
         for module in model.modules()
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
     )
-    kind = model.device.type
+    kind = "cpu" if model.device.type == "cpu" else "cuda"
     bytes_of_a_row = TENSORS_ALIVE * 4 * widest * math.prod(model.image_shape[1:])
     rows = max(1, BYTES[kind] // bytes_of_a_row)
     return min(LARGEST_CHUNK[kind], 2 ** int(math.log2(rows)))

@@ -12,11 +12,13 @@ Rows of fewer samples, which earlier versions wrote, do not count.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+
+from ..files import LOCK, locked
 
 COLUMNS = "image,samples,log_likelihood_nats"
 
@@ -46,23 +48,25 @@ class Ledger:
         self.path = Path(path)
         self.identity = dict(identity)
         self.rows: dict[int, float] = {}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed at the end
-        except OSError as error:
-            raise LedgerError(f"cannot open {self.path}: {error.strerror}") from None
-        try:
-            self._lock()
+        message = f"{self.path} is in use by another process: wait for it, or end it"
+        with ExitStack() as opened:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                lock = self.path.with_name(self.path.name + LOCK)
+                opened.enter_context(locked(lock, message))
+                self._file = opened.enter_context(open(self.path, "a+b", buffering=0))
+            except BlockingIOError as error:
+                raise LedgerError(str(error)) from None
+            except OSError as error:
+                raise LedgerError(f"cannot open {self.path}: {error.strerror}") from None
             self._read()
-        except BaseException:
-            self._file.close()
-            raise
+            self._opened = opened.pop_all()  # until the end
 
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
+        self._opened.close()
 
     def add(self, image: int, log_likelihood: float) -> None:
         """Appends an image's log-likelihood in nats.
@@ -72,16 +76,6 @@ class Ledger:
         """
         self._write(f"{image},{self.identity['samples']},{log_likelihood!r}\n")
         self.rows[image] = log_likelihood
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LedgerError(
-                f"{self.path} is in use by another process: wait for it, or end it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
 
     def _read(self) -> None:
         self._file.seek(0)

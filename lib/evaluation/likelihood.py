@@ -73,7 +73,7 @@ class Likelihood(Evaluation):
         if flags.processes > 1:
             open_model, gpus = context.reopen, torch.cuda.device_count()
             devices = [
-                f"cuda:{i % gpus}" if device.type == "cuda" else "cpu"
+                f"cuda:{i % gpus}" if device.type == "cuda" else device.type
                 for i in range(flags.processes)
             ]
         name = f"{loaded.fingerprint}_seed{flags.seed}_samples{flags.importance_samples}"

@@ -47,14 +47,17 @@ def choose_device(name: str) -> torch.device:
     """The device of `--device`; raises ConfigError if this machine has none such."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wrong = f"--device must be auto, cpu, cuda, cuda:N or mps; got {name}"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N; got {name}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N; got {name}")
+        raise ConfigError(wrong) from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(wrong)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device {name}: this machine has no GPU of Apple's")
     return device
 
 

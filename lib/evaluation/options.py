@@ -107,7 +107,7 @@ def make_parser(description: str) -> OneLineParser:
     options = parser.add_argument_group("Options")
     _add(options, BATCH)
     options.add_argument("--seed", type=int, default=0, help="of all noise")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     options.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="implementation of the sweeps"
     )

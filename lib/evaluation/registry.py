@@ -175,15 +175,15 @@ class Context:
 
     def track(self, loop: Iterable[Any], title: str) -> Iterable[Any]:
         """The loop, with its progress shown under a title."""
-        from tqdm import tqdm
+        from ..progress import progress
 
-        return tqdm(loop, desc=title)
+        return progress(loop, desc=title)
 
     def bar(self, images: int, title: str) -> Any:
         """A bar of the progress over so many images; a context manager."""
-        from tqdm import tqdm
+        from ..progress import progress
 
-        return tqdm(total=images, unit="image", desc=title, smoothing=0)
+        return progress(total=images, unit="image", desc=title, smoothing=0)
 
     def entry(self, path: Path, caption: str) -> dict[str, str]:
         """A picture as results name it."""

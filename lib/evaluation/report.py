@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import whole_file
+from ..optional import optional
 from .registry import Evaluation, evaluations
 from .tables import (
     FACTS,
@@ -89,7 +90,7 @@ def write_report(
         ReportError: if a picture is missing, damaged or outside the folder, a value is of the
             wrong kind, or the page cannot be written.
     """
-    import jinja2
+    jinja2 = optional("jinja2", "--report", "evaluate", ReportError)
 
     path = Path(path)
     environment = jinja2.Environment(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
 import platform
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from ..config import ConfigError
-from ..files import PARTIAL, whole_file
+from ..files import LOCK, PARTIAL, locked, whole_file
 from .registry import Context
 
 OWNER = ".weights"  # the fingerprint of the weights whose results are in the folder
+AT_WORK = ".at_work"  # ending of the names of locks, of which each evaluation holds one
 
 
 def results_folder(figs: Path, name: str, fingerprint: str) -> Path:
@@ -38,22 +39,20 @@ def own_folder(figs: Path, name: str, fingerprint: str) -> Iterator[Path]:
     Raises:
         ConfigError: if the folder cannot be written to.
     """
-    while True:
-        folder = results_folder(figs, name, fingerprint)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise ConfigError(f"{folder} cannot be written to")
-        with _locked(folder):
-            if _owners(folder) <= {fingerprint}:
-                (folder / OWNER).write_text(fingerprint)
-                break
-    with (folder / OWNER).open() as owner:
-        try:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove_partial_files(folder)
-        except OSError:
-            pass  # another evaluation is at work, or the file system knows no locks
-        fcntl.flock(owner, fcntl.LOCK_SH)
+    with ExitStack() as at_work:
+        while True:
+            folder = results_folder(figs, name, fingerprint)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise ConfigError(f"{folder} cannot be written to")
+            with locked(folder / LOCK, "", wait=True):
+                if _owners(folder) <= {fingerprint}:
+                    (folder / OWNER).write_text(fingerprint)
+                    if not any([_is_held(lock) for lock in folder.glob(f".*{AT_WORK}")]):
+                        _remove_partial_files(folder)
+                    own = folder / f".{secrets.token_hex(8)}{AT_WORK}"
+                    at_work.enter_context(locked(own, ""))
+                    break
         yield folder
 
 
@@ -67,7 +66,7 @@ def provenance(context: Context, checkpoint: Path, command: str) -> dict[str, An
         "dataset": context.loaded.config.dataset,
         "seed": context.flags.seed,
         "batch": context.flags.batch,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
@@ -93,7 +92,7 @@ def read_results(path: Path) -> dict[str, Any]:
 def add_result(path: Path, task: str, result: dict[str, Any]) -> dict[str, Any]:
     """Adds a result to those that are kept, also to those of commands that run at the same time;
     all of them."""
-    with _locked(path.parent):
+    with locked(path.parent / LOCK, "", wait=True):
         results = read_results(path) | {task: result}
         with whole_file(path) as partial_file:
             partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
@@ -113,14 +112,13 @@ def _owners(folder: Path) -> set[str]:
     return found | (named - {""})
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds a lock; that of one that died is removed."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        with locked(lock, ""):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def _remove_partial_files(folder: Path) -> None:

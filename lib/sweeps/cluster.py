@@ -1,4 +1,4 @@
-"""Compiles, loads and launches the kernels of cluster.cu, with NVRTC and the driver by way of ctypes.
+"""Compiles, loads and launches the kernels of cluster.cu, with NVRTC and the driver by ctypes.
 
 Both libraries are there wherever torch runs on a CUDA device: NVRTC comes with torch. A kernel is
 compiled for its constants and an architecture, which takes seconds, and kept for the process.

@@ -13,39 +13,38 @@ the transforms of `torch.func`, complex numbers - goes through the equations of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import graphs, selection, torch_backend
+from . import graphs, onnx_scan, selection, torch_backend
 from .checking import backend_module
+from .torch_internals import has_tangent, is_transformed, may_have_saved_tensors_hooks
 
 # The part of a GPU's free memory that one sweep may keep for its backward sweep, for a network has
 # many sweeps.
 FREE_PART = 1 / 16
-# Returns the hooks that torch calls with saved tensors, None without; torch 2.6 and 2.7 have no way
-# to tell.
-SAVED_TENSORS_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def correct_lines(
-    lines: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor,
-    bias_hh: Tensor,
-    *,
-    reverse: bool,
-    keep_first: bool,
-    backend: str,
+    lines: Tensor, *parameters: Tensor, reverse: bool, keep_first: bool, backend: str
 ) -> Tensor:
     """A sweep, see `correct_lines` in nn.py."""
-    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
-    from ..nn import correct_lines_reference, is_transformed
+    from ..nn import correct_lines_reference
 
+    if any(parameter.device != lines.device for parameter in parameters):
+        where = ", ".join(str(parameter.device) for parameter in parameters)
+        raise ValueError(
+            f"features are on {lines.device}, parameters on {where}: all must be on one device"
+        )
     # The operator knows nothing of other derivatives, nor the backends of complex ones.
-    if is_transformed() or lines.is_complex():
+    if is_transformed(lines, *parameters) or lines.is_complex():
         return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced and torch.onnx.is_in_onnx_export():
+        return onnx_scan.correct_lines(lines, *parameters, reverse=reverse, keep_first=keep_first)
     device, product_dtype = lines.device.type, lines.dtype
     if not lines.is_meta and torch.is_autocast_enabled(device):
         # Only products are in autocast's type, and parameters stay as they are.
@@ -62,6 +61,17 @@ def correct_lines(
     return corrected
 
 
+def laid_out_for_sweeps(layer: Callable[..., Tensor], x: Tensor, *more: object) -> Tensor:
+    """`layer(x, *more)`, with channels side by side inside of it, as sweeps need them: the input is
+    converted once, and the output has the memory format that a convolution's would have."""
+    if is_transformed(x):  # whose tensors know no formats; the open loop needs none
+        return layer(x, *more)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    y = layer(x.contiguous(memory_format=torch.channels_last), *more)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return y.contiguous(memory_format=memory_format)
+
+
 def _should_keep(lines: Tensor, product_dtype: torch.dtype) -> bool:
     """Whether a sweep keeps what the backward sweep could compute again: always on a CPU, and on a
     GPU where there is memory, but not for sweeps that are replayed as graphs, out of which it would
@@ -73,7 +83,7 @@ def _should_keep(lines: Tensor, product_dtype: torch.dtype) -> bool:
         return False
     if lines.device.type != "cuda" or torch.compiler.is_compiling():
         return True
-    if SAVED_TENSORS_HOOKS is None or SAVED_TENSORS_HOOKS(True) is not None:
+    if may_have_saved_tensors_hooks():
         return False
     total = torch.cuda.get_device_properties(lines.device).total_memory
     free = total - torch.cuda.memory_allocated(lines.device)
@@ -140,18 +150,18 @@ def _save_for_backward(ctx, inputs, output):
 def _differentiate(ctx, grad_corrected, _):
     if grad_corrected is None:
         return (None,) * 10
+    tensors = ctx.saved_tensors  # once: activation checkpointing computes them again each time
     # The gradient is to be differentiated itself, backward or forward.
-    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
-        return *_reference_gradients(ctx, grad_corrected), *(None,) * 5
-    return *SWEEP_BACKWARD(grad_corrected, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+    if torch.is_grad_enabled() or has_tangent(grad_corrected, *tensors):
+        return *_reference_gradients(grad_corrected, tensors[:5], ctx.options), *(None,) * 5
+    return *SWEEP_BACKWARD(grad_corrected, *tensors, *ctx.options), *(None,) * 5
 
 
-def _reference_gradients(ctx, grad_corrected):
+def _reference_gradients(grad_corrected, inputs, options):
     """Gradients of lines and parameters in operations that torch can differentiate again."""
     from ..nn import correct_lines_reference
 
-    reverse, keep_first, product_dtype, _ = ctx.options
-    inputs = ctx.saved_tensors[:5]
+    reverse, keep_first, product_dtype, _ = options
     autocast = product_dtype.itemsize == 2  # products of two types need it
     with torch.autocast(inputs[0].device.type, dtype=product_dtype, enabled=autocast):
         _, pull_back = torch.func.vjp(

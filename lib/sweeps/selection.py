@@ -33,7 +33,7 @@ from .checking import backend_module, both, difference, example
 
 CANDIDATES = ("cluster", "lines", "torch")  # unmeasured, the first that is right is taken
 OVERRIDE = "SDN_BACKEND"
-ON_CPU = ("cpu", "meta")  # devices where there is nothing to choose
+ON_CPU = ("cpu", "meta", "mps")  # devices where there is nothing to choose
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
     base.py                 the LightningModule: objective, optimizer, noise, validation
     metrics_log.py          steps.csv, epochs.csv, run.json
     image_grids.py          pictures at each validation
-    loggers.py              wandb
+    loggers.py              wandb or TensorBoard, which can end no run
+    progress.py             a bar, or lines for a log file
     checkpoints.py          when checkpoints are written, and which are kept
     resume.py               where a run is, and which checkpoint it goes on from
     non_finite.py           steps whose numbers go wrong

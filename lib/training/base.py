@@ -50,8 +50,9 @@ def objective(output: Output, *, beta: float = 1.0, free_bits: float = 0.0) -> T
 
 def float64_mean() -> MeanMetric:
     """A mean over all ranks that is summed in float64, so that how images are shared out changes
-    nothing that is logged."""
-    return MeanMetric().set_dtype(torch.float64)
+    nothing that is logged; Apple's GPUs have float32 alone."""
+    on_apple = torch.backends.mps.is_available()
+    return MeanMetric().set_dtype(torch.float32 if on_apple else torch.float64)
 
 
 def tensor_shape(tensors: dict[str, Any], name: str) -> Any:

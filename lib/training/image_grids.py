@@ -13,6 +13,7 @@ from ..files import remove_partial_files
 from ..pictures import save_grid, side_by_side
 from ..synthesis import encode, interpolate, reconstruct, sample_images, traverse
 from .base import VAETraining
+from .loggers import Dashboard
 from .processes import log_rank_zero
 
 
@@ -28,12 +29,20 @@ class ImageGrids(pl.Callback):
         temperature: Of the samples.
         batch: Images computed at a time.
         seed: The noise is the same at every validation, so that grids can be compared.
+        dashboard: Where the grids are shown, too.
     """
 
     def __init__(
-        self, folder: str | Path, *, columns: int, temperature: float, batch: int, seed: int
+        self,
+        folder: str | Path,
+        *,
+        columns: int,
+        temperature: float,
+        batch: int,
+        seed: int,
+        dashboard: Dashboard,
     ):
-        self.folder = Path(folder)
+        self.folder, self.dashboard = Path(folder), dashboard
         self.columns, self.temperature = columns, temperature
         self._noise = dict(seed=seed, batch=batch)
         self._images: list[Tensor] = []
@@ -81,8 +90,7 @@ class ImageGrids(pl.Callback):
             except OSError as error:
                 log_rank_zero(f"note: {path} cannot be written: {error.strerror or error}")
                 continue
-            if hasattr(trainer.logger, "log_image"):
-                trainer.logger.log_image(key=f"val/{name}", images=[str(path)], step=step)
+            self.dashboard.picture(f"val/{name}", path, step)
 
     def _interpolations(self, model: DisentanglementVAE, images: Tensor, frames: int) -> Tensor:
         """A row from each image to the next."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..files import sync, whole_file
 from ..sweeps import choices
 from .base import VAETraining
+from .loggers import Dashboard
 from .processes import log_rank_zero
 from .profiling import peak_memory
 from .resume import RUN_FILE
@@ -88,10 +89,11 @@ class MetricsLog(pl.Callback):
 
     Arguments:
         folder: Where the files are.
+        dashboard: Where the same numbers are shown.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, dashboard: Dashboard):
+        self.folder, self.dashboard = Path(folder), dashboard
         self.unwritten = 0  # rows that could not be written until the end
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         # Since the last validation, of which epochs.csv has the means; they survive a restart.
@@ -224,11 +226,8 @@ class MetricsLog(pl.Callback):
                 self._since["steps"] += 1
         if rows and trainer.is_global_zero:
             self._steps.append(rows)
-            if trainer.logger:
-                for row in rows:
-                    trainer.logger.log_metrics(
-                        {f"train/{k}": v for k, v in row.items()}, step=row["step"]
-                    )
+            for row in rows:
+                self.dashboard.scalars({f"train/{k}": v for k, v in row.items()}, row["step"])
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: VAETraining) -> None:
         if not trainer.sanity_checking:
@@ -259,9 +258,8 @@ class MetricsLog(pl.Callback):
                 f"rate {row['val_rate']:.3f})",
                 flush=True,
             )
-            if trainer.logger:
-                values = {k.replace("val_", "val/", 1): v for k, v in row.items()}
-                trainer.logger.log_metrics(values, step=trainer.global_step)
+            values = {k.replace("val_", "val/", 1): v for k, v in row.items()}
+            self.dashboard.scalars(values, trainer.global_step)
         self._since = dict.fromkeys(self._since, 0)
         self._epoch_start = self._step_start = time.perf_counter()
 

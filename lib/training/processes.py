@@ -138,7 +138,7 @@ class LoaderWatch(pl.Callback):
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind and issubclass(kind, ConnectionError | EOFError):
             time.sleep(2)  # the end of a worker's connection comes before the signal of its death
-        if threading.current_thread() is threading.main_thread():
+        if self._is_told():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # One that is stuck, because its queue's lock died with another worker, would be waited for
         # without end.
@@ -158,8 +158,15 @@ class LoaderWatch(pl.Callback):
     def start(self) -> None:
         """Watches the workers that exist now."""
         self._workers = multiprocessing.active_children()
-        if self._workers and threading.current_thread() is threading.main_thread():
+        if self._workers and self._is_told():
             signal.signal(signal.SIGCHLD, self._check)
+
+    @staticmethod
+    def _is_told() -> bool:
+        """Whether this thread can be told of the death of a child; on Windows torch alone finds
+        out, when it waits for a batch."""
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        return in_main_thread and hasattr(signal, "SIGCHLD")
 
     def _check(self, signum: int, frame: object) -> None:
         for worker in self._workers:

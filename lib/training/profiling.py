@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 from typing import Any
 
 import pytorch_lightning as pl
@@ -97,8 +97,13 @@ class StepProfile(pl.Callback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that this process has held, on the GPU if it uses one, else in main
-    memory."""
+    """Bytes: the most that this process has held, on the GPU if it uses one, else in main memory; 0
+    on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

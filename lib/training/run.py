@@ -10,7 +10,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.profilers import SimpleProfiler
 
@@ -21,11 +20,12 @@ from .checkpoints import Checkpoints
 from .faults import faults_in_one_line
 from .image_grids import ImageGrids
 from .lightning_internals import keep_own_signal_handlers
-from .loggers import make_logger
+from .loggers import Dashboard
 from .metrics_log import MetricsLog
 from .non_finite import SkipNonFinite
 from .processes import LoaderWatch, log_rank_zero, watch_ranks
 from .profiling import StepProfile
+from .progress import progress_callback
 from .resume import RunProgress
 from .signals import StopSignals
 from .sweep_choices import SweepChoices
@@ -86,14 +86,16 @@ def run(
         max_rollbacks=config.max_rollbacks,
         rollback_lrate=config.rollback_lrate,
     )
+    dashboard = Dashboard(config, run_folder)
     grids = ImageGrids(
         figures,
         columns=config.figsize,
         temperature=config.sampling_temperature,
         batch=data.batch_val,
         seed=config.random_seed,
+        dashboard=dashboard,
     )
-    metrics, loader_watch = MetricsLog(run_folder), LoaderWatch()
+    metrics, loader_watch = MetricsLog(run_folder, dashboard), LoaderWatch()
     callbacks: list[pl.Callback] = [
         RunProgress(config.iters),
         SweepChoices(),  # before the metrics, which write them down
@@ -101,7 +103,8 @@ def run(
         metrics,
         skip,
         grids,
-        TQDMProgressBar(refresh_rate=10),
+        progress_callback(),
+        dashboard,  # after those that show something there
         checkpoints,
     ]
     profiler = None
@@ -116,7 +119,6 @@ def run(
         precision=precision,
         callbacks=callbacks,
         checkpoint_io=checkpoints.io,
-        logger=make_logger(config, run_folder),
         profiler=profiler,
     )
     parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
@@ -153,7 +155,6 @@ def make_trainer(
     precision: str,
     callbacks: list[pl.Callback],
     checkpoint_io: Any,
-    logger: pl.loggers.Logger | bool,
     profiler: SimpleProfiler | None,
 ) -> pl.Trainer:
     """The Trainer of a run; raises ConfigError if the job has another number of processes."""
@@ -175,7 +176,7 @@ def make_trainer(
         use_distributed_sampler=False,
         plugins=plugins,
         callbacks=callbacks,
-        logger=logger,
+        logger=False,
         profiler=profiler,
         enable_model_summary=False,
     )
@@ -191,9 +192,14 @@ def make_trainer(
 
 
 def choose_devices(config: TrainConfig) -> dict[str, Any]:
-    """The Trainer's accelerator and number of devices; raises ConfigError if there are fewer."""
+    """The Trainer's accelerator and number of devices; raises ConfigError if there are fewer.
+
+    Apple's GPU is taken only where `--gpus 1` asks for it: nobody has trained on one yet.
+    """
     available = torch.cuda.device_count()
     gpus = min(1, available) if config.gpus is None else config.gpus
+    if gpus == 1 and not available and torch.backends.mps.is_available():
+        return {"accelerator": "mps", "devices": 1}
     if gpus > available:
         hint = ""
         if available:

@@ -11,11 +11,10 @@ from typing import Any
 FAILED = 1  # exit status after a fault of the run
 PREEMPTED = 75  # "try again later", EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # after Ctrl-C, as of any program
-EXIT_STATUS = {
-    signal.SIGINT: INTERRUPTED,
-    signal.SIGTERM: PREEMPTED,
-    signal.SIGUSR1: PREEMPTED,
-    signal.SIGHUP: PREEMPTED,
+EXIT_STATUS = {signal.SIGINT: INTERRUPTED} | {
+    getattr(signal, name): PREEMPTED
+    for name in ("SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)  # Windows has the first alone
 }
 
 
@@ -48,7 +47,7 @@ class StopSignals:
             self._before = {
                 signum: signal.signal(signum, self._note)
                 for signum in EXIT_STATUS
-                if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN
+                if signum.name != "SIGHUP" or signal.getsignal(signum) is not signal.SIG_IGN
             }
         return self
 

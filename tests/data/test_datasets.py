@@ -124,13 +124,6 @@ def test_the_photographs_are_colour_pictures():
         assert abs(red - green).max() > 10 and abs(green - blue).max() > 10
 
 
-@pytest.mark.parametrize("package", ["skimage", "sklearn.datasets"])
-def test_photos32_without_a_package_says_what_to_install(monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataError, match="pip install scikit-image scikit-learn"):
-        get_dataset("Photos32")
-
-
 def test_an_unknown_data_set_lists_the_known_ones(tmp_path):
     with pytest.raises(DataError) as raised:
         get_dataset("cifar10", tmp_path)

@@ -1,6 +1,5 @@
 """Resumable downloads from a server that misbehaves."""
 
-import fcntl
 import hashlib
 import os
 
@@ -9,6 +8,7 @@ import pytest
 from data import download as module
 from data.download import download, main
 from data.errors import DataError
+from lib.files import locked
 
 CONTENT = os.urandom(3_000_000)
 
@@ -259,10 +259,11 @@ def test_a_damaged_file_is_one_line_and_stays(web, target, capsys):
 
 def test_a_second_download_of_the_same_file_is_refused(web, target):
     target.parent.mkdir()
-    with target.with_name("file.tar.partial").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process is downloading"):
-            download(web.url, target)
+    with (
+        locked(target.with_name("file.tar.partial.lock"), ""),
+        pytest.raises(DataError, match="another process is downloading"),
+    ):
+        download(web.url, target)
     assert web.ranges == []
     download(web.url, target)
     assert_complete(target)

@@ -394,11 +394,11 @@ def test_the_authors_celeba_checkpoint_just_works(tmp_path):
         ),
         (
             ["--model", "a", "--elbo", "--device", "tpu9"],
-            "--device must be auto, cpu, cuda or cuda:N; got tpu9",
+            "--device must be auto, cpu, cuda, cuda:N or mps; got tpu9",
         ),
         (
             ["--model", "a", "--elbo", "--device", "mps"],
-            "--device must be auto, cpu, cuda or cuda:N; got mps",
+            "--device mps: this machine has no GPU of Apple's",
         ),
         (["--model", "a", "--elbo", "--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["--model", "absent", "--elbo"], "--model absent: none of"),

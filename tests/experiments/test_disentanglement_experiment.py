@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from helpers import REPOSITORY, csv_rows, run
 from experiments import disentanglement
 from experiments.naming import Run
 from lib.checkpoint import read_checkpoint
+from lib.files import LOCK, locked
 
 SMALL = (
     "--name few --dataset Shapes3DRendered --batch 4 --z_size 2 --sdn_nfeat_0 3 --epoch_images 16 "
@@ -178,18 +178,18 @@ def test_what_counts_as_finished(carried_out, tmp_path):
     assert not disentanglement.is_evaluated(experiment, sdn)
 
 
-def test_a_run_of_another_process_is_left_to_it(tmp_path, capfd):
+@pytest.mark.parametrize("lock", [disentanglement.LOCK, LOCK])
+def test_a_run_of_another_process_is_left_to_it(lock, tmp_path, capfd):
+    """Of another experiment, or of a train.py whose experiment was killed."""
     folder = tmp_path / "checkpoints/few_cnn_beta4_seed3"
     folder.mkdir(parents=True)
-    lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
     flags, train_flags = disentanglement.make_parser().parse_known_args(
         [*SMALL, *TWO, "--decoders", "cnn", "--output_dir", str(tmp_path)]
     )
-    assert disentanglement.carry_out(disentanglement.prepare(flags, train_flags), 1) == [], (
-        "that is no failure"
-    )
-    os.close(lock)
+    with locked(folder / lock, ""):
+        assert disentanglement.carry_out(disentanglement.prepare(flags, train_flags), 1) == [], (
+            "that is no failure"
+        )
     assert (
         "[0/1] few_cnn_beta4_seed3: left to another process, which is at it"
         in capfd.readouterr().out

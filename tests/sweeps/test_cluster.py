@@ -1,5 +1,5 @@
-"""The kernels of the backend `cluster`, on a CPU: emulated they agree with the reference, output and
-every gradient, and NVRTC compiles them.
+"""The kernels of the backend `cluster`, on a CPU: emulated they agree with the reference, output
+and every gradient, and NVRTC compiles them.
 
 The emulation (cuda_emulator.h) runs the source of the kernels, with products in both forms. Threads
 run in several orders; that results are equal bit for bit shows that none depends on the order.
@@ -224,8 +224,8 @@ def test_compiles_without_spilling(architecture, kind, C, positions):
 
 
 def _stack_bytes(code: bytes) -> int:
-    """The stack of the kernel in machine code, where registers are spilled to: of the attributes
-    of a kernel in its section .nv.info, the one of number 0x11 (format 4: size 8, symbol, bytes)."""
+    """The stack of the kernel in machine code, where registers are spilled to: of the attributes of
+    a kernel in its section .nv.info, the one of number 0x11 (format 4: size 8, symbol, bytes)."""
     at = code.find(bytes([4, 0x11, 8, 0]))
     assert at >= 0
     return int.from_bytes(code[at + 8 : at + 12], "little")

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ import train
 from lib.checkpoint import read_checkpoint
 from lib.config import ConfigError, TrainConfig
 from lib.flags import flag_table
-from lib.training import loggers as dashboard
 from lib.training.resume import step_checkpoints
 
 
@@ -396,18 +394,6 @@ def test_too_few_images_are_one_line(tmp_path, images):
     assert done.stderr.count("error:") == 1
 
 
-def test_wandb_that_is_missing_is_one_line(tmp_path, images, monkeypatch, capfd):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    flags = [flag if flag != "none" else "wandb" for flag in TINY]
-    with pytest.raises(SystemExit) as stop:
-        train.main([*flags, "--root", str(images), "--output_dir", str(tmp_path)])
-    assert stop.value.code == 2
-    assert (
-        "--logger wandb: the package is missing; pip install wandb"
-        in capfd.readouterr().err.splitlines()[-1]
-    )
-
-
 def test_a_damaged_checkpoint_is_not_resumed(finished, tmp_path, images):
     folder = tmp_path / "checkpoints/tiny"
     folder.mkdir(parents=True)
@@ -423,48 +409,6 @@ def test_use_checkpoint_without_a_checkpoint_starts_anew(tmp_path, images):
     done = run("train.py", *TINY, *flags)
     assert done.returncode == 0, done.stderr
     assert "so this run starts anew" in done.stderr
-
-
-def test_wandb_never_asks_for_a_login(tmp_path, images):
-    """No key, no network, no terminal: it logs offline and says where."""
-    pytest.importorskip("wandb")
-    tiny = [flag if flag != "none" else "wandb" for flag in TINY]
-    environment = {"HOME": str(tmp_path), "WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc")}
-    first = ["--root", images, "--iters", 1, "--output_dir", tmp_path, "--make_checkpoint"]
-    done = run("train.py", *tiny, *first, **environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert f"wandb logs offline to {tmp_path}/checkpoints/sdn/wandb (no API key)" in done.stderr
-    again = ["--root", images, "--iters", 2, "--output_dir", tmp_path, "--use_checkpoint"]
-    assert run("train.py", *tiny, *again, **environment, timeout=240).returncode == 0
-    runs = [path.name for path in (tmp_path / "checkpoints/sdn/wandb").glob("offline-run-*")]
-    assert {name.rsplit("-", 1)[1] for name in runs} == {
-        (tmp_path / "checkpoints/sdn/wandb_id").read_text()
-    }
-
-    environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    other = ["--root", images, "--iters", 1, "--output_dir", tmp_path / "key"]
-    done = run("train.py", *tiny, *other, **environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "(127.0.0.1 cannot be reached)" in done.stderr
-
-
-def test_wandb_that_refuses_the_login_logs_offline(tmp_path, monkeypatch, capfd):
-    wandb = pytest.importorskip("wandb")
-
-    class Refused:
-        def __init__(self, mode, **options):
-            self.mode = mode
-
-        @property
-        def experiment(self):
-            raise wandb.errors.CommError("the key is not valid\nand more lines")
-
-    monkeypatch.setattr(dashboard.pl.loggers, "WandbLogger", Refused)
-    monkeypatch.setattr(dashboard, "why_offline", lambda url: None)
-    monkeypatch.setenv("WANDB_MODE", "online")
-    assert dashboard.make_logger(TrainConfig(logger="wandb"), tmp_path / "run").mode == "offline"
-    (line,) = capfd.readouterr().err.strip().splitlines()
-    assert line.startswith(f"wandb logs offline to {tmp_path}/run/wandb (the key is not valid)")
 
 
 def test_help_groups_the_flags_with_their_defaults(capsys):

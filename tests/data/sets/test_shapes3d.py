@@ -25,6 +25,7 @@ from data.convert.shapes3d import main
 from data.errors import DataError
 from data.scenes import FACTOR_SIZES, SCENES, Scenes, all_labels, validation_scenes
 from data.sets.shapes3d import Shapes3D
+from lib.files import LOCK, locked
 
 h5py = pytest.importorskip("h5py")
 COUNT = 960
@@ -217,15 +218,13 @@ def test_an_interruption_leaves_nothing(small, make, monkeypatch, capsys):
 
 def test_two_processes_convert_once(small, make, pictures, capfd):
     path = make("gzip")
-    handle = os.open(path.parent, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
     made = []
     threads = [threading.Thread(target=lambda: made.append(Shapes3D(path))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    threads[0].join(0.3)
-    assert not made and not uncompressed(path).exists()
-    os.close(handle)
+    with locked(path.parent / LOCK, ""):
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.3)
+        assert not made and not uncompressed(path).exists()
     for thread in threads:
         thread.join()
     assert len(made) == 2
