@@ -4,11 +4,29 @@
 take maps [B, in_ch, H, W] of any size and return logits [B, 1, H, W].
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.nn import SDNLayer
+
+
+def arms(in_ch: int) -> dict[str, Callable[[], nn.Module]]:
+    """What is compared: some 30,000 parameters each, where it says "large" 300,000 or more."""
+    return {
+        "SDN": partial(sdn, in_ch),
+        "ReNet": partial(renet, in_ch, 16, 17),
+        "convolutions": partial(convolutions, in_ch, 16, [1] * 7),
+        "dilated": partial(convolutions, in_ch, 16, [1, 2, 4, 8, 1, 2, 4]),
+        "axial attention": partial(axial, in_ch),
+        "U-Net": partial(UNet, in_ch, 8, 3),
+        "U-Net, attention": partial(UNet, in_ch, 11, 2, attention=True),
+        "U-Net, large": partial(UNet, in_ch, 20, 4),
+        "U-Net, large, attention": partial(UNet, in_ch, 20, 4, attention=True),
+    }
 
 
 class Residual(nn.Module):
