@@ -19,6 +19,7 @@ from lib.config import ConfigError
 from lib.DisentanglementVAE import DisentanglementVAE
 from lib.evaluation.loading import LoadedModel, choose_device, find_checkpoint
 from lib.evaluation.options import add_model_flags
+from lib.optional import optional
 from lib.pictures import grid_picture, load_image, square
 from lib.synthesis import encode, interpolate, neighborhood, reconstruct, sample_images, traverse
 
@@ -105,11 +106,7 @@ def page(answers: Answers, name: str) -> Any:
         ConfigError: if the package gradio is missing.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio as gr
-    except ImportError:
-        raise ConfigError("demo.py needs the package gradio: pip install gradio") from None
-
+    gr = optional("gradio", "demo.py", "demo", ConfigError)
     model, config = answers.loaded.model, answers.loaded.config
 
     def picture(label: str) -> Any:

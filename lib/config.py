@@ -140,8 +140,8 @@ class TrainConfig:
 
     dataset: str = _data(
         "CIFAR10",
-        "CIFAR10, ImageNet32, CelebAHQ256, Photos32, 3DShapes, Shapes3DRendered, one that was "
-        "converted, or the path of pictures to convert now (with --image_size)",
+        "CIFAR10, ImageNet32, CelebAHQ256, Digits8, Photos32, 3DShapes, Shapes3DRendered, one that "
+        "was converted, or the path of pictures to convert now (with --image_size)",
     )
     root: str = _data("data", "folder that holds the data sets")
     image_size: list[int] = _data(

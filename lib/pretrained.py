@@ -7,20 +7,20 @@ lie on the Hugging Face Hub. Its packages are needed only where a folder is writ
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .files import whole_file
+from .optional import optional
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CLASS = "model_class"
+A_FOLDER = "a folder of a model"
 Model = TypeVar("Model", bound="Pretrained")
 
 
@@ -44,7 +44,7 @@ class Pretrained:
             ImportError: if the package safetensors is missing.
             OSError: if the files cannot be written.
         """
-        save_file = _package("safetensors.torch").save_file
+        save_file = optional("safetensors.torch", A_FOLDER, "hub", ImportError).save_file
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         config = {CLASS: type(self).__name__, **self.arguments, **(more or {})}
         with whole_file(Path(folder) / WEIGHTS) as partial:
@@ -72,7 +72,9 @@ class Pretrained:
         """
         folder = Path(name)
         if not folder.is_dir():
-            download = _package("huggingface_hub").snapshot_download
+            download = optional(
+                "huggingface_hub", f"{name} is no folder, and the Hub", "hub", ImportError
+            ).snapshot_download
             patterns = [WEIGHTS, CONFIG]
             folder = Path(download(str(name), revision=revision, allow_patterns=patterns))
         config, weights = read_folder(folder)
@@ -97,7 +99,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: if a file is damaged.
         FileNotFoundError: if one is missing.
     """
-    load_file = _package("safetensors.torch").load_file
+    load_file = optional("safetensors.torch", A_FOLDER, "hub", ImportError).load_file
     for path in (folder / CONFIG, folder / WEIGHTS):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is no folder of a model: it has no {path.name}")
@@ -119,11 +121,3 @@ def plain_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in given.items()
         if name not in ("self", "__class__")
     }
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        pip_name = name.split(".")[0]
-        raise ImportError(f"this needs the package {pip_name}: pip install {pip_name}") from error

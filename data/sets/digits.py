@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lib.optional import optional
+
 from ..errors import DataError
 from ..registry import DatasetSpec, register
 
 SIZE = 8
-VALIDATION = 180  # the last ones, written by people of whom none wrote a training image
+VALIDATION = 180  # the last ones
 
 
 class Digits8(Dataset):
@@ -27,13 +29,8 @@ class Digits8(Dataset):
     """
 
     def __init__(self, split: str):
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise DataError(
-                f"Digits8 needs scikit-learn: pip install scikit-learn ({error})"
-            ) from None
-        levels = np.minimum(load_digits().images, 15).astype(np.uint8) * 17
+        datasets = optional("sklearn.datasets", "Digits8", "photos", DataError)
+        levels = np.minimum(datasets.load_digits().images, 15).astype(np.uint8) * 17
         images = torch.from_numpy(levels).unsqueeze(1)
         self._images = images[:-VALIDATION] if split == "train" else images[-VALIDATION:]
 

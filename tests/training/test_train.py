@@ -268,7 +268,7 @@ WRONG_FLAGS = [
     (["--exp_name", "a/b"], "--exp_name must be a plain folder name; got a/b"),
     (
         ["--dataset", "MNIST"],
-        "--dataset must be one of 3DShapes, CelebAHQ256, CIFAR10, ImageNet32, Photos32, ",
+        "--dataset must be one of 3DShapes, CelebAHQ256, CIFAR10, Digits8, ImageNet32, Photos32, ",
     ),
     (["--gpus", "99"], "--gpus 99: this machine has"),
     (["--num_processes", "2", "--gpus", "1"], "--num_processes is for the CPU"),
