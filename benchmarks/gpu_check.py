@@ -10,8 +10,8 @@
    channels. Medians of rounds in which the contenders take turns.
 3. The kernels of the fastest backend, by time.
 
-The file is written after each row, so that a run that is cut off has lost nothing. On a CPU the same
-steps are made at sizes of seconds, without graphs, to see that the program is ready.
+The file is written after each row, so that a run that is cut off has lost nothing. On a CPU the
+same steps are made at sizes of seconds, without graphs, to see that the program is ready.
 """
 
 from __future__ import annotations

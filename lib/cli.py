@@ -1,5 +1,5 @@
-"""How the entry scripts talk: streams that never fail, and bad input told in one line on stderr with
-exit status 2."""
+"""How the entry scripts talk: streams that never fail, and bad input told in one line on stderr
+with exit status 2."""
 
 from __future__ import annotations
 

@@ -189,8 +189,8 @@ def rebuild_config(
     if values["obs_model"] == "DL":
         raise CheckpointError(
             f"{path} has the observation model DL, whose data are k / (2^nbits - 1) - 0.5 in the "
-            "authors' program and k / 2^nbits - 0.5 in this one (DEVIATIONS.md): it would see other "
-            "images than it was trained on"
+            "authors' program and k / 2^nbits - 0.5 in this one (DEVIATIONS.md): it would see "
+            "other images than it was trained on"
         )
     config, left_out = _checked(values, path), {}
     for name in [name for name in TRAINING if stored.get(name) is not None]:

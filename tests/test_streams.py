@@ -22,7 +22,8 @@ print("out", flush=True)
 print("err", file=sys.stderr, flush=True)
 assert os.open(os.devnull, os.O_RDONLY) > 2, "a file has the descriptor of a stream"
 subprocess = __import__("subprocess")
-sys.exit(subprocess.run([sys.executable, "-c", "import sys; sys.exit(sys.stderr is None)"]).returncode)
+done = subprocess.run([sys.executable, "-c", "import sys; sys.exit(sys.stderr is None)"])
+sys.exit(done.returncode)
 """
 
 

@@ -115,6 +115,7 @@ JUNK += [
 # The files that each command reads.
 DATA = [f"data/{DATA_SET}/{name}" for name in ("dataset.json", "train.lmdb", "validation.lmdb")]
 CHECKPOINTS = [f"checkpoints/tiny/{name}.ckpt" for name in ("best", "last", "step_0000002")]
+PICTURE = "photos/0.png"
 LOGS = [f"checkpoints/tiny/{name}" for name in ("steps.csv", "epochs.csv", "run.json")]
 RESULTS = ["figs/tiny/results.json", "figs/tiny/.weights"]
 READ_BY: dict[tuple[str, ...], list[str]] = {
@@ -122,10 +123,10 @@ READ_BY: dict[tuple[str, ...], list[str]] = {
     ("train.py", *RESUME): [*CHECKPOINTS, *LOGS],
     ("evaluate.py", *EVALUATE, "--elbo"): [CHECKPOINTS[0], DATA[2], *RESULTS],
     ("evaluate.py", *EVALUATE, "--likelihood", *OF_EVALUATIONS["likelihood"].split()): ["LEDGER"],
-    ("evaluate.py", *EVALUATE, "--overfitting", "--queries", "photos/0.png"): ["photos/0.png", DATA[1]],
+    ("evaluate.py", *EVALUATE, "--overfitting", "--queries", PICTURE): [PICTURE, DATA[1]],
     ("evaluate.py", *EVALUATE, "--report"): [*RESULTS, "figs/tiny/reconstructions.png"],
-}  # fmt: skip
-KEPT = (*DATA, "photos/0.png", "file")
+}
+KEPT = (*DATA, PICTURE, "file")
 
 
 @dataclass
