@@ -25,6 +25,7 @@ import PIL
 from lib.cli import OneLineParser, one_line_errors
 from lib.files import exclusive_folder
 from lib.picture_files import FITS
+from lib.progress import progress
 
 from ..converted import FORMAT
 from ..errors import DataError
@@ -161,8 +162,7 @@ def _share(validation: str) -> float | None:
 
 def _convert_stage(store: Store, shape: Shape, stage: Stage, processes: int) -> None:
     """Reads a source to its end, from where an earlier run stopped."""
-    progress = store.progress
-    done = progress.entries.get(stage.name, 0)
+    done = store.progress.entries.get(stage.name, 0)
     seen: dict[str, None] = {}
 
     def wanted() -> Iterator[Entry]:
@@ -187,7 +187,7 @@ def _convert_stage(store: Store, shape: Shape, stage: Stage, processes: int) -> 
                 bar.update()
         finally:
             store.commit()
-    if stage.name == "validation" and not progress.entries.get("validation"):
+    if stage.name == "validation" and not store.progress.entries.get("validation"):
         there = ", ".join(repr(split) for split in seen if split) or "none"
         raise DataError(f"--validation: nothing is called so; the source's splits are: {there}")
 
