@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from lib.picture_files import FORMATS, NoPictureError, PictureError, fit_picture, read_picture
+from lib.processes import end_with_parent
 
 from ..errors import DataError
 from .sources import Entry
@@ -96,7 +97,7 @@ def decode_all(entries: Iterable[Entry], shape: Shape, processes: int) -> Iterat
         return
     Image.init()  # once, before the processes are there
     waiting: deque[Any] = deque()
-    with ProcessPoolExecutor(processes, initializer=_leave_interrupts) as pool:
+    with ProcessPoolExecutor(processes, initializer=_begin) as pool:
         try:
             for chunk in _chunks(entries):
                 waiting.append(pool.submit(_decode_chunk, chunk, shape))
@@ -130,8 +131,10 @@ def _decode_chunk(entries: list[Entry], shape: Shape) -> list[Decoded]:
     return [decode(entry, shape) for entry in entries]
 
 
-def _leave_interrupts() -> None:
+def _begin() -> None:
+    """Prepares a decoding process: Ctrl-C is the main process's to handle, whose end is its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _with_channels(levels: np.ndarray, channels: int) -> np.ndarray:

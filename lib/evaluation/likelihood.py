@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import math
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..models import VAE
+from ..processes import end_with_parent
 from ..utils import nats_to_bits_per_dim
 from .elbo import Estimate, Progress, bits_with_error, shown_on
 from .importance import ImportanceSampler, LikelihoodError, pick_chunk
@@ -260,7 +260,7 @@ def _begin(start: Callable[[str], ImportanceSampler], names, threads: int) -> No
     """Prepares a worker process; the model is opened by its first image, so that an error there is
     that image's and reaches the parent."""
     global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     _worker = partial(start, names.get())
 
@@ -270,13 +270,6 @@ def _compute(image: int) -> tuple[int, float, int]:
     if not isinstance(_worker, ImportanceSampler):
         _worker = _worker()
     return image, _worker(image), _worker.chunk
-
-
-def _end_with_parent() -> None:
-    """Waits for the parent's end, even one that leaves it no time for a word, and ends this
-    process."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 @contextlib.contextmanager

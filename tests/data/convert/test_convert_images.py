@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -295,6 +296,16 @@ def test_an_interrupted_conversion_goes_on_where_it_was(tmp_path, monkeypatch):
     assert decoded.count("train/001.png") == 1, "what was done is not done again"
 
 
+def processes_about(path):
+    """Numbers of the processes with a path in their command line, where there is /proc."""
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(path).encode() in command.read_bytes():
+                found.append(int(command.parent.name))
+    return found
+
+
 def test_a_killed_conversion_goes_on(tmp_path):
     """Kills the process in the middle of its work, without a chance to write anything."""
     source = tmp_path / "source.npy"
@@ -309,6 +320,10 @@ def test_a_killed_conversion_goes_on(tmp_path):
         time.sleep(0.02)
     process.kill()
     process.wait()
+    deadline = time.monotonic() + 30
+    while remaining := processes_about(source):
+        assert time.monotonic() < deadline, remaining
+        time.sleep(0.1)
     done = subprocess.run(command, cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [set(stored(tmp_path, "cats", split)) for split in storing.SPLITS]
