@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from lib.config import ConfigError
 from lib.evaluation.loading import find_checkpoint
 from lib.evaluation.options import add_model_flags
 from lib.evaluation.results import read_results, results_folder
-from lib.files import whole_file
+from lib.files import read_json, whole_file
 from lib.model_card import model_card
 from lib.training.resume import RUN_FILE
 
@@ -78,7 +77,7 @@ def publish(path: Path, name: str, figs: Path, folder: Path) -> list[str]:
 def _provenance(run_file: Path) -> dict[str, Any]:
     """What run.json says of versions, commit and command, if it is there."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return dict(json.loads(run_file.read_text())["provenance"])
+        return dict(read_json(run_file)["provenance"])
     return {}
 
 

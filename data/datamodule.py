@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lib.processes import end_with_parent
 from lib.training.processes import Watchdog
 from lib.training.resume import Position
 from lib.training.signals import EXIT_STATUS
@@ -131,19 +129,12 @@ def follow_the_main_process(worker: int) -> None:
     """Makes a loader worker live as long as the process that started it, and no longer.
 
     Signals are ignored: one that is sent to a whole job reaches the workers, too, but they are
-    needed until the checkpoint is written. A killed process's workers end within a second: torch's
-    own look only while they wait for work, not while they send a batch that nobody takes.
+    needed until the checkpoint is written. A killed process's workers end with it: torch's own look
+    only while they wait for work, not while they send a batch that nobody takes.
     """
     for signum in EXIT_STATUS:
         signal.signal(signum, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="follow_the_main_process").start()
+    end_with_parent()
 
 
 class EpochSampler(Sampler[int]):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .files import whole_file
+from .files import read_json, whole_file
 from .optional import optional
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -104,7 +104,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is no folder of a model: it has no {path.name}")
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = read_json(folder / CONFIG)
         if not isinstance(config, dict):
             raise ValueError("no dictionary")
         weights = load_file(folder / WEIGHTS)
