@@ -239,7 +239,6 @@ class Disturbed:
     def disturb(self, session: Session, done: int) -> str:
         """Waits for a random time and ends the run in a random way; which, or "" if it ended by
         itself."""
-        begun = lambda: bool(session.steps())  # noqa: E731
         if self.plan is None:
             end = self.chance.choices(list(ENDS), [weight for weight, _ in ENDS.values()])[0]
             time_left, start = self.until - time.time(), statistics.median(self.first_step or [10])
@@ -251,12 +250,14 @@ class Disturbed:
                 # over in time.
                 longest = start / (1 - (work_left / time_left) ** 0.5)
                 moment = time.time() + self.chance.uniform(0, longest)
+            # Before the first step only SIGKILL does what it does later.
+            least = 0 if end == "SIGKILL" else 1
         else:
+            # After some steps, not some seconds: a quick machine would be at the end of the run
+            # before the plan is.
             end = self.plan.pop(0) if self.plan else ""
-            session.wait(begun)
-            moment = time.time() + self.chance.uniform(0.7, 1.3)
-        # Before the first step only SIGKILL does what it does later.
-        ready = lambda: time.time() > moment and (end == "SIGKILL" or begun())  # noqa: E731
+            moment, least = 0.0, self.chance.randint(EVERY, 2 * EVERY)
+        ready = lambda: time.time() > moment and len(session.steps()) >= least  # noqa: E731
         if not end or not session.wait(ready):
             session.wait()
             return ""
@@ -331,7 +332,7 @@ class Disturbed:
 
 def soak(minutes: float, seed: int, quick: bool, folder: Path) -> dict[str, Any]:
     """All runs; their figures, and under "faults" what is not as it should be."""
-    begin, steps = time.time(), 80
+    begin, steps = time.time(), 200
     if not quick:
         trial = in_peace(Session(folder, "trial", 200, seed))
         seconds = minutes * 20 - trial["seconds_to_first_step"]

@@ -129,7 +129,7 @@ def test_a_short_soak_ends_well(tmp_path):
     assert (
         disturbed["starts"] == 5
         and sum(result["injected"].values()) > 0
-        and result["pictures"] == 4
+        and result["pictures"] == 8
     )
     assert not list(tmp_path.glob("soak_*")), (
         "what it wrote is removed; of killed processes some small files stay"
