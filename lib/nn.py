@@ -152,7 +152,7 @@ class Sweep(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        C = _integer("num_features", num_features)
+        C = _channels("num_features", num_features)
         (self.direction,) = _directions([direction])
         self.border = _one_of("border", border, BORDERS)
         backend = _one_of("backend", backend, BACKENDS)
@@ -270,8 +270,8 @@ class SDNLayer(nn.Module):
 
     Raises:
         TypeError: on arguments that are unknown, missing or given twice.
-        ValueError: on arguments that cannot work, or an input of another shape; the message says
-            what is allowed.
+        ValueError: on arguments that cannot work; the message says what is allowed. What concerns
+            the convolution alone, and an input that does not fit, raises what it raises there.
 
     Example:
         >>> layer = SDNLayer(3, 8, kernel_size=3, padding=1, dirs=[0, 1, 2, 3], num_features=16)
@@ -303,10 +303,10 @@ class SDNLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.in_channels = _integer("in_channels", in_channels)
-        self.out_channels = _integer("out_channels", out_channels)
+        self.in_channels = _channels("in_channels", in_channels)
+        self.out_channels = _channels("out_channels", out_channels)
         self.dirs = _directions(dirs)
-        C = self.out_channels if num_features is None else _integer("num_features", num_features)
+        C = self.out_channels if num_features is None else _channels("num_features", num_features)
         convolution: Options = dict(kernel_size=kernel_size, stride=stride, padding=padding)
         convolution |= dict(dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode)
         convolution |= dict(upsample=upsample, output_padding=output_padding)
@@ -348,8 +348,7 @@ class SDNLayer(nn.Module):
             return self._computed(x, *sizes)
         if x.dim() == 3:
             return self(x[None], output_size)[0]
-        _check_input(x, output_size, self._convolution)
-        if _SWEEPS is None:
+        if _SWEEPS is None or x.dim() != 4:  # which the convolution refuses
             return self._computed(x, *sizes)
         return _SWEEPS.laid_out_for_sweeps(self._computed, x, *sizes)
 
@@ -397,60 +396,39 @@ def make_convolution(
     output_padding: Size = 0,
     **options: Any,
 ) -> nn.Conv2d | nn.ConvTranspose2d:
-    """A convolution, or if `upsample` a transposed one, that checks its arguments.
-
-    Further options are those of `torch.nn.Conv2d`.
+    """A convolution, or if `upsample` a transposed one; further options are those of both.
 
     Raises:
-        ValueError: on arguments that cannot work.
+        ValueError: on arguments of a transposed convolution with which it would not upsample, or
+            leave out parts of the output, and on those that only the other kind has.
     """
-    kernel_size, stride = _pair("kernel_size", kernel_size), _pair("stride", stride)
-    options["dilation"] = _pair("dilation", options.get("dilation", 1))
-    options["groups"] = _integer("groups", options.get("groups", 1))
-    padding = padding if isinstance(padding, str) else _pair("padding", padding, 0)
-    output_padding = _pair("output_padding", output_padding, 0)
-    channels = _integer("in_channels", in_channels), _integer("out_channels", out_channels)
+    arguments = in_channels, out_channels, kernel_size, stride, padding
     if not upsample:
-        if any(output_padding):
+        if output_padding not in (0, (0, 0), [0, 0]):
             raise ValueError("output_padding needs upsample=True")
-        return nn.Conv2d(*channels, kernel_size, stride, padding, **options)
+        return nn.Conv2d(*arguments, **options)
     if isinstance(padding, str) or options.get("padding_mode", "zeros") != "zeros":
         raise ValueError("upsample=True needs padding in numbers, and padding_mode='zeros'")
-    if stride == (1, 1):
-        raise ValueError(
-            "upsample=True needs stride >= 2 (kernel_size=4, stride=2, padding=1 doubles the scale)"
-        )
-    for kernel, step, pad in zip(kernel_size, stride, padding, strict=True):
-        if kernel < step:
+    convolution = nn.ConvTranspose2d(*arguments, output_padding, **options)
+    wrong = f"got kernel_size={kernel_size}, stride={stride}, padding={padding}"
+    if convolution.stride == (1, 1):
+        raise ValueError(f"upsample=True needs stride >= 2, {wrong}; 4, 2, 1 doubles the scale")
+    for kernel, step, pad in zip(
+        convolution.kernel_size, convolution.stride, convolution.padding, strict=True
+    ):
+        if kernel < step or kernel <= 2 * pad:
             raise ValueError(
-                "upsample=True needs kernel_size >= stride, or some outputs see no input at "
-                f"all; got kernel_size={kernel}, stride={step}"
+                "upsample=True needs kernel_size >= stride, or some outputs see no input at all, "
+                f"and kernel_size > 2 * padding, {wrong}"
             )
-        if kernel <= 2 * pad:
-            raise ValueError(
-                f"upsample=True needs kernel_size > 2 * padding, got kernel_size={kernel}, "
-                f"padding={pad}"
-            )
-    return nn.ConvTranspose2d(*channels, kernel_size, stride, padding, output_padding, **options)
+    return convolution
 
 
-def _integer(name: str, value: Any, least: int = 1) -> int:
-    """An integer of any kind, numpy's too, as Python's."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    return number
-
-
-def _pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
-    """A number for height and width each, from one for both or from two."""
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(values) != 2 or isinstance(value, str):
-        raise ValueError(f"{name} must be an integer or two of them, got {value!r}")
-    return _integer(name, values[0], least), _integer(name, values[1], least)
+def _channels(name: str, value: Any) -> int:
+    """A number of channels, of any kind of integer, numpy's too, as Python's."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    return operator.index(value)
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
@@ -460,39 +438,11 @@ def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
 
 
 def _directions(dirs: Sequence[int]) -> tuple[int, ...]:
-    allowed = ", ".join(f"{number} ({meaning})" for number, meaning in DIRECTIONS.items())
-    if not isinstance(dirs, Iterable):
-        raise ValueError(
-            f"dirs must be a sequence of directions, got {dirs!r}; allowed are {allowed}"
-        )
-    dirs = tuple(dirs)
-    if not dirs:
-        raise ValueError(f"dirs must name at least one direction; allowed are {allowed}")
-    for direction in dirs:
-        if isinstance(direction, bool) or direction not in DIRECTIONS:
-            raise ValueError(f"unknown direction {direction!r} in dirs; allowed are {allowed}")
-    return tuple(map(operator.index, dirs))
-
-
-def _check_input(
-    x: Tensor, output_size: Sequence[int] | None, convolution: nn.Conv2d | nn.ConvTranspose2d
-) -> None:
-    if output_size is not None and isinstance(convolution, nn.Conv2d):
-        raise ValueError("output_size needs upsample=True")
-    channels = convolution.in_channels
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(
-            f"input must be [batch, {channels}, height, width] or [{channels}, height, width], "
-            f"got {list(x.shape)}"
-        )
-    if isinstance(convolution, nn.Conv2d) and not isinstance(convolution.padding, str):
-        sizes = zip(convolution.kernel_size, convolution.dilation, convolution.padding, strict=True)
-        least = [dilation * (kernel - 1) + 1 - 2 * padding for kernel, dilation, padding in sizes]
-        if x.shape[2] < least[0] or x.shape[3] < least[1]:
-            raise ValueError(
-                f"input must be at least {least[0]} high and {least[1]} wide for this kernel, got "
-                f"{list(x.shape)}"
-            )
+    given = tuple(dirs) if isinstance(dirs, Iterable) else ()
+    if not given or any(isinstance(d, bool) or d not in DIRECTIONS for d in given):
+        allowed = ", ".join(f"{number} ({meaning})" for number, meaning in DIRECTIONS.items())
+        raise ValueError(f"dirs must be a non-empty sequence of {allowed}, got {dirs!r}")
+    return tuple(map(operator.index, given))
 
 
 def correct_lines(
@@ -515,20 +465,15 @@ def correct_lines(
             "'reference' can"
         )
     if backend == "auto" and not torch.compiler.is_compiling():
-        _remark_slow()
+        warnings.warn(
+            "sweeps run as an open loop, because there is no folder sweeps/ beside nn.py; with it, "
+            "or with the installed package, they are several times faster",
+            stacklevel=2,
+        )
     return correct_lines_reference(lines, *parameters, reverse=reverse, keep_first=keep_first)
 
 
 torch.fx.wrap("correct_lines")  # a sweep is one node of a symbolic trace
-
-
-@functools.cache
-def _remark_slow() -> None:
-    warnings.warn(
-        "sweeps run as an open loop, because there is no folder sweeps/ beside nn.py; with it, or "
-        "with the installed package, they are several times faster",
-        stacklevel=2,
-    )
 
 
 def _import_sweeps() -> types.ModuleType | None:
