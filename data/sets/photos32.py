@@ -19,7 +19,6 @@ from lib.optional import optional
 from ..errors import DataError
 from ..registry import DatasetSpec, register
 
-SIZE = 32
 REDUCTIONS = (1, 2, 3, 4)
 VALIDATION_SHARE = 0.25  # of each photograph's width
 TRAIN_LENGTH = 8192
@@ -28,25 +27,26 @@ VALIDATION_SEED = 20210503
 
 
 class Photos32(Dataset):
-    """Patches as uint8 [3, 32, 32].
+    """Patches as uint8 [3, size, size].
 
     Arguments:
         split: "train" (an epoch is 8,192 random draws: photograph by area, scale, position, flip)
             or "validation" (a fixed list of 1,024 patches).
+        size: Of a patch; the data set has 32.
 
     Raises:
         DataError: if a package that carries the photographs is missing.
     """
 
-    def __init__(self, split: str):
-        self.split = split
+    def __init__(self, split: str, size: int = 32):
+        self.split, self.size = split, size
         regions = [_region(photograph, split) for photograph in photographs()]
         areas = torch.tensor(
             [region.width * region.height for region in regions], dtype=torch.float64
         )
         self._shares = areas.cumsum(0) / areas.sum()
         self._levels = [
-            [_reduced(region, reduction) for reduction in REDUCTIONS] for region in regions
+            [_reduced(region, reduction, size) for reduction in REDUCTIONS] for region in regions
         ]
         self._fixed: Tensor | None = None
         if split == "validation":
@@ -62,8 +62,8 @@ class Photos32(Dataset):
         return self._patch(torch.Generator().manual_seed(index))
 
     def draw(self, index: int, generator: torch.Generator) -> Tensor:
-        """A random patch [3, 32, 32] that depends on the generator's state only; the fixed one in
-        validation."""
+        """A random patch that depends on the generator's state only; in validation the fixed one of
+        this index."""
         return self[index] if self._fixed is not None else self._patch(generator)
 
     def _patch(self, generator: torch.Generator) -> Tensor:
@@ -74,11 +74,12 @@ class Photos32(Dataset):
             int(torch.searchsorted(self._shares, photograph).clamp(max=len(self._levels) - 1))
         ]
         image = levels[int(level * len(levels))]
+        size = self.size
         row, column = (
-            int(top * (image.shape[1] - SIZE + 1)),
-            int(left * (image.shape[2] - SIZE + 1)),
+            int(top * (image.shape[1] - size + 1)),
+            int(left * (image.shape[2] - size + 1)),
         )
-        patch = image[:, row : row + SIZE, column : column + SIZE]
+        patch = image[:, row : row + size, column : column + size]
         return patch.flip(2) if flip < 0.5 else patch.clone()
 
 
@@ -106,9 +107,9 @@ def _region(photograph: Image.Image, split: str) -> Image.Image:
     return photograph.crop((left, 0, right, photograph.height))
 
 
-def _reduced(region: Image.Image, reduction: int) -> Tensor:
+def _reduced(region: Image.Image, reduction: int, least: int) -> Tensor:
     """The region scaled down (antialiased), no side below a patch's: uint8 [3, H, W]."""
-    size = (max(SIZE, region.width // reduction), max(SIZE, region.height // reduction))
+    size = (max(least, region.width // reduction), max(least, region.height // reduction))
     scaled = region if size == region.size else region.resize(size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).contiguous()
 
