@@ -15,7 +15,8 @@ from helpers import GOLDEN, TINY, assert_one_line_error, relative_error, run
 from data.get_dataset import DATASETS
 from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
 from lib.evaluation.loading import load_model
-from lib.released import IMAGE_SHAPES, convert, translate
+from lib.released import IMAGE_SHAPES, translate
+from lib.training.released import convert
 from lib.utils import nats_to_bits_per_dim
 
 OLDER = {
