@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chunks import sum_over_positions
-from .utils import MaskedConv2d, full_precision, sum_over_image
+from .utils import MaskedConv2d, check_at_least, check_choice, full_precision, sum_over_image
 
 TAILS = ("approximate", "exact")  # of DML
 
@@ -131,11 +131,9 @@ class DML(nn.Module):
     ):
         super().__init__()
         _check_nbits(nbits)
-        if tails not in TAILS:
-            raise ValueError(f"dml_tails must be one of {', '.join(TAILS)}, got {tails!r}")
         _check_channels(channels)
-        if mix_components < 1:
-            raise ValueError(f"mix_components must be at least 1, got {mix_components}")
+        check_choice("dml_tails", tails, TAILS)
+        check_at_least(1, mix_components=mix_components)
         self.nbits = nbits
         self.mix_components = mix_components
         self.channels = channels
@@ -338,8 +336,7 @@ def make_observation(
 ) -> DML | DL:
     """The observation model called `name`, "DML" or "DL" (`mix_components` and `dml_tails` are
     DML's), of images with 3 or 1 `channels`."""
-    if name not in OBSERVATIONS:
-        raise ValueError(f"obs_model must be one of {', '.join(OBSERVATIONS)}, got {name!r}")
+    check_choice("obs_model", name, OBSERVATIONS)
     if name == "DML":
         return DML(nbits, mix_components, channels, dml_tails)
     return DL(nbits, channels)

@@ -3,7 +3,6 @@ decoding."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -250,22 +249,11 @@ class DensityVAE(VAE):
 
 
 def _check_halvings(size: tuple[int, int], wanted: int) -> None:
-    """Raises ValueError unless a map of this size can be halved so often, or until a side is 1."""
-    if _can_halve(size, wanted):
-        return
-    near = set()
-    for factor in (2**halvings for halvings in range(1, wanted + 1)):
-        sides = [(side // factor * factor, -(-side // factor) * factor) for side in size]
-        near |= {(h, w) for h in sides[0] for w in sides[1] if _can_halve((h, w), wanted)}
-    nearest = sorted(near, key=lambda other: (math.dist(other, size), other))[:3]
-    fitting = " or ".join(f"{h}x{w}" for h, w in nearest)
-    raise ValueError(
-        f"images of {size[0]}x{size[1]} cannot be halved {wanted} times: choose fewer entries of "
-        f"ds_list, or images of {fitting} (height x width)"
-    )
-
-
-def _can_halve(size: tuple[int, int], wanted: int) -> bool:
-    """Whether both sides stay whole when they are halved so often, or until one is 1."""
+    """Raises ValueError unless both sides stay whole when they are halved so often, or until one
+    is 1."""
     factor = 2 ** min(wanted, min(size).bit_length() - 1)
-    return min(size) > 0 and all(side % factor == 0 for side in size)
+    if any(side % factor for side in size):
+        raise ValueError(
+            f"images of {size[0]}x{size[1]} cannot be halved {wanted} times: choose fewer entries "
+            f"of ds_list, or images whose height and width are divisible by {2**wanted}"
+        )
