@@ -273,8 +273,6 @@ def load_weights(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from .training.released import convert
-
     parser = OneLineParser(
         "python -m lib.released", description="Converts a released checkpoint to this project's."
     )
@@ -283,6 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
         "target", metavar="OUT", help="where to write; checkpoints/NAME/last.ckpt can be trained on"
     )
     flags = parser.parse_args(arguments)
+    from .training.released import convert  # needs Lightning, which reading does not
+
     with one_line_errors(parser.prog, CheckpointError):
         print(*convert(flags.source, flags.target), sep="\n")
 

@@ -1,5 +1,5 @@
 """Small pieces that several modules share: masked convolutions, weight normalization, reproducible
-noise."""
+noise, checks of arguments."""
 
 from __future__ import annotations
 

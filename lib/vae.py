@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pretrained import Pretrained, plain_arguments
+from .pretrained import Pretrained
 from .probability import make_observation
 
 
@@ -18,7 +18,7 @@ class Output:
     """What one pass through the model gives. Layers are in top-down order: index 0 is the topmost.
 
     distortion: `-log p(x|z)` in nats, [B].
-    rates: KL divergence of each layer in nats, [B, depth].
+    rates: KL divergence of each layer, or each dimension of a β-VAE, in nats, [B, num_rates].
     latents: one [B, z_size, H_i, W_i] for each layer.
     params: the observation model's parameters, [B, param_channels, H, W].
     """
@@ -48,7 +48,7 @@ class VAE(Pretrained, nn.Module):
         image_shape: (C, H, W).
         observation: The observation model, `DML` or `DL`.
         latent_shapes: Of each layer in top-down order, without the batch dimension.
-        num_rates: How many parts the KL has.
+        num_rates: How many parts the KL has: one for each layer, or each dimension of a β-VAE.
     """
 
     latent_shapes: list[tuple[int, ...]]
@@ -56,7 +56,11 @@ class VAE(Pretrained, nn.Module):
 
     def __init__(self, given: Mapping[str, Any]):
         super().__init__()
-        self.arguments = plain_arguments(given)
+        self.arguments = {  # as JSON keeps them
+            name: value if isinstance(value, bool | int | float | str | None) else list(value)
+            for name, value in given.items()
+            if name not in ("self", "__class__")
+        }
         size, channels = given["image_size"], given["channels"]
         self.image_shape = (channels, *((size, size) if isinstance(size, int) else size))
         self.observation = make_observation(

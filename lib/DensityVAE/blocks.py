@@ -18,7 +18,7 @@ from ..nn import ResSDNLayer, SDNLayer, make_convolution
 BLOCKS = ("sdn", "conv3", "conv5", "conv3x2", "conv3x4")
 HIGHWAY = ("auto", "on", "off")
 
-# Of a convolution, which is transposed where the scale is to grow.
+# Of convolutions that keep the scale or halve it; a transposed one doubles it.
 SAME_SCALE = dict(kernel_size=3, stride=1, padding=1)
 HALF_SCALE = dict(kernel_size=4, stride=2, padding=1)
 

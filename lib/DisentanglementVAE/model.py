@@ -64,7 +64,7 @@ class DisentanglementVAE(VAE):
                 f"the model is for images of {IMAGE_SIZE}x{IMAGE_SIZE}, got {height}x{width}"
             )
         check_at_least(1, z_size=z_size)
-        self.latent_shapes, self.num_rates = [(z_size,)], z_size  # a rate for each dimension
+        self.latent_shapes, self.num_rates = [(z_size,)], z_size
         self.analytic_kl = analytic_kl
         self.posterior = IsoGaussian(z_size)
         down = partial(make_convolution, **HALF_SCALE, upsample=False)
