@@ -68,18 +68,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint, or is cut off ({reason})") from None
     lacking = sorted(REQUIRED - (checkpoint.keys() if isinstance(checkpoint, dict) else set()))
     if lacking:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this project: it lacks {', '.join(lacking)}"
-        )
-    if not all(isinstance(checkpoint[name], dict) for name in ("state_dict", "hyper_parameters")):
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this project: its tensors are no dictionary"
-        )
-    if not all(isinstance(name, str) for name in checkpoint["state_dict"]):
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this project: its tensors have no names"
-        )
-    return checkpoint
+        wrong = f"it lacks {', '.join(lacking)}"
+    elif not all(isinstance(checkpoint[name], dict) for name in ("state_dict", "hyper_parameters")):
+        wrong = "its tensors are no dictionary"
+    elif not all(isinstance(name, str) for name in checkpoint["state_dict"]):
+        wrong = "its tensors have no names"
+    else:
+        return checkpoint
+    raise CheckpointError(f"{path} is not a checkpoint of this project: {wrong}")
 
 
 def _read_published(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .DensityVAE.blocks import BLOCKS, HIGHWAY
 from .nn import BACKENDS, BORDERS
@@ -24,6 +24,7 @@ from .ranges import (
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 NOISES = ("batch", "image")
+LOGGERS = ("auto", "wandb", "tensorboard", "none")
 ARCHITECTURE = "Architecture"
 
 # What differs from the fields' defaults for a task, and the fields that say nothing to it.
@@ -266,14 +267,7 @@ class TrainConfig:
         False, "print where a run's time goes, and time and memory of a few steps, by operator"
     )
 
-    logger: str = _log(
-        "auto",
-        "dashboard beside the CSV files; auto: wandb if installed",
-        "auto",
-        "wandb",
-        "tensorboard",
-        "none",
-    )
+    logger: str = _log("auto", "dashboard beside the CSV files; auto: wandb if installed", *LOGGERS)
     check_val_every_n_epoch: int = _log(1, "epochs between validations", POSITIVE)
     figsize: int = _log(
         8,
@@ -294,12 +288,16 @@ class TrainConfig:
             if isinstance(value, int | float):
                 check_number(field.name, value, field.metadata["ranges"])
         epochs_ok = self.max_epochs == -1 or self.max_epochs >= 1
-        self._require("max_epochs", epochs_ok, "-1 (no limit) or at least 1")
         name_ok = self.exp_name not in ("", ".", "..") and not set(self.exp_name) & set("/\\\0")
-        self._require("exp_name", name_ok, "a plain folder name")
-        self._require("channels", self.channels != 2, "0, 1 or 3")
         sizes_ok = len(self.image_size) <= 2 and all(n in range(1, 4097) for n in self.image_size)
-        self._require("image_size", sizes_ok, "one or two numbers from 1 to 4096")
+        for name, correct, allowed in (
+            ("max_epochs", epochs_ok, "-1 (no limit) or at least 1"),
+            ("exp_name", name_ok, "a plain folder name"),
+            ("channels", self.channels != 2, "0, 1 or 3"),
+            ("image_size", sizes_ok, "one or two numbers from 1 to 4096"),
+        ):
+            if not correct:
+                raise ConfigError(f"--{name} must be {allowed}; got {getattr(self, name)}")
         for contradiction in self._contradictions():
             raise ConfigError(contradiction)
 
@@ -329,10 +327,6 @@ class TrainConfig:
             yield f"--analytic_kl {gaussian}"
         if self.gpus and self.num_processes > 1:
             yield "--num_processes is for the CPU; with --gpus N there are N processes"
-
-    def _require(self, name: str, condition: bool, allowed: str) -> None:
-        if not condition:
-            raise ConfigError(f"--{name} must be {allowed}; got {getattr(self, name)}")
 
     def architecture(self) -> dict[str, Any]:
         """The arguments of `DensityVAE` that define the model."""
@@ -393,10 +387,5 @@ def _fits(field: dataclasses.Field, value: Any) -> bool:
 
 def flag_type(name: str) -> tuple[type, bool]:
     """The element type of a flag and whether it takes a list."""
-    hint = get_type_hints(TrainConfig)[name]
-    if hint == list[int]:
-        return int, True
-    for plain in (bool, int, float, str):
-        if hint in (plain, plain | None):
-            return plain, False
-    raise TypeError(f"{name}: {hint}")
+    hint = get_type_hints(TrainConfig)[name]  # such as str, list[int] or int | None
+    return (get_args(hint) or (hint,))[0], get_origin(hint) is list

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from .cli import OneLineParser
 from .config import TASK_DEFAULTS, TrainConfig, flag_default, flag_type
-from .presets import PRESETS, preset_help
+from .presets import PRESETS
 
 
 def make_parser(description: str | None = None) -> OneLineParser:
@@ -17,12 +18,13 @@ def make_parser(description: str | None = None) -> OneLineParser:
     It sets only the flags that are given: the defaults are the task's.
     """
     parser = OneLineParser("train.py", description=description)
+    presets = "; ".join(f"{name}: {' '.join(as_flags(PRESETS[name]))}" for name in PRESETS)
     parser.add_argument(
         "--preset",
         choices=PRESETS,
         default=argparse.SUPPRESS,
         help="size of a density VAE for one's own images; flags that are given beside it win. "
-        + preset_help(),
+        + presets,
     )
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(TrainConfig):
@@ -43,6 +45,22 @@ def make_parser(description: str | None = None) -> OneLineParser:
                 options["nargs"] = "*"
         groups[title].add_argument(f"--{field.name}", **options)
     return parser
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give fields these values."""
+    words = []
+    for name, value in values.items():
+        words.append(f"--{name}")
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
+
+
+def changed_flags(config: TrainConfig) -> list[str]:
+    """The flags of `train.py` that differ from its defaults."""
+    values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return as_flags({field.name: v for field, v in values.items() if v != flag_default(field)})
 
 
 def default_text(field: dataclasses.Field) -> str:

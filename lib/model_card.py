@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import TrainConfig
-from .released import resume_flags
+from .flags import changed_flags
 
 PAPER = "https://openreview.net/forum?id=I4c4K9vBNny"
 HEAD = """---
@@ -43,7 +43,7 @@ def model_card(
         results: Of evaluations, by name, as `results.json` has them.
     """
     channels, height, width = shape
-    changed = shlex.join(resume_flags(config))
+    changed = shlex.join(changed_flags(config))
     lines = [
         HEAD + f"# {title}",
         "",

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from .config import TrainConfig
-from .DensityVAE import DensityVAE, Output
+from .DensityVAE import DensityVAE
 from .DisentanglementVAE import DisentanglementVAE
 from .DisentanglementVAE.model import SDN_SCALE
-
-VAE = DensityVAE | DisentanglementVAE
+from .vae import VAE, Output
 
 __all__ = ["VAE", "Output", "build_model"]
 

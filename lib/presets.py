@@ -42,18 +42,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         iters=500_000,
     ),
 }
-
-
-def preset_help() -> str:
-    """What each preset sets, as `--help` shows it."""
-
-    def text(name: str, value: Any) -> str:
-        if value is True:
-            return f"--{name}"
-        values = value if isinstance(value, list) else [value]
-        return " ".join([f"--{name}", *map(str, values)])
-
-    return "; ".join(
-        f"{preset}: {' '.join(text(*item) for item in flags.items())}"
-        for preset, flags in PRESETS.items()
-    )

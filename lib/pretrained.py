@@ -112,12 +112,3 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"{folder} is damaged ({reason})") from None
     return config, weights
-
-
-def plain_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments among the `locals()` of an `__init__`, as JSON keeps them."""
-    return {
-        name: value if isinstance(value, bool | int | float | str | None) else list(value)
-        for name, value in given.items()
-        if name not in ("self", "__class__")
-    }

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chunks import sum_over_positions
-from .utils import MaskedConv2d, full_precision, sum_over_image
+from .utils import MaskedConv2d, check_at_least, check_choice, full_precision, sum_over_image
 
 TAILS = ("approximate", "exact")  # of DML
 
@@ -100,7 +100,19 @@ class AutoregressiveNetwork(nn.Module):
         return 0.1 * self.conv_b(self.conv_a(z0) + context)
 
 
-class DML(nn.Module):
+class Observation(nn.Module):
+    """A distribution of images with `nbits` bits, 1 to 8, in each of 1 (grey) or 3 `channels`."""
+
+    def __init__(self, nbits: int, channels: int):
+        super().__init__()
+        if nbits not in range(1, 9):
+            raise ValueError(f"nbits must be an integer from 1 to 8, got {nbits!r}")
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels!r}")
+        self.nbits, self.channels = nbits, channels
+
+
+class DML(Observation):
     """Discretized mixture of logistics with sub-pixel correlation (PixelCNN++, Salimans et al.
     2017).
 
@@ -129,17 +141,10 @@ class DML(nn.Module):
         channels: int = 3,
         tails: str = "approximate",
     ):
-        super().__init__()
-        _check_nbits(nbits)
-        if tails not in TAILS:
-            raise ValueError(f"dml_tails must be one of {', '.join(TAILS)}, got {tails!r}")
-        _check_channels(channels)
-        if mix_components < 1:
-            raise ValueError(f"mix_components must be at least 1, got {mix_components}")
-        self.nbits = nbits
-        self.mix_components = mix_components
-        self.channels = channels
-        self.tails = tails
+        super().__init__(nbits, channels)
+        check_choice("dml_tails", tails, TAILS)
+        check_at_least(1, mix_components=mix_components)
+        self.mix_components, self.tails = mix_components, tails
         self.numbers_per_colour = 3 if channels == 3 else 2  # mean, log-scale, coefficient
         self.param_channels = (1 + channels * self.numbers_per_colour) * mix_components
         self.half_bin = 1 / (2**nbits - 1)
@@ -258,7 +263,7 @@ def _log_one_minus_exp(log_width: Tensor) -> Tensor:
     return torch.where(width < 1e-3, series, torch.log(-torch.expm1(-width.clamp(min=1e-3))))
 
 
-class DL(nn.Module):
+class DL(Observation):
     """Discretized logistic with one learnt scale (Kingma et al. 2016), as a proper distribution.
 
     Level `k` is the bin [k / 2^nbits - 0.5, (k + 1) / 2^nbits - 0.5), given as data by its lower
@@ -275,11 +280,8 @@ class DL(nn.Module):
     """
 
     def __init__(self, nbits: int = 8, channels: int = 3):
-        super().__init__()
-        _check_nbits(nbits)
-        _check_channels(channels)
-        self.nbits = nbits
-        self.channels = self.param_channels = channels
+        super().__init__(nbits, channels)
+        self.param_channels = channels
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -335,11 +337,10 @@ def make_observation(
     mix_components: int,
     channels: int = 3,
     dml_tails: str = "approximate",
-) -> DML | DL:
+) -> Observation:
     """The observation model called `name`, "DML" or "DL" (`mix_components` and `dml_tails` are
     DML's), of images with 3 or 1 `channels`."""
-    if name not in OBSERVATIONS:
-        raise ValueError(f"obs_model must be one of {', '.join(OBSERVATIONS)}, got {name!r}")
+    check_choice("obs_model", name, OBSERVATIONS)
     if name == "DML":
         return DML(nbits, mix_components, channels, dml_tails)
     return DL(nbits, channels)
@@ -378,16 +379,6 @@ def quantize(images: Tensor, nbits: int) -> Tensor:
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, got {images.dtype}")
     return images >> (8 - nbits)
-
-
-def _check_nbits(nbits: int) -> None:
-    if nbits not in range(1, 9):
-        raise ValueError(f"nbits must be an integer from 1 to 8, got {nbits!r}")
-
-
-def _check_channels(channels: int) -> None:
-    if channels not in (1, 3):
-        raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels!r}")
 
 
 def _inside_unit_interval(uniform: Tensor) -> Tensor:

@@ -9,9 +9,7 @@ checkpoints directly.
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import (
-    RELEASED_AVERAGE,
-    CheckpointError,
-    is_released,
-    read_checkpoint,
-    write_checkpoint,
-)
+from .checkpoint import RELEASED_AVERAGE, CheckpointError
 from .cli import OneLineParser, one_line_errors
-from .config import ARCHITECTURE, ConfigError, TrainConfig, flag_default, flag_type
+from .config import ConfigError, TrainConfig, flag_type
 from .DensityVAE import DensityVAE
-from .models import build_model
 from .utils import MaskedConv2d
 
 IMAGE_SHAPES = {"CIFAR10": (3, 32, 32), "ImageNet32": (3, 32, 32), "CelebAHQ256": (3, 256, 256)}
 
 # Settings of the architecture that are checked by the tensors' names and shapes, or have one legal
-# value, and so may be missing from a file. The others may not.
+# value, and so may be missing from a file. The others may not. The release leaves a sweep's first
+# line as it is, and has no blocks for ablations.
 OPTIONAL = {
+    "border": "keep",
+    "block": "sdn",
+    "highway": "auto",
+    "dml_tails": "approximate",
     "downsample_first": False,
     "post_model": "IAF",
     "prior_model": "IsoGaussian",
@@ -173,18 +169,10 @@ def rebuild_config(
         CheckpointError: if one is missing that cannot be told from the tensors, or it has a value
             that cannot be.
     """
-    architecture = [
-        f.name for f in dataclasses.fields(TrainConfig) if f.metadata["group"] == ARCHITECTURE
-    ]
-    needed = [name for name in (*architecture, "dataset") if stored.get(name) is not None]
-    # The release leaves a sweep's first line as it is, and has no blocks for ablations.
-    values = (
-        {"border": "keep", "block": "sdn", "highway": "auto", "dml_tails": "approximate"}
-        | OPTIONAL
-        | {name: _plain(stored[name], name, path) for name in needed}
-    )
-    lacking = sorted({*architecture, "dataset"} - values.keys())
-    if lacking:
+    names = [*TrainConfig().architecture(), "dataset"]
+    needed = {name: stored[name] for name in names if stored.get(name) is not None}
+    values = OPTIONAL | {name: _plain(value, name, path) for name, value in needed.items()}
+    if lacking := sorted(set(names) - values.keys()):
         raise CheckpointError(f"{path}: its hyper-parameters lack {', '.join(lacking)}")
     if values["obs_model"] == "DL":
         raise CheckpointError(
@@ -273,183 +261,15 @@ def load_weights(
     for name in sorted(released.current.keys() - expected.keys()):
         del released.current[name]
         released.ignored[name] = "neither averaged nor a parameter of the model"
-    convolutions = {
-        f"{name}.mask": m for name, m in model.named_modules() if isinstance(m, MaskedConv2d)
+    own_masks = {
+        f"{name}.mask": module.mask.expand_as(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, MaskedConv2d)
     }
     for name, mask in released.masks.items():
-        shape = convolutions[name].weight.shape if name in convolutions else None
-        if shape != mask.shape or not torch.equal(
-            mask, convolutions[name].mask.to(mask.dtype).expand(shape)
-        ):
+        if name not in own_masks or not torch.equal(mask.float(), own_masks[name]):
             raise CheckpointError(f"{path}: {name} is not the raster-order mask of this model")
     model.load_state_dict(released.average if averaged else released.current)
-
-
-def convert(source: str | Path, target: str | Path) -> list[str]:
-    """Writes a released checkpoint as one of this project, from which training can go on.
-
-    Weights, average, counters and, if they are stored for every parameter, the optimizer's moments
-    are kept. The target appears as a whole or not at all.
-
-    Returns:
-        What was used and what was not, one line for each kind, and how to train on.
-
-    Raises:
-        CheckpointError: if the source cannot be read or is not a released checkpoint, or the target
-            exists.
-    """
-    source, target = Path(source), Path(target)
-    if target.exists():
-        raise CheckpointError(f"{target} exists already: give another name")
-    checkpoint = read_checkpoint(source)
-    if not is_released(checkpoint):
-        raise CheckpointError(
-            f"{source} is not in the authors' format (its state_dict has no {RELEASED_AVERAGE}*)"
-        )
-    released = translate(checkpoint, source, training=True)
-    if released.config.dataset not in IMAGE_SHAPES:
-        raise CheckpointError(
-            f"{source} is of the data set {released.config.dataset}; known: "
-            f"{', '.join(IMAGE_SHAPES)}"
-        )
-    converted = _training_checkpoint(released, checkpoint, source)
-    try:
-        write_checkpoint(converted, target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from None
-    config = released.config
-    moments = (
-        "kept" if converted["optimizer_states"][0]["state"] else "not in the file: they start anew"
-    )
-    report = [
-        f"{target}: {config.dataset}, epoch {released.epoch}, step {released.step}",
-        f"used: {len(released.average)} averaged and {len(released.current)} current tensors",
-        f"optimizer moments: {moments}",
-        *released.remarks(),
-    ]
-    if target.name == "last.ckpt":
-        command = [
-            "python",
-            "train.py",
-            "--exp_name",
-            target.resolve().parent.name,
-            *resume_flags(config),
-        ]
-        report.append(
-            f"train on with: {shlex.join([*command, '--make_checkpoint', '--use_checkpoint'])}"
-        )
-    return report
-
-
-def _training_checkpoint(
-    released: Released, checkpoint: Mapping[str, Any], path: Path
-) -> dict[str, Any]:
-    """What Lightning would have saved at the end of the epoch that the released run had
-    finished."""
-    import pytorch_lightning as pl
-
-    from .DensityVAE.training import DensityTraining
-
-    config = released.config
-    try:
-        model = build_model(config, IMAGE_SHAPES[config.dataset][1:])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its hyper-parameters cannot be: {error}") from None
-    training = DensityTraining(model, config)
-    load_weights(training.model, released, path, averaged=False)
-    load_weights(training.evaluated_model, released, path)
-    training.average.n_averaged.fill_(released.step)
-    optimization = training.configure_optimizers()
-    optimizer, scheduler = optimization["optimizer"], optimization["lr_scheduler"]["scheduler"]
-    rate = config.lrate * config.lrate_decay**released.epoch
-    optimizer_state, scheduler_state = optimizer.state_dict(), scheduler.state_dict()
-    optimizer_state["param_groups"][0]["lr"] = rate
-    optimizer_state["state"] = _moments(training.model, checkpoint)
-    scheduler_state |= {
-        "last_epoch": released.epoch,
-        "_step_count": released.epoch + 1,
-        "_last_lr": [rate],
-    }
-
-    converted = {
-        "epoch": released.epoch,
-        "global_step": released.step,
-        "pytorch-lightning_version": pl.__version__,
-        "state_dict": training.state_dict(),
-        "loops": {"fit_loop": _fit_loop(released.epoch, released.step)},
-        "optimizer_states": [optimizer_state],
-        "lr_schedulers": [scheduler_state],
-        "hyper_parameters": config.to_dict(),
-        "provenance": {"converted_from": path.name},
-    }
-    if "native_amp_scaling_state" in checkpoint:  # Lightning still restores it under this name
-        converted["native_amp_scaling_state"] = checkpoint["native_amp_scaling_state"]
-    return converted
-
-
-def _fit_loop(epoch: int, step: int) -> dict[str, Any]:
-    """The state of Lightning's training loop after `epoch` whole epochs and `step` optimizer
-    steps."""
-    epochs = dict.fromkeys(("ready", "started", "processed", "completed"), epoch)
-    none, steps = dict(ready=0, completed=0), dict(ready=step, completed=step)
-    zero_grad = {"total": steps | {"started": step}, "current": none | {"started": 0}}
-    return {
-        "epoch_progress": {"total": epochs, "current": epochs},
-        "epoch_loop.state_dict": {"_batches_that_stepped": step},
-        "epoch_loop.automatic_optimization.optim_progress": {
-            "optimizer": {"step": {"total": steps, "current": none}, "zero_grad": zero_grad}
-        },
-    }
-
-
-def _moments(model: DensityVAE, checkpoint: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Adamax's state for each trainable parameter in order, or nothing if the file's does not fit.
-
-    The release numbers parameters in the order in which its state_dict lists them.
-    """
-    try:
-        stored = checkpoint["optimizer_states"][0]["state"]
-    except (KeyError, IndexError, TypeError):
-        return {}
-    if not isinstance(stored, dict):
-        return {}
-    names = [
-        name
-        for name in checkpoint["state_dict"]
-        if not name.startswith("ema.") and not name.endswith(".mask")
-    ]
-    by_name = {our_name(name): stored.get(number) for number, name in enumerate(names)}
-    moments = {}
-    for number, (name, parameter) in enumerate(
-        (n, p) for n, p in model.named_parameters() if p.requires_grad
-    ):
-        state = by_name.get(name)
-        if not isinstance(state, dict) or not {"step", "exp_avg", "exp_inf"} <= state.keys():
-            return {}
-        if any(
-            getattr(state[key], "shape", None) != parameter.shape for key in ("exp_avg", "exp_inf")
-        ):
-            return {}
-        step = torch.as_tensor(state["step"], dtype=torch.float32)
-        moments[number] = {
-            "step": step,
-            "exp_avg": state["exp_avg"].float(),
-            "exp_inf": state["exp_inf"].float(),
-        }
-    return moments
-
-
-def resume_flags(config: TrainConfig) -> list[str]:
-    """The flags of `train.py` that differ from its defaults."""
-    flags = []
-    for field in dataclasses.fields(TrainConfig):
-        value = getattr(config, field.name)
-        if value == flag_default(field):
-            continue
-        flags += [f"--{field.name}"]
-        if value is not True:
-            flags += [str(item) for item in (value if isinstance(value, list) else [value])]
-    return flags
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -461,6 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
         "target", metavar="OUT", help="where to write; checkpoints/NAME/last.ckpt can be trained on"
     )
     flags = parser.parse_args(arguments)
+    from .training.released import convert  # needs Lightning, which reading does not
+
     with one_line_errors(parser.prog, CheckpointError):
         print(*convert(flags.source, flags.target), sep="\n")
 

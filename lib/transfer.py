@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -56,36 +55,26 @@ def initialize_from(model: VAE, path: str | Path) -> list[str]:
     modules: dict[str, list[str]] = {}
     for name in own:
         modules.setdefault(_module(name), []).append(name)
-    fits = {
-        module: all(name in stored and stored[name].shape == own[name].shape for name in names)
-        for module, names in modules.items()
-    }
-    taken = {name: stored[name] for m, names in modules.items() if fits[m] for name in names}
+    fitting, misshapen, absent = [], [], []
+    for module, names in modules.items():
+        if all(name in stored and stored[name].shape == own[name].shape for name in names):
+            fitting.append(module)
+        elif any(name in stored for name in names):
+            misshapen.append(module)
+        else:
+            absent.append(module)
+    taken = {name: stored[name] for module in fitting for name in modules[module]}
     if not taken:
         raise CheckpointError(f"--init_from {path}: nothing of it fits the model")
     for name, tensor in taken.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"--init_from {path}: its weights {name} are not finite")
     model.load_state_dict(taken, strict=False)
-    return _report(path, modules, fits, stored, own)
-
-
-def _report(
-    path: str | Path,
-    modules: Mapping[str, list[str]],
-    fits: Mapping[str, bool],
-    stored: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-) -> list[str]:
-    new = [module for module in modules if not fits[module]]
-    numbers = sum(own[name].numel() for m, names in modules.items() if fits[m] for name in names)
-    everything = sum(tensor.numel() for tensor in own.values())
+    numbers, everything = (sum(t.numel() for t in each.values()) for each in (taken, own))
     lines = [
         f"--init_from {path}: {numbers:,} of the model's {everything:,} weights are taken, "
-        f"{len(modules) - len(new)} of {len(modules)} modules"
+        f"{len(fitting)} of {len(modules)} modules"
     ]
-    absent = [m for m in new if not any(name in stored for name in modules[m])]
-    misshapen = [m for m in new if m not in absent]
     unused = sorted({_module(name) for name in stored} - modules.keys())
     for what, names in (
         ("new, not in the checkpoint", absent),

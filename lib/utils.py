@@ -1,11 +1,12 @@
 """Small pieces that several modules share: masked convolutions, weight normalization, reproducible
-noise."""
+noise, checks of arguments."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,19 @@ def initialize_convolutions(module: nn.Module) -> None:
     ]:
         nn.init.orthogonal_(convolution.weight)
         weight_norm(convolution, dim=1 if isinstance(convolution, nn.ConvTranspose2d) else 0)
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Raises ValueError unless an argument is one of the words that are allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_at_least(least: int, **sizes: int) -> None:
+    """Raises ValueError unless all arguments, given with their names, are large enough."""
+    for name, size in sizes.items():
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, got {size}")
 
 
 def full_precision(x: Tensor) -> Tensor:

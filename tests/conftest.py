@@ -29,17 +29,8 @@ def images(tmp_path_factory):
 def finished(tmp_path_factory, images):
     """The output folder of a run of 6 steps, called tiny, with checkpoints."""
     folder = tmp_path_factory.mktemp("run")
-    arguments = [
-        "--root",
-        images,
-        "--exp_name",
-        "tiny",
-        "--iters",
-        6,
-        "--make_checkpoint",
-        "--output_dir",
-        folder,
-    ]
+    arguments = ["--root", images, "--output_dir", folder]
+    arguments += "--exp_name tiny --iters 6 --make_checkpoint".split()
     done = run("train.py", *TINY, *arguments)
     assert done.returncode == 0, done.stderr
     return folder
@@ -50,17 +41,7 @@ def beta_run(tmp_path_factory):
     """The output folder of a disentanglement run of 8 steps in two epochs, called beta; β rises to
     8 in 4 steps."""
     folder = tmp_path_factory.mktemp("beta_run")
-    arguments = [
-        "--exp_name",
-        "beta",
-        "--iters",
-        8,
-        "--beta_final",
-        8,
-        "--beta_rate",
-        0.25,
-        "--make_checkpoint",
-    ]
-    done = run("train.py", *TINY_BETA, *arguments, "--output_dir", folder)
+    flags = "--exp_name beta --iters 8 --beta_final 8 --beta_rate 0.25 --make_checkpoint".split()
+    done = run("train.py", *TINY_BETA, *flags, "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     return folder

@@ -57,13 +57,13 @@ def read_with(program: str, folder: Path, images: Path) -> Ending:
         "evaluate.py": [
             "--checkpoint",
             last,
+            "--root",
+            images,
             "--elbo",
             "--limit",
             1,
             "--batch",
             1,
-            "--root",
-            images,
         ],
         "train.py": [*TINY, "--root", images, "--exp_name", "tiny", "--use_checkpoint"],
         "python -m lib.released": [last, folder / "converted.ckpt"],
@@ -109,29 +109,10 @@ def test_damaged_bytes(folder, finished, images, released_one, cut, changes, pro
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-JUNK = st.sampled_from(
-    [
-        None,
-        True,
-        -1,
-        0,
-        1,
-        1.5,
-        float("nan"),
-        float("inf"),
-        -0.5,
-        10**9,
-        2**70,
-        "",
-        "x",
-        "0",
-        "a\nb",
-        "\0",
-        "\udcff",
-    ]
-) | st.sampled_from(
-    [b"x", [], [1], [None], ["x"], [2**70], (1, 2), {}, {"a": 1}, {1: 2}, "64-true", "3DShapes"]
-)
+NUMBERS = [True, -1, 0, 1, 1.5, float("nan"), float("inf"), -0.5, 10**9, 2**70]
+TEXTS = ["", "x", "0", "a\nb", "\0", "\udcff", "64-true", "3DShapes", b"x"]
+LISTS = [[], [1], [None], ["x"], [2**70], (1, 2), {}, {"a": 1}, {1: 2}]
+JUNK = st.sampled_from([None, *NUMBERS, *TEXTS, *LISTS])
 TENSORS = {
     "empty": lambda tensor: tensor.reshape(-1)[:0],
     "one more dimension": lambda tensor: tensor[None],
@@ -142,16 +123,12 @@ TENSORS = {
     "meta": lambda tensor: torch.empty(tensor.shape, device="meta"),
     "quantized": lambda tensor: torch.quantize_per_tensor(tensor.float(), 1.0, 0, torch.qint8),
 } | {
-    str(kind): lambda tensor, kind=kind: tensor.to(kind)
-    for kind in (
-        torch.float64,
-        torch.float16,
-        torch.bfloat16,
-        torch.int32,
-        torch.bool,
-        torch.complex64,
-    )
+    kind: lambda tensor, kind=kind: tensor.to(getattr(torch, kind))
+    for kind in ("float64", "float16", "bfloat16", "int32", "bool", "complex64")
 }
+
+
+EXTRA = ["average.module.x", "model.x", "ladder_layers.9.h", "x", 7, "é"]  # names of tensors
 
 
 def settings_of(checkpoint: dict) -> st.SearchStrategy[str]:
@@ -172,11 +149,7 @@ def change(checkpoint: dict, data: st.DataObject) -> dict:
     if how == "missing":
         part.pop(name, None)
     elif how == "extra":
-        part[
-            data.draw(
-                st.sampled_from(["average.module.x", "model.x", "ladder_layers.9.h", "x", 7, "é"])
-            )
-        ] = torch.ones(2)
+        part[data.draw(st.sampled_from(EXTRA))] = torch.ones(2)
     elif kind == "tensor" and isinstance(part[name], torch.Tensor) and data.draw(st.integers(0, 3)):
         part[name] = TENSORS[data.draw(st.sampled_from(sorted(TENSORS)))](part[name])
     else:
@@ -275,16 +248,16 @@ def tarred(pickled: bytes) -> bytes:
     return buffer.getvalue()
 
 
-NUMBERS = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001))
+OLD_START = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001))
 HARMLESS = pickle.dumps({"state_dict": {}, "hyper_parameters": {}, "global_step": 0}, protocol=2)
 CONTAINERS = {
     "bare": lambda pickled: pickled,
     "zip": zipped,
     "zip in a zip": lambda pickled: zipped(zipped(pickled), data__0=zipped(pickled)),
     "compiled": lambda pickled: zipped(HARMLESS, constants_pkl=pickled, code__x=b""),
-    "before torch 1.6": lambda pickled: NUMBERS + pickle.dumps({}, protocol=2) + pickled,
-    "in its first number": lambda pickled: pickled + NUMBERS,
-    "in its system's description": lambda pickled: NUMBERS + pickled + HARMLESS,
+    "before torch 1.6": lambda pickled: OLD_START + pickle.dumps({}, protocol=2) + pickled,
+    "in its first number": lambda pickled: pickled + OLD_START,
+    "in its system's description": lambda pickled: OLD_START + pickled + HARMLESS,
     "before torch 0.2": tarred,
 }
 

@@ -184,16 +184,7 @@ def test_valid_flags_that_contradict_each_other(here, images, until_training, fl
 
 
 EVALUATE_FLAGS = [action.dest for action in make_parser("")._actions if action.dest != "help"]
-LISTS = (
-    "image_size",
-    "ds_list",
-    "temperatures",
-    "images",
-    "layers",
-    "queries",
-    "metrics",
-    "levels",
-)
+LISTS = "image_size ds_list temperatures images layers queries metrics levels".split()
 
 
 COMMANDS = {

@@ -204,7 +204,7 @@ def test_sap_compares_with_chance_where_the_other_dimensions_are_dead(noise):
     noise among them says nothing, whatever the accuracy of chance is."""
     dead = np.broadcast_to([0.0, 2.0, -1.0], (len(noise), 3))
     codes = np.concatenate([dead[:, :1], noise[:, :1], dead[:, 1:]], axis=1)
-    source = metrics._Source(codes, DATA, 0, 512)
+    source = metrics._Source(codes, DATA, 0, batch_size=512)
     (train, factors), (test, test_factors) = source.samples(2000), source.samples(1000)
     gaps = []
     for levels, test_levels in zip(factors.T, test_factors.T, strict=True):

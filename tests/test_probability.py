@@ -181,23 +181,6 @@ def test_grey_dml_is_a_mixture_of_logistics():
     torch.testing.assert_close(dml.log_prob(params, x), expected)
 
 
-@pytest.mark.parametrize("name", ["DML", "DL"])
-def test_grey_samples_follow_the_distribution(name):
-    torch.manual_seed(5)
-    observation = make_observation(name, 3, mix_components=2, channels=1)
-    if name == "DL":
-        torch.nn.init.constant_(observation.log_scale, -1.5)
-    params = 0.7 * torch.randn(1, observation.param_channels, 1, 1)
-    x = observation.sample(params.expand(20_000, -1, -1, -1), torch.Generator().manual_seed(0))
-    assert x.shape == (20_000, 1, 1, 1)
-    levels = observation.encode((torch.arange(8) << 5).to(torch.uint8))[:, None, None, None]
-    probability = observation.log_prob(params.expand(8, -1, -1, -1), levels).exp()
-    drawn = (x - levels.view(1, -1, 1, 1)).abs().argmin(1).flatten().bincount(minlength=8) / 20_000
-    assert (drawn - probability).abs().max() < 5 * 0.5 / math.sqrt(20_000)
-    image = observation.most_probable(params)
-    assert image.shape == (1, 1, 1, 1) and observation.to_uint8(image).dtype == torch.uint8
-
-
 def log_bin_of_logistic(level, nbits, mean, log_scale):
     """log P(level) of a discretized logistic with open edges, to 1500 digits."""
     with mpmath.workdps(1500):
@@ -291,39 +274,44 @@ def test_dml_data_are_the_quantized_levels(nbits):
 
 
 @pytest.mark.parametrize("name", ["DML", "DL"])
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("nbits", [1, 3, 8])
-def test_samples_follow_the_distribution(name, nbits):
-    """Draws lie at the levels, and their average log-probability is minus the entropy, computed by
-    enumeration."""
+def test_samples_follow_the_distribution(name, channels, nbits):
+    """Draws lie at the levels, colours are as frequent as they are probable, and the average
+    log-probability is minus the entropy, both computed by enumeration."""
     torch.manual_seed(5)
-    observation = make_observation(name, nbits, mix_components=2)
+    observation = make_observation(name, nbits, mix_components=2, channels=channels)
     if name == "DL":
         torch.nn.init.constant_(observation.log_scale, -1.5)
     params = 0.7 * torch.randn(1, observation.param_channels, 1, 1)
     many = params.expand(20_000, -1, -1, -1)
     x = observation.sample(many, torch.Generator().manual_seed(0))
-    assert x.shape == (20_000, 3, 1, 1)
+    assert x.shape == (20_000, channels, 1, 1)
     levels = observation.encode((torch.arange(2**nbits) << (8 - nbits)).to(torch.uint8))
-    assert (x.flatten()[:, None] - levels).abs().min(dim=1).values.max() < 1e-6
-    if nbits == 8:
+    distance, level = (x[..., 0] - levels).abs().min(dim=2)  # [20_000, C]
+    assert distance.max() < 1e-6
+    if nbits == 8 and channels == 3:
         return
-    triples = torch.cartesian_prod(levels, levels, levels)[:, :, None, None]
-    log_prob = observation.log_prob(params.expand(len(triples), -1, -1, -1), triples)
+    colours = torch.cartesian_prod(*[levels] * channels).view(-1, channels, 1, 1)
+    log_prob = observation.log_prob(params.expand(len(colours), -1, -1, -1), colours)
+    number = (level * 2 ** (nbits * torch.arange(channels).flip(0))).sum(1)
+    drawn = number.bincount(minlength=len(colours)) / len(x)
+    assert (drawn - log_prob.exp()).abs().max() < 5 * 0.5 / math.sqrt(len(x))
     entropy = -(log_prob.exp() * log_prob).sum()
     surprise = -observation.log_prob(many, x)
     assert abs(surprise.mean() - entropy) < 5 * surprise.std() / math.sqrt(len(x)) + 1e-3
 
 
 def test_sampling_is_seeded_and_inside_the_range():
-    for name in ("DML", "DL"):
-        observation = make_observation(name, 8, 3)
+    for name, channels in itertools.product(("DML", "DL"), (1, 3)):
+        observation = make_observation(name, 8, 3, channels)
         params = 3 * torch.randn(2, observation.param_channels, 4, 5)
         first, second = (
             observation.sample(params, torch.Generator().manual_seed(7)) for _ in range(2)
         )
         assert (first == second).all()
         for image in (first, observation.most_probable(params)):
-            assert image.shape == (2, 3, 4, 5)
+            assert image.shape == (2, channels, 4, 5)
             assert observation.to_uint8(image).dtype == torch.uint8
             assert image.abs().max() <= (1 if name == "DML" else 0.5)
 

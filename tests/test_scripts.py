@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import REPOSITORY
@@ -70,19 +71,24 @@ RECIPES = {
 }
 
 
+def bash(script: str | Path, *arguments: str, python: object = "echo", cwd: object = REPOSITORY):
+    """A finished script, in which something else stands for Python."""
+    return subprocess.run(
+        ["bash", str(REPOSITORY / script), *arguments],
+        cwd=cwd,
+        env=os.environ | {"SDN_PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+
+
 def flags_of(script: str, *arguments: str, tmp_path, cwd=REPOSITORY) -> TrainConfig:
     """The configuration that a script asks of train.py, caught by an interpreter that only notes
     its arguments."""
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     fake.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(REPOSITORY / script), *arguments],
-        cwd=cwd,
-        env=os.environ | {"SDN_PYTHON": str(fake)},
-        capture_output=True,
-        text=True,
-    )
+    done = bash(script, *arguments, python=fake, cwd=cwd)
     assert done.returncode == 0, done.stderr
     program, *flags = done.stdout.splitlines()
     assert program == "train.py"
@@ -100,17 +106,7 @@ def test_recipes(script, tmp_path):
 
 @pytest.mark.parametrize("script", RECIPES)
 def test_further_flags_win(script, tmp_path):
-    arguments = [
-        "sdn",
-        "--gpus",
-        "0",
-        "--depth",
-        "3",
-        "--ds_list",
-        "1",
-        "--precision",
-        "bf16-mixed",
-    ]
+    arguments = "sdn --gpus 0 --depth 3 --ds_list 1 --precision bf16-mixed".split()
     config = flags_of(script, *arguments, tmp_path=tmp_path)
     assert (config.gpus, config.depth, config.ds_list) == (0, 3, [1])
     assert (config.amp, config.precision) == (False, "bf16-mixed")
@@ -135,55 +131,29 @@ def test_ablation_differs_from_cifar10_in_the_block_and_the_learning_rate(
     assert (config.block, config.highway, config.gpus) == (kind, highway, 0)
     assert (config.lrate, config.lrate_decay, config.lrate_patience) == (lrate, 1, 10)
     assert config.use_checkpoint and config.exp_name == f"ablation_{block}_seed1234"
-    others = {
-        "block",
-        "highway",
-        "gpus",
-        "lrate",
-        "lrate_decay",
-        "lrate_patience",
-        "use_checkpoint",
-        "exp_name",
-    }
+    others = "block highway gpus lrate lrate_decay lrate_patience use_checkpoint exp_name".split()
     cifar = flags_of("train_cifar.sh", tmp_path=tmp_path).to_dict()
-    assert {name for name, value in config.to_dict().items() if value != cifar[name]} <= others
+    assert {name for name, value in config.to_dict().items() if value != cifar[name]} <= {*others}
 
 
 def test_ablation_of_everything_and_of_what_there_is_not(tmp_path):
-    command, environment = (
-        ["bash", str(REPOSITORY / "train_ablation.sh")],
-        os.environ | {"SDN_PYTHON": "echo"},
-    )
-    everything = subprocess.run(command, env=environment, capture_output=True, text=True)
+    everything = bash("train_ablation.sh")
     names = re.findall(r"--exp_name ablation_(\S+)_seed1234", everything.stdout)
     highway = [f"{kind}-highway" for kind in BLOCKS[2:]]
     assert sorted(names) == sorted([*BLOCKS, *highway]), everything.stderr
-    wrong = subprocess.run([*command, "conv7"], env=environment, capture_output=True, text=True)
-    assert (
-        wrong.returncode == 2
-        and "there is no block conv7; blocks are sdn conv3" in wrong.stderr
-        and not wrong.stdout
-    )
+    wrong = bash("train_ablation.sh", "conv7")
+    assert wrong.returncode == 2 and not wrong.stdout
+    assert "there is no block conv7; blocks are sdn conv3" in wrong.stderr
     for seed in (["--random_seed", "7"], ["--random_seed=7"]):
-        other = subprocess.run(
-            [*command, "conv5", *seed], env=environment, capture_output=True, text=True
-        )
+        other = bash("train_ablation.sh", "conv5", *seed)
         assert "--exp_name ablation_conv5_seed7 " in other.stdout, "another seed is another run"
-    named = subprocess.run(
-        [*command, "conv5", "--exp_name", "x"], env=environment, capture_output=True, text=True
-    )
+    named = bash("train_ablation.sh", "conv5", "--exp_name", "x")
     assert named.returncode == 2 and "--exp_name is chosen" in named.stderr and not named.stdout
 
 
 def test_3dshapes_is_the_paper_s_experiment(tmp_path):
     """5 weights, 2 decoders, 10 seeds; its flags are those of the experiment."""
-    done = subprocess.run(
-        ["bash", str(REPOSITORY / "train_3dshapes.sh"), "--betas", "1", "--iters", "5"],
-        env=os.environ | {"SDN_PYTHON": "echo"},
-        cwd="/",
-        capture_output=True,
-        text=True,
-    )
+    done = bash("train_3dshapes.sh", "--betas", "1", "--iters", "5", cwd="/")
     assert done.stdout == "-m experiments.disentanglement --betas 1 --iters 5\n", done.stderr
     flags = disentanglement.make_parser().parse_args([])
     assert flags.betas == [1, 32, 100, 300, 500] and flags.seeds == list(range(10))
@@ -216,13 +186,7 @@ def test_the_quickstart_fails_if_its_promise_is_missed(tmp_path, what, name, bit
     python = tmp_path / "python"  # shows what it is to run, but for the verdict
     python.write_text(f'#!/bin/sh\n[ "$1" = - ] && exec {sys.executable} "$@"\necho "$@"\n')
     python.chmod(0o755)
-    done = subprocess.run(
-        ["bash", "quickstart.sh", *what.split()],
-        cwd=tmp_path,
-        env=os.environ | {"SDN_PYTHON": str(python)},
-        capture_output=True,
-        text=True,
-    )
+    done = bash(tmp_path / "quickstart.sh", *what.split(), python=python, cwd=tmp_path)
     assert done.returncode == status, done.stderr
     assert ("NOT as promised" in done.stdout) is bool(status)
     lines = done.stdout.splitlines()
@@ -232,9 +196,7 @@ def test_the_quickstart_fails_if_its_promise_is_missed(tmp_path, what, name, bit
 
 
 def test_the_quickstart_knows_its_data():
-    done = subprocess.run(
-        ["bash", "quickstart.sh", "films"], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    done = bash("quickstart.sh", "films")
     assert done.returncode == 2 and "digits or photos, not films" in done.stderr
 
 

@@ -6,7 +6,9 @@ ours (DEVIATIONS.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,40 +18,13 @@ from ..nn import ResSDNLayer, SDNLayer, make_convolution
 BLOCKS = ("sdn", "conv3", "conv5", "conv3x2", "conv3x4")
 HIGHWAY = ("auto", "on", "off")
 
+# Of convolutions that keep the scale or halve it; a transposed one doubles it.
+SAME_SCALE = dict(kernel_size=3, stride=1, padding=1)
+HALF_SCALE = dict(kernel_size=4, stride=2, padding=1)
 
-@dataclass(frozen=True)
-class Kernel:
-    """Kernel size, stride and padding of a convolution, transposed where the scale is to grow."""
-
-    size: int
-    stride: int
-    padding: int
-
-
-SAME_SCALE = Kernel(3, 1, 1)
-HALF_SCALE = Kernel(4, 2, 1)
-
-
-@dataclass(frozen=True)
-class Block:
-    """What stands where the baseline has a convolution, here called "the plain one".
-
-    kind: "sdn": a spatial dependency layer; "conv3": the plain one; "conv5": one whose kernel is
-        larger by 2 on each axis; "conv3x2", "conv3x4": two or four 3x3 convolutions with ELU
-        between, of which the first is the plain one.
-    highway: Whether the block is gated with the plain one, as the ResSDN layer is.
-    num_features, dirs, border, backend: Of the spatial dependency layer.
-    """
-
-    kind: str = "conv3"
-    highway: bool = False
-    num_features: int = 0
-    dirs: tuple[int, ...] = ()
-    border: str = "zeros"
-    backend: str = "auto"
-
-
-PLAIN = Block()
+# Makes a module from [B, in_ch, H, W] to [B, out_ch, H', W'] of `in_ch`, `out_ch` and the keywords
+# `kernel_size`, `stride`, `padding` and `upsample`, as `make_convolution` does.
+Block = Callable[..., nn.Module]
 
 
 class Highway(nn.Module):
@@ -72,38 +47,40 @@ class Highway(nn.Module):
         return torch.lerp(transform, self.cnn(x).to(transform.dtype), torch.sigmoid(gate))
 
 
-def make_block(
-    in_ch: int, out_ch: int, kernel: Kernel, *, upsample: bool, block: Block = PLAIN
-) -> nn.Module:
-    """A block from [B, in_ch, H, W] to [B, out_ch, H', W']: the one place where it is chosen."""
-    shape = (kernel.size, kernel.stride, kernel.padding, upsample)
-    if block.kind == "sdn":
-        layer = ResSDNLayer if block.highway else SDNLayer
-        return layer(
-            in_ch,
-            out_ch,
-            block.num_features,
-            block.dirs,
-            *shape,
-            border=block.border,
-            backend=block.backend,
-        )
-    if block.highway:
-        ungated = Block(block.kind)
-        return Highway(
-            make_block(in_ch, 2 * out_ch, kernel, upsample=upsample, block=ungated),
-            make_convolution(in_ch, out_ch, *shape),
-        )
-    if block.kind == "conv5":
-        return make_convolution(
-            in_ch, out_ch, kernel.size + 2, kernel.stride, kernel.padding + 1, upsample
-        )
-    number = {"conv3": 1, "conv3x2": 2, "conv3x4": 4}[block.kind]
-    if number == 1:
-        return make_convolution(in_ch, out_ch, *shape)
+def choose_block(kind: str, highway: bool, **sdn: Any) -> Block:
+    """What stands where the baseline has a convolution, here called "the plain one".
+
+    Arguments:
+        kind: "sdn": a spatial dependency layer; "conv3": the plain one; "conv5": one whose kernel
+            is larger by 2 on each axis; "conv3x2", "conv3x4": two or four 3x3 convolutions with ELU
+            between, of which the first is the plain one.
+        highway: Whether the block is gated with the plain one, as the ResSDN layer is.
+        sdn: Of the spatial dependency layer: `num_features`, `dirs`, `border`, `backend`.
+    """
+    if kind == "sdn":
+        return partial(ResSDNLayer if highway else SDNLayer, **sdn)
+    block = {
+        "conv3": make_convolution,
+        "conv5": _larger,
+        "conv3x2": partial(_deeper, 2),
+        "conv3x4": partial(_deeper, 4),
+    }[kind]
+    return partial(_gated, block) if highway else block
+
+
+def _gated(block: Block, in_ch: int, out_ch: int, **shape: Any) -> nn.Module:
+    return Highway(block(in_ch, 2 * out_ch, **shape), make_convolution(in_ch, out_ch, **shape))
+
+
+def _larger(in_ch: int, out_ch: int, kernel_size: int, padding: int, **shape: Any) -> nn.Module:
+    return make_convolution(
+        in_ch, out_ch, kernel_size=kernel_size + 2, padding=padding + 1, **shape
+    )
+
+
+def _deeper(number: int, in_ch: int, out_ch: int, **shape: Any) -> nn.Module:
     hidden = max(in_ch, out_ch)
-    stages: list[nn.Module] = [make_convolution(in_ch, hidden, *shape)]
-    for index in range(1, number):
-        last = index == number - 1
-        stages += [nn.ELU(), make_convolution(hidden, out_ch if last else hidden, 3, 1, 1, False)]
+    stages: list[nn.Module] = [make_convolution(in_ch, hidden, **shape)]
+    for width in [hidden] * (number - 2) + [out_ch]:
+        stages += [nn.ELU(), make_convolution(hidden, width, **SAME_SCALE, upsample=False)]
     return nn.Sequential(*stages)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn import make_convolution
 from ..probability import POSTERIORS, PRIORS, gaussian_kl
-from .blocks import HALF_SCALE, PLAIN, SAME_SCALE, Block, make_block
+from .blocks import HALF_SCALE, SAME_SCALE, Block
 
 
 class LadderLayer(nn.Module):
@@ -25,7 +26,7 @@ class LadderLayer(nn.Module):
             it.
         post_model: "IAF" or "IsoGaussian".
         prior_model: "IsoGaussian".
-        block_a, block_b: What `down_a` and `down_b` are.
+        block_a, block_b: What makes `down_a` and `down_b`, a convolution or another block.
         analytic_kl: Whether the KL is the closed form instead of the one-sample estimate; Gaussian
             posteriors only.
     """
@@ -38,8 +39,8 @@ class LadderLayer(nn.Module):
         downsample: bool,
         post_model: str = "IAF",
         prior_model: str = "IsoGaussian",
-        block_a: Block = PLAIN,
-        block_b: Block = PLAIN,
+        block_a: Block = make_convolution,
+        block_b: Block = make_convolution,
         analytic_kl: bool = False,
     ):
         super().__init__()
@@ -51,14 +52,10 @@ class LadderLayer(nn.Module):
         q_params, p_params = self.post_model.param_channels, self.prior_model.param_channels
         kernel = HALF_SCALE if downsample else SAME_SCALE
 
-        self.up_a = make_block(h_size, h_size + q_params, kernel, upsample=False)
-        self.up_b = make_block(h_size, 2 * h_size, SAME_SCALE, upsample=False)
-        self.down_a = make_block(
-            h_size, h_size + q_params + p_params, SAME_SCALE, upsample=False, block=block_a
-        )
-        self.down_b = make_block(
-            z_size + h_size, 2 * h_size, kernel, upsample=downsample, block=block_b
-        )
+        self.up_a = make_convolution(h_size, h_size + q_params, **kernel, upsample=False)
+        self.up_b = make_convolution(h_size, 2 * h_size, **SAME_SCALE, upsample=False)
+        self.down_a = block_a(h_size, h_size + q_params + p_params, **SAME_SCALE, upsample=False)
+        self.down_b = block_b(z_size + h_size, 2 * h_size, **kernel, upsample=downsample)
 
     def bottom_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [B, h, H, W] to (output [B, h, H', W'], posterior parameters [B, q, H', W'])."""

@@ -3,46 +3,24 @@ decoding."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..pretrained import Pretrained, plain_arguments
-from ..probability import POSTERIORS, PRIORS, make_observation, standard_normal
-from ..utils import initialize_convolutions
-from .blocks import BLOCKS, HALF_SCALE, HIGHWAY, PLAIN, SAME_SCALE, Block, make_block
+from ..nn import make_convolution
+from ..probability import POSTERIORS, PRIORS, standard_normal
+from ..utils import check_at_least, check_choice, initialize_convolutions
+from ..vae import VAE
+from .blocks import BLOCKS, HALF_SCALE, HIGHWAY, SAME_SCALE, Block, choose_block
 from .ladder import LadderLayer
 
 SMALLEST_SDN = 50  # features; the schedule of sdn_nfeat_diff stops here
 
 
-@dataclass
-class Output:
-    """What one pass through the model gives. Layers are in top-down order: index 0 is the topmost.
-
-    distortion: `-log p(x|z)` in nats, [B].
-    rates: KL divergence of each layer in nats, [B, depth].
-    latents: one [B, z_size, H_i, W_i] for each layer.
-    params: the observation model's parameters, [B, param_channels, H, W].
-    """
-
-    distortion: Tensor
-    rates: Tensor
-    latents: list[Tensor]
-    params: Tensor
-
-    @property
-    def elbo(self) -> Tensor:
-        """Evidence lower bound `log p(x|z) - sum(rates)` in nats, [B]."""
-        return -self.distortion - self.rates.sum(1)
-
-
-class DensityVAE(Pretrained, nn.Module):
+class DensityVAE(VAE):
     """Hierarchical VAE with a bottom-up and a top-down path (paper, section 4; DEVIATIONS.md).
 
     With `sdn_max_scale=0` no layer uses SDN: that is the paper's convolutional baseline, IAF-VAE+.
@@ -104,27 +82,29 @@ class DensityVAE(Pretrained, nn.Module):
         analytic_kl: bool = False,
         checkpoint_activations: bool = False,
     ):
-        arguments = plain_arguments(locals())
-        super().__init__()
-        self.arguments = arguments
-        self.checkpoint_activations = checkpoint_activations
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.image_shape = (channels, height, width)
-        _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl)
-        self.observation = make_observation(obs_model, nbits, mix_components, channels, dml_tails)
-
-        if block not in BLOCKS or highway not in HIGHWAY:
+        super().__init__(locals())
+        check_at_least(1, h_size=h_size, z_size=z_size, depth=depth)
+        check_choice("post_model", post_model, POSTERIORS)
+        check_choice("prior_model", prior_model, PRIORS)
+        check_choice("block", block, BLOCKS)
+        check_choice("highway", highway, HIGHWAY)
+        if wrong := [i for i in ds_list if i not in range(depth)]:
             raise ValueError(
-                f"block must be one of {', '.join(BLOCKS)}, and highway one of "
-                f"{', '.join(HIGHWAY)}; got {block!r} and {highway!r}"
+                f"ds_list entries must lie in 0 ... {depth - 1} (depth {depth}), got {wrong}"
             )
+        if analytic_kl and post_model != "IsoGaussian":
+            raise ValueError(f"analytic_kl needs post_model IsoGaussian, got {post_model}")
+        self.checkpoint_activations = checkpoint_activations
+        _, height, width = self.image_shape
         gated = highway == "on" or highway == "auto" and block == "sdn"
         first_direction = 0
 
-        def next_block(num_features: int, num_dirs: int) -> Block:
+        def next_block(in_range: bool, num_features: int, num_dirs: int) -> Block:
             nonlocal first_direction
+            if not in_range:
+                return make_convolution
             if block != "sdn":
-                return Block(block, gated)
+                return choose_block(block, gated)
             if num_features < 1 or num_dirs not in range(1, 5):
                 raise ValueError(
                     f"with SDN on (sdn_max_scale {sdn_max_scale}) sdn_nfeat_0 must be at least 1 "
@@ -133,8 +113,10 @@ class DensityVAE(Pretrained, nn.Module):
                 )
             dirs = tuple((first_direction + i) % 4 for i in range(num_dirs))
             first_direction += num_dirs
-            return Block(block, gated, num_features, dirs, border, backend)
+            sweeps = dict(num_features=num_features, dirs=dirs, border=border, backend=backend)
+            return choose_block(block, gated, **sweeps)
 
+        check_at_least(1, image_size=min(height, width))
         _check_halvings((height, width), downsample_first + len({*ds_list}))
         if downsample_first and min(height, width) < 2:
             raise ValueError(f"downsample_first cannot halve images of {height}x{width}")
@@ -151,8 +133,8 @@ class DensityVAE(Pretrained, nn.Module):
                     downsample=downsample,
                     post_model=post_model,
                     prior_model=prior_model,
-                    block_a=next_block(num_features, sdn_num_dirs) if in_range else PLAIN,
-                    block_b=next_block(num_features, sdn_num_dirs) if in_range else PLAIN,
+                    block_a=next_block(in_range, num_features, sdn_num_dirs),
+                    block_b=next_block(in_range, num_features, sdn_num_dirs),
                     analytic_kl=analytic_kl,
                 )
             )
@@ -165,20 +147,15 @@ class DensityVAE(Pretrained, nn.Module):
             shapes.append((z_size, *scale))
 
         kernel = HALF_SCALE if downsample_first else SAME_SCALE
-        last_block = next_block(sdn_nfeat_0, 4) if sdn_max_scale >= max(height, width) else PLAIN
-        self.first_layer = make_block(channels, h_size, kernel, upsample=False)
+        last_block = next_block(sdn_max_scale >= max(height, width), sdn_nfeat_0, 4)
+        self.first_layer = make_convolution(channels, h_size, **kernel, upsample=False)
         self.ladder_layers = nn.ModuleList(layers)
         self.h = nn.Parameter(torch.zeros(h_size))
+        colours = self.observation.param_channels
         self.last_layer = nn.Sequential(
-            nn.ELU(),
-            make_block(
-                h_size,
-                self.observation.param_channels,
-                kernel,
-                upsample=downsample_first,
-                block=last_block,
-            ),
+            nn.ELU(), last_block(h_size, colours, **kernel, upsample=downsample_first)
         )
+        self.num_rates = depth
         self.latent_shapes = shapes[::-1]  # top-down order, without the batch dimension
         initialize_convolutions(self)
         # The top-down pass starts from `h`, not from the bottom-up pass's output, so these never
@@ -186,40 +163,10 @@ class DensityVAE(Pretrained, nn.Module):
         # data-parallel training would wait for them (DEVIATIONS.md).
         self.ladder_layers[-1].up_b.requires_grad_(False)
 
-    @property
-    def device(self) -> torch.device:
-        return self.h.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.h.dtype
-
-    @property
-    def num_rates(self) -> int:
-        """How many parts the KL has: one for each layer."""
-        return len(self.latent_shapes)
-
-    def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Output:
-        """Encodes and decodes a batch.
-
-        Arguments:
-            x: Data as the observation model encodes them (`self.observation.encode(uint8_images)`),
-                [B, C, H, W].
-            noise: Standard normal noise of each layer, top-down order, [B, z_size, H_i, W_i]; drawn
-                if not given.
-        """
-        posterior, _ = self.bottom_up(x)
-        latents, rates, params = self.top_down(x.shape[0], posterior=posterior, noise=noise)
-        return Output(-self.observation.log_prob(params, x), rates, latents, params)
-
     def bottom_up(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Posterior parameters of each layer in top-down order, [B, q, H_i, W_i], and the output of
         the pass, [B, h_size, H_top, W_top]."""
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got "
-                f"{list(x.shape)}"
-            )
+        self.check_input(x)
         hidden = self.first_layer(x)
         posterior = []
         for layer in self.ladder_layers:
@@ -277,28 +224,6 @@ class DensityVAE(Pretrained, nn.Module):
             rates.append(z.new_zeros(batch) if kl is None else kl)
         return drawn, torch.stack(rates, dim=1), self._run(self.last_layer, hidden)
 
-    def sample(
-        self,
-        batch: int,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        **given,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Observation parameters [B, param_channels, H, W] and latents drawn from the prior.
-
-        `given` may hold `latents` and `noise`, see `top_down`: fixed layers stay, the others are
-            drawn.
-        """
-        latents, _, params = self.top_down(
-            batch, temperature=temperature, generator=generator, **given
-        )
-        return params, latents
-
-    def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """Observation parameters [B, param_channels, H, W] for latents given at every layer,
-        top-down order."""
-        return self.top_down(latents[0].shape[0], latents=latents)[2]
-
     def _run(self, part: Callable, *arguments: Tensor, **given: Any) -> Any:
         """`part(*arguments, **given)`, without keeping its activations if
         `checkpoint_activations`."""
@@ -324,45 +249,11 @@ class DensityVAE(Pretrained, nn.Module):
 
 
 def _check_halvings(size: tuple[int, int], wanted: int) -> None:
-    """Raises ValueError unless a map of this size can be halved so often, or until a side is 1."""
-    if _can_halve(size, wanted):
-        return
-    near = set()
-    for factor in (2**halvings for halvings in range(1, wanted + 1)):
-        sides = [(side // factor * factor, -(-side // factor) * factor) for side in size]
-        near |= {(h, w) for h in sides[0] for w in sides[1] if _can_halve((h, w), wanted)}
-    nearest = sorted(near, key=lambda other: (math.dist(other, size), other))[:3]
-    fitting = " or ".join(f"{h}x{w}" for h, w in nearest)
-    raise ValueError(
-        f"images of {size[0]}x{size[1]} cannot be halved {wanted} times: choose fewer entries of "
-        f"ds_list, or images of {fitting} (height x width)"
-    )
-
-
-def _can_halve(size: tuple[int, int], wanted: int) -> bool:
-    if min(size) < 1:
-        return False
-    for _ in range(wanted):
-        if min(size) == 1:  # such a map stays as it is
-            return True
-        if size[0] % 2 or size[1] % 2:
-            return False
-        size = (size[0] // 2, size[1] // 2)
-    return True
-
-
-def _check(h_size, z_size, depth, ds_list, post_model, prior_model, analytic_kl) -> None:
-    for name, value in dict(h_size=h_size, z_size=z_size, depth=depth).items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    wrong = [i for i in ds_list if i not in range(depth)]
-    if wrong:
+    """Raises ValueError unless both sides stay whole when they are halved so often, or until one
+    is 1."""
+    factor = 2 ** min(wanted, min(size).bit_length() - 1)
+    if any(side % factor for side in size):
         raise ValueError(
-            f"ds_list entries must lie in 0 ... {depth - 1} (depth {depth}), got {wrong}"
+            f"images of {size[0]}x{size[1]} cannot be halved {wanted} times: choose fewer entries "
+            f"of ds_list, or images whose height and width are divisible by {2**wanted}"
         )
-    if post_model not in POSTERIORS:
-        raise ValueError(f"post_model must be one of {', '.join(POSTERIORS)}, got {post_model!r}")
-    if prior_model not in PRIORS:
-        raise ValueError(f"prior_model must be one of {', '.join(PRIORS)}, got {prior_model!r}")
-    if analytic_kl and post_model != "IsoGaussian":
-        raise ValueError(f"analytic_kl needs post_model IsoGaussian, got {post_model}")

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from ..optional import optional
+from ..utils import check_at_least
 
 # Points drawn at a time; no argument, since the draws, and so the score of a seed, depend on it.
 GROUP = 256
@@ -77,13 +78,9 @@ def encode_all(represent: Represent, data: FactorData, *, batch_size: int = 512)
     the rounding in other batches. On 3D-Shapes' 480,000 images this is cheaper even for a single
     score: at the default sizes BetaVAE encodes 1,920,000 images and FactorVAE 970,000.
     """
-    sizes = factor_sizes(data)
-    _check_at_least(1, batch_size=batch_size)
-    codes = []
-    for start in range(0, math.prod(sizes), batch_size):
-        indices = np.arange(start, min(start + batch_size, math.prod(sizes)))
-        codes.append(_encode(represent, data, np.stack(np.unravel_index(indices, sizes), axis=-1)))
-    return np.concatenate(codes)
+    source = _Source(represent, data, 0, batch_size=batch_size)
+    images = np.arange(math.prod(source.sizes))
+    return source.codes(np.stack(np.unravel_index(images, source.sizes), axis=-1))
 
 
 def beta_vae(
@@ -118,8 +115,8 @@ def beta_vae(
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
 
-    _check_at_least(1, train=train, test=test, pairs=pairs, batch_size=batch_size)
-    source = _Source(represent, data, seed, batch_size)
+    sizes = dict(train=train, test=test, pairs=pairs, batch_size=batch_size)
+    source = _Source(represent, data, seed, **sizes)
 
     def points(count: int) -> tuple[np.ndarray, np.ndarray]:
         features, labels = [], []
@@ -169,17 +166,16 @@ def factor_vae(
     Returns:
         `score`, `train_accuracy` and `active_dimensions`, the number of those that take part.
     """
-    _check_at_least(1, train=train, test=test, batch_size=batch_size)
-    _check_at_least(2, images=images, variance_samples=variance_samples)
-    source = _Source(represent, data, seed, batch_size)
+    source = _Source(represent, data, seed, train=train, test=test, batch_size=batch_size)
+    check_at_least(2, images=images, variance_samples=variance_samples)
     variances = source.codes(source.factors(variance_samples)).var(0, ddof=1)
     active = np.sqrt(variances) >= least_deviation
     if not active.any():
-        message = (
+        warnings.warn(
             "no dimension of the representation has a standard deviation of "
-            f"{least_deviation}: its score is 0"
+            f"{least_deviation}: its score is 0",
+            stacklevel=2,
         )
-        warnings.warn(message, stacklevel=2)
         return {"score": 0.0, "train_accuracy": 0.0, "active_dimensions": 0}
 
     def votes(count: int) -> np.ndarray:
@@ -224,9 +220,8 @@ def mig(
     optional("sklearn", "this score", "metrics", MetricError)
     from sklearn.metrics import mutual_info_score
 
-    _check_at_least(2, samples=samples)
-    _check_at_least(1, bins=bins, batch_size=batch_size)
-    source = _Source(represent, data, seed, batch_size)
+    source = _Source(represent, data, seed, bins=bins, batch_size=batch_size)
+    check_at_least(2, samples=samples)
     codes, factors = source.samples(samples)
     if (factors == factors[0]).all(0).any():
         raise ValueError(
@@ -239,10 +234,8 @@ def mig(
     ]
     gaps = []
     for levels in factors.T:
-        second, first = sorted(
-            [0.0, 0.0, *(mutual_info_score(levels, values) for values in binned)]
-        )[-2:]
-        gaps.append((first - second) / mutual_info_score(levels, levels))
+        information = sorted([0.0, 0.0, *(mutual_info_score(levels, values) for values in binned)])
+        gaps.append((information[-1] - information[-2]) / mutual_info_score(levels, levels))
     return {"score": float(np.mean(gaps))}
 
 
@@ -276,8 +269,8 @@ def dci(
     optional("sklearn", "this score", "metrics", MetricError)
     from sklearn.ensemble import GradientBoostingClassifier
 
-    _check_at_least(1, train=train, test=test, trees=trees, batch_size=batch_size)
-    source = _Source(represent, data, seed, batch_size)
+    sizes = dict(train=train, test=test, trees=trees, batch_size=batch_size)
+    source = _Source(represent, data, seed, **sizes)
     (codes, factors), (test_codes, test_factors) = source.samples(train), source.samples(test)
     _warn_if_constant(codes)
     importances, accuracies, train_accuracies = [], [], []
@@ -324,8 +317,7 @@ def sap(
     optional("sklearn", "this score", "metrics", MetricError)
     from sklearn.svm import LinearSVC
 
-    _check_at_least(1, train=train, test=test, batch_size=batch_size)
-    source = _Source(represent, data, seed, batch_size)
+    source = _Source(represent, data, seed, train=train, test=test, batch_size=batch_size)
     (codes, factors), (test_codes, test_factors) = source.samples(train), source.samples(test)
     _warn_if_constant(codes)
     varying = codes.std(0) > CONSTANT
@@ -336,55 +328,45 @@ def sap(
     )
     gaps = []
     for levels, test_levels in zip(factors.T, test_factors.T, strict=True):
-        accuracies = []
-        for values, test_values in zip(columns.T, test_columns.T, strict=True):
-            model = LinearSVC(C=penalty, class_weight="balanced").fit(values[:, None], levels)
-            accuracies.append(model.score(test_values[:, None], test_levels))
-        second, first = sorted(accuracies)[-2:]
-        gaps.append(first - second)
+        accuracies = sorted(
+            LinearSVC(C=penalty, class_weight="balanced")
+            .fit(values[:, None], levels)
+            .score(test_values[:, None], test_levels)
+            for values, test_values in zip(columns.T, test_columns.T, strict=True)
+        )
+        gaps.append(accuracies[-1] - accuracies[-2])
     return {"score": float(np.mean(gaps))}
 
 
 METRICS: dict[str, Callable[..., dict[str, float]]] = {
-    "beta_vae": beta_vae,
-    "factor_vae": factor_vae,
-    "mig": mig,
-    "dci": dci,
-    "sap": sap,
+    metric.__name__: metric for metric in (beta_vae, factor_vae, mig, dci, sap)
 }
-TITLES = {
-    "beta_vae": "BetaVAE",
-    "factor_vae": "FactorVAE",
-    "mig": "MIG",
-    "dci": "DCI",
-    "sap": "SAP",
-}
+TITLES = dict(beta_vae="BetaVAE", factor_vae="FactorVAE", mig="MIG", dci="DCI", sap="SAP")
 
 
 class _Source:
-    """Random factors and their codes."""
+    """Random factors and their codes. The `sizes`, of which `batch_size` is one, are checked."""
 
-    def __init__(self, represent: Represent | Codes, data: FactorData, seed: int, batch_size: int):
+    def __init__(self, represent: Represent | Codes, data: FactorData, seed: int, **sizes: int):
+        check_at_least(1, **sizes)
         self.sizes = factor_sizes(data)
         self.rng = np.random.default_rng(seed)
-        self._represent, self._data, self._batch_size = represent, data, batch_size
+        self._represent, self._data, self._batch_size = represent, data, sizes["batch_size"]
         self._table = None if callable(represent) else _as_codes(represent, math.prod(self.sizes))
 
     def factors(self, *shape: int) -> np.ndarray:
         """Independent uniform levels, int64 [*shape, F]."""
         return self.rng.integers(self.sizes, size=(*shape, len(self.sizes)))
 
+    @torch.no_grad()
     def codes(self, factors: np.ndarray) -> np.ndarray:
         """float64 [..., Z] of factors [..., F]."""
         if self._table is not None:
             return self._table[np.ravel_multi_index(tuple(np.moveaxis(factors, -1, 0)), self.sizes)]
         rows = factors.reshape(-1, len(self.sizes))
-        parts = [
-            rows[start : start + self._batch_size]
-            for start in range(0, len(rows), self._batch_size)
-        ]
-        codes = np.concatenate([_encode(self._represent, self._data, part) for part in parts])
-        return codes.reshape(*factors.shape[:-1], -1)
+        batches = np.split(rows, range(self._batch_size, len(rows), self._batch_size))
+        codes = [_as_codes(self._represent(self._data.images(b)), len(b)) for b in batches]
+        return np.concatenate(codes).reshape(*factors.shape[:-1], -1)
 
     def samples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Codes float64 [count, Z] of random images, and their factors [count, F]."""
@@ -408,11 +390,6 @@ def factor_sizes(data: FactorData) -> tuple[int, ...]:
     return sizes
 
 
-@torch.no_grad()
-def _encode(represent: Represent, data: FactorData, factors: np.ndarray) -> np.ndarray:
-    return _as_codes(represent(data.images(factors)), len(factors))
-
-
 def _as_codes(codes: Codes, count: int) -> np.ndarray:
     """As float64 [count, Z] if they are finite and of this shape."""
     if not isinstance(codes, Tensor | np.ndarray):
@@ -434,21 +411,13 @@ def _groups(count: int) -> Iterator[int]:
 def _concentration(importances: np.ndarray) -> float:
     """Mean over rows, weighted by their sums, of one minus the entropy in units of its maximum; 0
     if all are zero."""
-    sums = importances.sum(1)
-    if not sums.any():
+    from scipy.stats import entropy
+
+    rows = importances[importances.any(1)]
+    if not len(rows):
         return 0.0
-    shares = importances[sums > 0] / sums[sums > 0, None]
-    entropies = -np.sum(
-        shares * np.log(shares, out=np.zeros_like(shares), where=shares > 0), axis=1
-    )
-    columns = max(importances.shape[1], 2)  # the entropy over a single column is 0
-    return float(np.average(1 - entropies / math.log(columns), weights=sums[sums > 0]))
-
-
-def _check_at_least(least: int, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < least:
-            raise ValueError(f"{name} must be at least {least}, got {size}")
+    columns = max(rows.shape[1], 2)  # the entropy over a single column is 0
+    return float(np.average(1 - entropy(rows, base=columns, axis=1), weights=rows.sum(1)))
 
 
 def _warn_if_constant(codes: np.ndarray) -> None:

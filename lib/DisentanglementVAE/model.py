@@ -4,21 +4,22 @@ module."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..DensityVAE.model import Output
+from ..DensityVAE.blocks import HALF_SCALE
 from ..nn import SDNLayer, make_convolution
-from ..pretrained import Pretrained, plain_arguments
-from ..probability import IsoGaussian, make_observation, standard_normal
+from ..probability import IsoGaussian, standard_normal
+from ..utils import check_at_least
+from ..vae import VAE
 
 IMAGE_SIZE = 64
 SDN_SCALE = 32  # to which the layer leads that may be an SDN layer
-HALF_SCALE = (4, 2, 1)  # kernel size, stride, padding
 
 
-class DisentanglementVAE(Pretrained, nn.Module):
+class DisentanglementVAE(VAE):
     """VAE with one vector of latents for 64x64 images (paper, section 6; architecture of Locatello
     et al. 2019).
 
@@ -56,40 +57,23 @@ class DisentanglementVAE(Pretrained, nn.Module):
         backend: str = "auto",
         analytic_kl: bool = True,
     ):
-        arguments = plain_arguments(locals())
-        super().__init__()
-        self.arguments = arguments
-        sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if sizes != (IMAGE_SIZE, IMAGE_SIZE):
+        super().__init__(locals())
+        _, height, width = self.image_shape
+        if (height, width) != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(
-                f"the model is for images of {IMAGE_SIZE}x{IMAGE_SIZE}, got {sizes[0]}x{sizes[1]}"
+                f"the model is for images of {IMAGE_SIZE}x{IMAGE_SIZE}, got {height}x{width}"
             )
-        if z_size < 1:
-            raise ValueError(f"z_size must be at least 1, got {z_size}")
-        self.image_shape = (channels, IMAGE_SIZE, IMAGE_SIZE)
-        self.latent_shapes = [(z_size,)]
+        check_at_least(1, z_size=z_size)
+        self.latent_shapes, self.num_rates = [(z_size,)], z_size
         self.analytic_kl = analytic_kl
         self.posterior = IsoGaussian(z_size)
-        self.observation = make_observation(obs_model, nbits, mix_components, channels, dml_tails)
-
-        def down(in_ch: int, out_ch: int) -> nn.Module:
-            return make_convolution(in_ch, out_ch, *HALF_SCALE, upsample=False)
-
-        def up(in_ch: int, out_ch: int) -> nn.Module:
-            return make_convolution(in_ch, out_ch, *HALF_SCALE, upsample=True)
+        down = partial(make_convolution, **HALF_SCALE, upsample=False)
+        up = partial(make_convolution, **HALF_SCALE, upsample=True)
 
         to_scale_32 = up(32, 32)
         if sdn_nfeat:
-            to_scale_32 = SDNLayer(
-                32,
-                32,
-                sdn_nfeat,
-                list(sdn_dirs),
-                *HALF_SCALE,
-                upsample=True,
-                border=border,
-                backend=backend,
-            )
+            sweeps = dict(num_features=sdn_nfeat, dirs=sdn_dirs, border=border, backend=backend)
+            to_scale_32 = SDNLayer(32, 32, **HALF_SCALE, upsample=True, **sweeps)
         self.encoder = nn.Sequential(
             *(down(channels, 32), nn.ReLU()),  # scale 32
             *(down(32, 32), nn.ReLU()),  # 16
@@ -110,31 +94,6 @@ class DisentanglementVAE(Pretrained, nn.Module):
         for linear in [module for module in self.modules() if isinstance(module, nn.Linear)]:
             nn.init.normal_(linear.weight, std=0.02)
 
-    @property
-    def device(self) -> torch.device:
-        return self.encoder[0].weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder[0].weight.dtype
-
-    @property
-    def num_rates(self) -> int:
-        """How many parts the KL has: one for each latent dimension."""
-        return self.latent_shapes[0][0]
-
-    def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Output:
-        """Encodes and decodes a batch; the rates are those of the latent dimensions, [B, Z].
-
-        Arguments:
-            x: Data as the observation model encodes them (`self.observation.encode(uint8_images)`),
-                [B, C, 64, 64].
-            noise: [standard normal noise [B, Z]]; drawn if not given.
-        """
-        posterior, _ = self.bottom_up(x)
-        latents, rates, params = self.top_down(x.shape[0], posterior=posterior, noise=noise)
-        return Output(-self.observation.log_prob(params, x), rates, latents, params)
-
     def represent(self, x: Tensor) -> Tensor:
         """The posterior means of data as in `forward`, [B, Z]: the representation that metrics
         judge."""
@@ -143,11 +102,7 @@ class DisentanglementVAE(Pretrained, nn.Module):
     def bottom_up(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """[posterior parameters [B, 2 Z], mean and log-variance], and the same once more as the
         pass's output."""
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"images must be [batch, {', '.join(map(str, self.image_shape))}], got "
-                f"{list(x.shape)}"
-            )
+        self.check_input(x)
         q_params = self.encoder(x)
         return [q_params], q_params
 
@@ -184,24 +139,6 @@ class DisentanglementVAE(Pretrained, nn.Module):
                     posterior[0], z, one_sample=one_sample_kl or not self.analytic_kl
                 )
         return [z], rates, self.decoder(z.to(self.dtype))
-
-    def sample(
-        self,
-        batch: int,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        **given,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Observation parameters and latents drawn from the prior; `given` as for
-        `DensityVAE.sample`."""
-        latents, _, params = self.top_down(
-            batch, temperature=temperature, generator=generator, **given
-        )
-        return params, latents
-
-    def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """Observation parameters [B, param_channels, 64, 64] for [latents [B, Z]]."""
-        return self.top_down(latents[0].shape[0], latents=latents)[2]
 
     @staticmethod
     def _rates(q_params: Tensor, z: Tensor, *, one_sample: bool) -> Tensor:

@@ -12,6 +12,7 @@
     processes.py            ranks and loader workers: agreeing, dying, hanging
     signals.py, faults.py   how a run is asked to stop; how it ends, and with which exit status
     profiling.py            `--profiler_mode`
+    released.py             checkpoints of the authors' release, to go on from
     lightning_internals.py  every use of what Lightning keeps to itself
 
 How a run resumes: `resume.find_checkpoint` takes the newest checkpoint in the run's folder that is

@@ -10,12 +10,13 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, TINY, assert_one_line_error, relative_error, run
+from helpers import GOLDEN, assert_one_line_error, relative_error, resumable, run
 
 from data.get_dataset import DATASETS
 from lib.checkpoint import CheckpointError, read_checkpoint, stored_config
 from lib.evaluation.loading import load_model
-from lib.released import IMAGE_SHAPES, convert, translate
+from lib.released import IMAGE_SHAPES, translate
+from lib.training.released import convert
 from lib.utils import nats_to_bits_per_dim
 
 OLDER = {
@@ -103,22 +104,10 @@ def test_the_configuration_is_rebuilt():
     loaded = load_model(GOLDEN / "tiny_5bit.ckpt", IMAGE_SHAPES)
     config, stored = loaded.config, golden("tiny_5bit")["hyper_parameters"]
     assert loaded.released and loaded.step == 1234 and not loaded.model.training
-    ours = {
-        "border": "keep",
-        "block": "sdn",
-        "highway": "auto",
-        "dml_tails": "approximate",
-    }
+    ours = dict(border="keep", block="sdn", highway="auto", dml_tails="approximate")
     assert {name: getattr(config, name) for name in ours} == ours
-    for name in (
-        *config.architecture(),
-        "dataset",
-        "lrate",
-        "free_bits",
-        "ema_coef",
-        "random_seed",
-        "amp",
-    ):
+    others = "dataset lrate free_bits ema_coef random_seed amp".split()
+    for name in (*config.architecture(), *others):
         if name not in ours:
             assert getattr(config, name) == stored[name], name
     assert config.root == "data", "folders are the authors'"
@@ -359,31 +348,9 @@ def test_conversion_keeps_everything_and_training_goes_on(images, tmp_path):
     (line,) = [line for line in report if line.startswith("train on with: ")]
     command = shlex.split(line.removeprefix("train on with: "))
     assert command[:2] == ["python", "train.py"]
-    extra = [
-        "--root",
-        images,
-        "--output_dir",
-        tmp_path,
-        "--gpus",
-        0,
-        "--num_workers",
-        0,
-        "--logger",
-        "none",
-    ]
-    done = run(
-        "train.py",
-        *command[2:],
-        *extra,
-        "--figsize",
-        2,
-        "--max_epochs",
-        4,
-        "--batch",
-        4,
-        "--batch_val",
-        4,
-    )
+    extra = ["--root", images, "--output_dir", tmp_path]
+    extra += "--gpus 0 --num_workers 0 --logger none --figsize 2 --max_epochs 4".split()
+    done = run("train.py", *command[2:], *extra, *"--batch 4 --batch_val 4".split())
     assert done.returncode == 0, done.stderr
     after = read_checkpoint(target)
     assert (after["epoch"], after["global_step"]) == (4, 1234 + 8), (
@@ -429,16 +396,8 @@ def test_training_on_a_released_file_says_how_to_convert_it(images, tmp_path):
     folder = tmp_path / "checkpoints/authors"
     folder.mkdir(parents=True)
     (folder / "last.ckpt").write_bytes((GOLDEN / "tiny_8bit.ckpt").read_bytes())
-    arguments = [
-        "--root",
-        images,
-        "--exp_name",
-        "authors",
-        "--output_dir",
-        tmp_path,
-        "--use_checkpoint",
-    ]
-    assert_one_line_error(run("train.py", *TINY, *arguments), "convert it: python -m lib.released")
+    flags = [*resumable(images, tmp_path), "--exp_name", "authors"]
+    assert_one_line_error(run("train.py", *flags), "convert it: python -m lib.released")
 
 
 @pytest.mark.parametrize("value", [torch.zeros(0), torch.ones(1), torch.eye(30)], ids=str)
