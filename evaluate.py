@@ -93,8 +93,8 @@ def run(
     )
     prepare(asked, context)
     if asked:
-        with own_folder(figs, name, weights) as context.folder:
-            evaluate(asked, context, provenance(context, path, command))
+        context.folder = own_folder(figs, name, weights)
+        evaluate(asked, context, provenance(context, path, command))
     if flags.report:
         results = read_results(context.folder / "results.json")
         if not results:

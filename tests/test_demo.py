@@ -23,7 +23,7 @@ from lib.pictures import load_image
 
 
 def answers(model):
-    return demo.Answers(LoadedModel(model.eval(), TrainConfig(), 6, False, [], "0" * 12))
+    return demo.Answers(LoadedModel(model.eval(), TrainConfig(), 6, [], "0" * 12))
 
 
 @pytest.fixture

@@ -135,15 +135,14 @@ def test_a_ledger_is_of_one_process(tmp_path, file_system):
 
 
 def test_what_another_evaluation_writes_stays(tmp_path, file_system):
-    """Only an evaluation that is alone in a folder removes half-written files."""
-    folder = tmp_path / "name"
-    with own_folder(tmp_path, "name", "1" * 12):
-        half = folder / "results.json.abc.partial"
-        half.touch()
-        with own_folder(tmp_path, "name", "1" * 12):
-            assert half.exists()
-            add_result(folder / "results.json", "elbo", {"weights": "1" * 12})
-    with own_folder(tmp_path, "name", "1" * 12):
-        assert not half.exists()
+    """Half-written files go only when nobody has written to them for a day."""
+    folder = own_folder(tmp_path, "name", "1" * 12)
+    half = folder / "results.json.abc.partial"
+    half.touch()
+    assert own_folder(tmp_path, "name", "1" * 12) == folder and half.exists()
+    add_result(folder / "results.json", "elbo", {"weights": "1" * 12})
+    yesterday = time.time() - 25 * 3600
+    os.utime(half, (yesterday, yesterday))
+    assert own_folder(tmp_path, "name", "1" * 12) == folder and not half.exists()
     assert list(read_results(folder / "results.json")) == ["elbo"]
     assert sorted(path.name for path in folder.iterdir()) == [".weights", "results.json"]

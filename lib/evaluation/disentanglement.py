@@ -61,7 +61,7 @@ class Disentanglement(Evaluation):
         ),
     )
     needs = ("training",)
-    packages = ("sklearn",)
+    packages = {"sklearn": "metrics"}
     only_disentanglement = True
     title = "Disentanglement"
     paper = "Figure 7"

@@ -132,9 +132,11 @@ def negative_elbo(
     """
     total, distortion, rates = Estimate(), Estimate(), Estimate()
     for images, indices in batches:
-        x, indices = _real_images(model, images, indices)
-        if not len(indices):
+        real = indices >= 0
+        if not real.any():
             continue
+        x = model.observation.encode(images[real].to(model.device))
+        indices = indices[real].tolist()
         noise = [
             eps.to(model.device, model.dtype)
             for eps in keyed_noise(model.latent_shapes, seed, indices)
@@ -160,9 +162,3 @@ def negative_elbo(
         else "rate_per_layer": parts.tolist(),
         "images": total.count,
     }
-
-
-def _real_images(model: VAE, images: Tensor, indices: Tensor) -> tuple[Tensor, list[int]]:
-    """Encoded images on the model's device without those that pad the batch, and their indices."""
-    real = indices >= 0
-    return model.observation.encode(images[real].to(model.device)), indices[real].tolist()

@@ -6,6 +6,7 @@ from ..pictures import save_rates
 from .elbo import validation_elbo
 from .options import LIMIT
 from .registry import Context, Evaluation, Result, register
+from .tables import shares_of
 
 
 @register
@@ -15,7 +16,7 @@ class Latents(Evaluation):
     order = 40
     flags = (LIMIT,)
     needs = ("validation",)
-    packages = ("matplotlib",)
+    packages = {"matplotlib": "evaluate"}
     title = "Information in each layer"
     paper = "the second observation at Figure 11"
     explanation = (
@@ -33,11 +34,10 @@ class Latents(Evaluation):
             part, facts = "layer", {"scale_per_layer": scales}
             save_rates(elbo["rate_per_layer"], path, scales)
         rates = elbo[f"rate_per_{part}"]
-        total = sum(rates)
         caption = f"KL divergence of each {part}'s posterior from its prior, in bits/dim"
         return {
             f"rate_per_{part}": list(rates),
-            f"share_per_{part}": [rate / total if total else 0.0 for rate in rates],
+            f"share_per_{part}": shares_of(rates),
             **facts,
             "images": elbo["images"],
             "pictures": [context.entry(path, caption)],

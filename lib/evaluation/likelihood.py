@@ -7,7 +7,6 @@ import contextlib
 import math
 import multiprocessing
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -139,7 +138,7 @@ def negative_log_likelihood(
             `seed` are added.
         devices: One worker for each entry, such as ("cuda:0", "cuda:1") or ("cpu", "cpu"). A single
             worker is this process; several are processes of their own, which divide this one's
-            threads among them.
+            threads among them, and are started in the main thread.
         chunk: Samples of one top-down pass, see `pick_chunk` if it is not given. When memory runs
             out it is halved.
         progress: Called with (images finished since the last call, running estimate in bits/dim);
@@ -241,8 +240,12 @@ def _in_processes(
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(len(devices), context, _begin, (start, names, threads))
     try:
-        with _interrupt_ignored():  # inherited: Ctrl-C is this process's to handle
+        # Inherited by the processes: Ctrl-C is this process's to handle.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
             done = as_completed([pool.submit(_compute, image) for image in images])
+        finally:
+            signal.signal(signal.SIGINT, handler)
         for future in done:
             yield future.result()
     except BrokenProcessPool:
@@ -270,16 +273,3 @@ def _compute(image: int) -> tuple[int, float, int]:
     if not isinstance(_worker, ImportanceSampler):
         _worker = _worker()
     return image, _worker(image), _worker.chunk
-
-
-@contextlib.contextmanager
-def _interrupt_ignored() -> Iterator[None]:
-    """Signal handlers can be changed in the main thread only; elsewhere nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)

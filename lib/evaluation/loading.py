@@ -29,8 +29,8 @@ class LoadedModel:
     model: With the weights to evaluate, in evaluation mode, on its device.
     config: The run's configuration.
     step: Optimizer steps of the run.
-    released: Whether the file is in the authors' format.
-    remarks: What of such a file is not used, a line for each reason.
+    remarks: What of a file in the authors' format is not used, a line for each reason; empty for a
+        file of this project.
     fingerprint: Of weights and architecture, 12 hexadecimal digits: results with another one are
         another model's.
     """
@@ -38,7 +38,6 @@ class LoadedModel:
     model: VAE
     config: TrainConfig
     step: int
-    released: bool
     remarks: list[str]
     fingerprint: str
 
@@ -169,7 +168,7 @@ def load_model(
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     model.eval().to(device)
-    return LoadedModel(model, config, step, released is not None, remarks, fingerprint)
+    return LoadedModel(model, config, step, remarks, fingerprint)
 
 
 def _fingerprint(weights: Mapping[str, Tensor], config: TrainConfig) -> str:

@@ -79,7 +79,7 @@ def nearest_images(
         progress: Called with the number of images after each batch.
 
     Raises:
-        ValueError: if a type or shape is not as above, `count` is below 1, an index comes twice or
+        ValueError: if images are not as above, `count` is below 1, an index comes twice or
             is too large to be told from others (2^28 at 256 x 256), or there are fewer than `count`
             training images.
     """
@@ -101,10 +101,6 @@ def nearest_images(
 
     for images, indices in batches:
         _check_images(images, "training images", shape)
-        if indices.shape != images.shape[:1] or indices.is_floating_point():
-            raise ValueError(
-                f"indices must be {len(images)} integers, got {indices.dtype} {list(indices.shape)}"
-            )
         real = indices >= 0
         if not real.all():
             images, indices = images[real], indices[real]
@@ -122,9 +118,6 @@ def nearest_images(
         images = images.to(device)
         if prepare:
             images = prepare(images)
-            _check_images(images, "prepared training images", shape)
-            if len(images) != len(indices):
-                raise ValueError(f"prepare made {len(images)} images of {len(indices)}")
 
         x, codes = _padded_levels(images), 2 * indices.to(device, torch.int64)
         for x_part, codes_part in zip(x.split(ROWS), codes.split(ROWS), strict=True):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.utils.data import Dataset
 
 from ..DisentanglementVAE import DisentanglementVAE
 from ..models import VAE
+from ..optional import optional
 from ..ranges import ConfigError, Range, at_most, check_number
 from .importance import pick_chunk
 from .loading import LoadedModel
@@ -30,7 +30,6 @@ from .tables import Facts, Table
 
 LARGEST_NUMBER = 10**9
 LARGEST_BATCH = 32  # unless `--batch` is given
-PIP_NAMES = {"sklearn": "scikit-learn"}
 
 Result = dict[str, Any]
 
@@ -194,12 +193,13 @@ class Evaluation:
 
     Attributes:
         name: Its flag, and its key in `results.json`.
-        help: Its line in `--help` and in the table of evaluations.
+        help: Its line in `--help` and in the table of docs/evaluation.md.
         order: Evaluations run, and stand in the report, by this number.
         flags: Flags that it takes.
         needs: Which of the context's data are opened before anything is computed: "validation",
             "training" (images, or the scenes of a data set of factors), "images".
-        packages: Packages that it imports only when it runs.
+        packages: Packages that it imports only when it runs, and which of this project's extras
+            brings each.
         only_disentanglement: Whether it is for models of `--task disentanglement` alone.
         uses_batch: Whether it computes `--batch` images at a time.
         title, paper, explanation: Of its section of the report.
@@ -213,7 +213,7 @@ class Evaluation:
     order: int = 1000
     flags: Sequence[Flag] = ()
     needs: Sequence[str] = ()
-    packages: Sequence[str] = ()
+    packages: Mapping[str, str] = {}
     only_disentanglement = False
     uses_batch = True
     title: str
@@ -258,16 +258,6 @@ def evaluations() -> dict[str, Evaluation]:
     return {evaluation.name: evaluation for evaluation in ordered}
 
 
-def markdown_table() -> str:
-    """The README's table of evaluations."""
-    rows = ["| flag | what it gives | in the paper |", "|---|---|---|"]
-    rows += [
-        f"| `--{name}` | {evaluation.help} | {evaluation.paper or '–'} |"
-        for name, evaluation in evaluations().items()
-    ]
-    return "\n".join(rows)
-
-
 def prepare(asked: Sequence[Evaluation], context: Context) -> None:
     """Checks what depends on the model and the data, before anything is computed."""
     flags, loaded = context.flags, context.loaded
@@ -277,20 +267,13 @@ def prepare(asked: Sequence[Evaluation], context: Context) -> None:
                 f"--{evaluation.name} is for models of --task disentanglement; this one is of "
                 f"{loaded.config.task}"
             )
-        for package in evaluation.packages:
-            _check_package(evaluation.name, package)
+        for package, extra in evaluation.packages.items():
+            optional(package, f"--{evaluation.name}", extra, ConfigError)
     if flags.report:
-        _check_package("report", "jinja2")
+        optional("jinja2", "--report", "evaluate", ConfigError)
     if flags.batch is None and any(evaluation.uses_batch for evaluation in asked):
         flags.batch = min(LARGEST_BATCH, pick_chunk(loaded.model))
     for evaluation in asked:
         for need in evaluation.needs:
             getattr(context, need)
         evaluation.prepare(context)
-
-
-def _check_package(name: str, package: str) -> None:
-    """Raises ConfigError if a package that flag `name` needs is missing."""
-    if not importlib.util.find_spec(package):
-        pip_name = PIP_NAMES.get(package, package)
-        raise ConfigError(f"--{name} needs the package {pip_name}: pip install {pip_name}")

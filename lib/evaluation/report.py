@@ -185,8 +185,7 @@ def _tables(entry: Mapping[str, Any], evaluation: Evaluation | None) -> list[Tab
         ):
             continue
         if key == "rate_per_layer":
-            shares, scales = entry.get("share_per_layer"), entry.get("scale_per_layer")
-            tables.append(layer_rates(value, shares, scales))
+            tables.append(layer_rates(value, entry.get("scale_per_layer")))
         elif key == "rate_per_dimension":
             tables.append(dimension_rates(value))
         elif key in own:

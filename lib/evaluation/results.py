@@ -6,10 +6,9 @@ import datetime
 import json
 import os
 import platform
-import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..files import LOCK, PARTIAL, locked, read_json, set_aside, whole_file
 from .registry import Context
 
 OWNER = ".weights"  # the fingerprint of the weights whose results are in the folder
-AT_WORK = ".at_work"  # ending of the names of locks, of which each evaluation holds one
+ABANDONED = 24 * 3600  # seconds after which nobody is still writing a half-written file
 
 
 def results_folder(figs: Path, name: str, fingerprint: str) -> Path:
@@ -31,30 +30,28 @@ def results_folder(figs: Path, name: str, fingerprint: str) -> Path:
     return folder if owners <= {fingerprint} else figs / f"{name}-{fingerprint}"
 
 
-@contextmanager
-def own_folder(figs: Path, name: str, fingerprint: str) -> Iterator[Path]:
+def own_folder(figs: Path, name: str, fingerprint: str) -> Path:
     """Makes the folder of a checkpoint's results and takes it for these weights.
 
-    What a killed process left half-written there goes, if no other process is at work in it.
+    What killed processes left half-written there goes after a day.
 
     Raises:
         ConfigError: if the folder cannot be written to.
     """
-    with ExitStack() as at_work:
-        while True:
-            folder = results_folder(figs, name, fingerprint)
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise ConfigError(f"{folder} cannot be written to")
-            with locked(folder / LOCK, "", wait=True):
-                if _owners(folder) <= {fingerprint}:
-                    (folder / OWNER).write_text(fingerprint)
-                    if not any([_is_held(lock) for lock in folder.glob(f".*{AT_WORK}")]):
-                        _remove_partial_files(folder)
-                    own = folder / f".{secrets.token_hex(8)}{AT_WORK}"
-                    at_work.enter_context(locked(own, ""))
-                    break
-        yield folder
+    while True:
+        folder = results_folder(figs, name, fingerprint)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"{folder} cannot be written to")
+        with locked(folder / LOCK, "", wait=True):
+            if _owners(folder) <= {fingerprint}:
+                (folder / OWNER).write_text(fingerprint)
+                break
+    for rest in folder.rglob(f"*{PARTIAL}"):
+        with suppress(FileNotFoundError):  # another process has finished it
+            if time.time() - rest.lstat().st_mtime > ABANDONED:
+                rest.unlink()
+    return folder
 
 
 def provenance(context: Context, checkpoint: Path, command: str) -> dict[str, Any]:
@@ -90,9 +87,8 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def add_result(path: Path, task: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Adds a result to those that are kept, also to those of commands that run at the same time;
-    all of them.
+def add_result(path: Path, task: str, result: dict[str, Any]) -> None:
+    """Adds a result to those that are kept, also to those of commands that run at the same time.
 
     A file of results that was damaged since the command began is set aside.
 
@@ -115,7 +111,6 @@ def add_result(path: Path, task: str, result: dict[str, Any]) -> dict[str, Any]:
         results[task] = result
         with whole_file(path) as partial_file:
             partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-        return results
 
 
 def _owners(folder: Path) -> set[str]:
@@ -131,19 +126,3 @@ def _owners(folder: Path) -> set[str]:
         if "weights" in result
     }
     return found | (named - {""})
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process holds a lock; that of one that died is removed."""
-    try:
-        with locked(lock, ""):
-            return False
-    except BlockingIOError:
-        return True
-
-
-def _remove_partial_files(folder: Path) -> None:
-    """Removes what a killed evaluation left; not the images of a training that writes here, too."""
-    for rest in folder.rglob(f"*{PARTIAL}"):
-        if not rest.match("*_" + 7 * "[0-9]" + f".png.*{PARTIAL}"):
-            rest.unlink(missing_ok=True)

@@ -25,13 +25,16 @@ class Table:
     bars: Sequence[float] = ()
 
 
-def layer_rates(
-    rates: Sequence[float], shares: Sequence[float] | None, scales: Sequence[Sequence[int]] | None
-) -> Table:
+def shares_of(rates: Sequence[float]) -> list[float]:
+    """What each rate is of their total."""
+    total = sum(rates)
+    return [rate / total if total else 0.0 for rate in rates]
+
+
+def layer_rates(rates: Sequence[float], scales: Sequence[Sequence[int]] | None) -> Table:
     """The rate of each layer, topmost first, as a number and as a share of the total; its height
     and width if known."""
-    total = sum(rates)
-    shares = shares or [rate / total if total else 0.0 for rate in rates]
+    shares = shares_of(rates)
     columns = {
         "layer, from the top": [
             f"{i} (topmost)" if i == 1 else str(i) for i in range(1, len(rates) + 1)
@@ -48,8 +51,7 @@ def layer_rates(
 
 def dimension_rates(rates: Sequence[float]) -> Table:
     """The rate of each latent dimension, as a number and as a share of the total."""
-    total = sum(rates)
-    shares = [rate / total if total else 0.0 for rate in rates]
+    shares = shares_of(rates)
     rows = [
         (f"z{i}", as_bits(rate), f"{share:.1%}")
         for i, (rate, share) in enumerate(zip(rates, shares, strict=True))

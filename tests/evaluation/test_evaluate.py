@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,12 +188,16 @@ def test_a_report_needs_results(finished, tmp_path, capfd):
 
 
 def test_what_a_killed_command_left_half_written_goes(finished, tmp_path):
-    """But not what a training writes at the same time."""
+    """After a day; not what other evaluations or a training may be writing at the same time."""
     left = ["results.json.99.partial", "samples_t1.00/0000.png.99.partial"]
     kept = "samples_0000012.png.99.partial"
+    yesterday = time.time() - 25 * 3600
     for name in (*left, kept):
-        (tmp_path / "figs/tiny" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "figs/tiny" / name).touch()
+        path = tmp_path / "figs/tiny" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        if name in left:
+            os.utime(path, (yesterday, yesterday))
     best = finished / "checkpoints/tiny/best.ckpt"
     here("--checkpoint", best, "--output_dir", tmp_path, "--elbo", "--limit", 1)
     partial = {path.name for path in (tmp_path / "figs").rglob("*.partial")}

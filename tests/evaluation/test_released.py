@@ -103,7 +103,7 @@ def test_every_stored_tensor_is_used_or_listed(name):
 def test_the_configuration_is_rebuilt():
     loaded = load_model(GOLDEN / "tiny_5bit.ckpt", IMAGE_SHAPES)
     config, stored = loaded.config, golden("tiny_5bit")["hyper_parameters"]
-    assert loaded.released and loaded.step == 1234 and not loaded.model.training
+    assert loaded.remarks and loaded.step == 1234 and not loaded.model.training
     ours = dict(border="keep", block="sdn", highway="auto", dml_tails="approximate")
     assert {name: getattr(config, name) for name in ours} == ours
     others = "dataset lrate free_bits ema_coef random_seed amp".split()
@@ -342,7 +342,7 @@ def test_conversion_keeps_everything_and_training_goes_on(images, tmp_path):
         for name, tensor in tensors.items():
             assert torch.equal(state[prefix + name], tensor), name
     loaded = load_model(target, IMAGE_SHAPES)
-    assert not loaded.released
+    assert not loaded.remarks
     assert loaded.fingerprint == load_model(tmp_path / "changed.ckpt", IMAGE_SHAPES).fingerprint
 
     (line,) = [line for line in report if line.startswith("train on with: ")]
