@@ -1,11 +1,13 @@
-"""What the benchmarks share: the machine and its versions, taking turns, peak memory, the file with
-the results."""
+"""What the benchmarks share: flags, the machine and its versions, comparisons, taking turns, peak
+memory, the file with the results."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -16,8 +18,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make_parser(description: str, device: str | None = None) -> argparse.ArgumentParser:
+    """With the flag --output, and --device if a default of it is given; a program adds its own."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    if device:
+        parser.add_argument("--device", default=device)
+    return parser
 
 
 def machine(device: str) -> dict:
@@ -35,7 +49,8 @@ def stamp(
     name: str, arguments: list[str] | None, device: str, packages: tuple[str, ...] = ()
 ) -> dict:
     """What a file of results begins with: date, machine, versions, threads and the command
-    `benchmarks.<name> ...`, or of another module whose whole name is given."""
+    of the module of that name."""
+    words = sys.argv[1:] if arguments is None else arguments
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -45,14 +60,7 @@ def stamp(
         "machine": machine(device),
         "versions": versions,
         "threads": torch.get_num_threads(),
-        "command": shlex.join(
-            [
-                "python",
-                "-m",
-                name if "." in name else f"benchmarks.{name}",
-                *(sys.argv[1:] if arguments is None else arguments),
-            ]
-        ),
+        "command": shlex.join(["python", "-m", name, *words]),
     }
 
 
@@ -106,10 +114,8 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory(run: Callable[[], object], device: str) -> float | None:
-    """Peak of a call in MiB beyond what exists before it: of CUDA's allocator, or of this process's
-    resident set, which includes what libraries use for themselves (Linux only, else None; to be
-    taken in a fresh process)."""
+def peak_memory(run: Callable[[], object], device: str) -> float:
+    """Peak of a call in MiB beyond what exists before it, of torch's allocator."""
     if device.startswith("cuda"):
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -117,19 +123,11 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
         run()
         synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-    reset.write_text("5")  # sets the recorded peak to the present size
-    before = resident_peak()
-    run()
-    return resident_peak() - before
-
-
-def resident_peak() -> float:
-    """Peak resident set of this process in MiB since it was last reset (Linux)."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0)) / 2**20
 
 
 @contextlib.contextmanager
@@ -144,7 +142,19 @@ def without_tf32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def relative_error(computed: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what was expected."""
-    difference = (computed.detach().double() - expected.detach().double()).norm()
-    return (difference / expected.detach().double().norm().clamp(min=1e-30)).item()
+def require_close(
+    name: str,
+    found: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    tolerance: float,
+) -> None:
+    """SystemExit if one of the tensors differs from what was expected, relative to its norm, by
+    more than the tolerance."""
+    for key, tensor in found.items():
+        truth = expected[key].detach().double()
+        error = (tensor.detach().double() - truth).norm() / truth.norm().clamp(min=1e-30)
+        if not error <= tolerance:
+            sys.exit(
+                f"{name} is not timed: {key} differs from the reference by {error:.1e}, allowed "
+                f"is {tolerance:.0e}"
+            )

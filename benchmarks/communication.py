@@ -15,7 +15,6 @@ efficiency by a simple model: see `efficiency`. That is not measured.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -186,12 +185,9 @@ def efficiency(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser = common.make_parser(__doc__)
     options = parser.parse_args(arguments)
-    result = common.stamp("communication", arguments, "cpu", ("pytorch-lightning",))
+    result = common.stamp("benchmarks.communication", arguments, "cpu", ("pytorch-lightning",))
     result["recipes"] = recipes = []
     for script, variant in itertools.product(RECIPES, ("sdn", "cnn")):
         config = recipe(script, variant)

@@ -23,7 +23,6 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -167,9 +166,7 @@ def nearest(size: int, images: int, options) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.make_parser(__doc__, device="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=("quickstart", "cifar"), default="quickstart")
     parser.add_argument("--count", type=int, default=64, help="images to draw")
     parser.add_argument("--samples", type=int, default=128, help="importance samples")
@@ -182,13 +179,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="at 32x32 and at 256x256",
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
     numbers = (options.count, options.samples, options.chunk, options.rounds)
     if min(*numbers, *options.training_images) < 1:
         parser.error("all numbers must be at least 1")
-    result = common.stamp("evaluation", arguments, options.device)
+    result = common.stamp("benchmarks.evaluation", arguments, options.device)
     measured = []
     for name, architecture in (
         ("SDN", MODELS[options.model]),

@@ -21,7 +21,6 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,16 +150,12 @@ def kernels(scale: int, name: str, options: argparse.Namespace) -> list[dict]:
 
 @common.without_tf32()
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.make_parser(__doc__, device="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scales", type=int, nargs="+", default=[16, 32, 8, 4, 64])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--channels", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="seconds: few channels, small maps")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     if min(options.batch, options.channels, options.repeats, *options.scales) < 1:
         parser.error("all numbers must be at least 1")
@@ -168,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick or not options.device.startswith("cuda"):
         options.scales, options.batch, options.channels, options.repeats = [4, 5], 2, 8, 2
     torch.backends.cudnn.benchmark = True
-    result = common.stamp("gpu_check", arguments, options.device, ("triton",))
+    result = common.stamp("benchmarks.gpu_check", arguments, options.device, ("triton",))
     result |= {"channels": options.channels, "batch": options.batch}
     print(selection.report(options.device), flush=True)
     result["check"] = check(options)

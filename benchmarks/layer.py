@@ -16,21 +16,17 @@ medians, and for Table 6 mean and standard deviation. On CUDA features are chann
 convolutions there like them. A pass over a small map is mostly launches from Python; `--replay`
 measures passes that were captured as CUDA graphs instead, the forward pass alone and both.
 
-Memory is the peak of one training step beyond parameters, input and output gradient: on CUDA that
-of the allocator; on a CPU the peak of the resident set of a fresh process (Linux only), which
-includes what the libraries use for themselves.
+Memory is the peak of one training step beyond parameters, input and output gradient, by torch's
+allocator.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -141,14 +137,8 @@ def verify(name: str, options: argparse.Namespace) -> None:
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, grad_output)]
     truth = Step(reference, *exact, "float32").both()
     keys = ["output", "grad input", *(f"grad {key}" for key, _ in layer.named_parameters())]
-    tolerance = TOLERANCES[options.precision]
-    for key, one, other in zip(keys, found, truth, strict=True):
-        error = common.relative_error(one, other)
-        if not error <= tolerance:
-            sys.exit(
-                f"{name} is not timed: {key} differs from the reference by {error:.1e}, allowed "
-                f"is {tolerance:.0e}"
-            )
+    pairs = (dict(zip(keys, tensors, strict=True)) for tensors in (found, truth))
+    common.require_close(name, *pairs, TOLERANCES[options.precision])
 
 
 def prepared(name: str, scale: int, options: argparse.Namespace) -> Step:
@@ -199,71 +189,41 @@ def measure(names: list[str], scale: int, options: argparse.Namespace) -> list[d
                 )
                 if turn > 0:
                     times.append(1e3 * seconds / in_a_row)
-    rows = []
+    rows = {}
     for name, (forward, both) in taken.items():
-        row = {"scale": scale, "layer": name, "rounds": len(forward)}
+        rows[name] = row = {"scale": scale, "layer": name, "rounds": len(forward)}
         row["parameters"] = expected_parameters(name, options.channels)
         row |= {"forward_ms": statistics.median(forward), "step_ms": statistics.median(both)}
         row |= {"forward_mean_ms": statistics.mean(forward), "forward_std_ms": deviation(forward)}
-        rows.append(row)
-    by_name = {row["layer"]: row for row in rows}
-    for row in rows:
-        yardstick = by_name.get(f"{row['layer'].split('/')[0]}/{YARDSTICK}")
+        peak = None if options.no_memory else common.peak_memory(steps[name].both, options.device)
+        row["peak_mib"] = peak
+    for name, row in rows.items():
+        yardstick = rows.get(f"{name.split('/')[0]}/{YARDSTICK}", {})
         for what in ("forward", "step"):
-            own, conv3 = row[f"{what}_ms"], by_name["conv3"][f"{what}_ms"]
-            row[f"{what}_over_conv3"] = own / conv3
-            row[f"{what}_over_yardstick"] = own / yardstick[f"{what}_ms"] if yardstick else None
-        row["peak_mib"] = None if options.no_memory else peak_memory(row["layer"], scale, options)
-    for row in rows:
-        yardstick = by_name.get(f"{row['layer'].split('/')[0]}/{YARDSTICK}")
-        peaks = row["peak_mib"], yardstick and yardstick["peak_mib"]
-        row["memory_over_yardstick"] = peaks[0] / peaks[1] if all(peaks) else None
-    return rows
+            row[f"{what}_over_conv3"] = row[f"{what}_ms"] / rows["conv3"][f"{what}_ms"]
+            row[f"{what}_over_yardstick"] = ratio(row, yardstick, f"{what}_ms")
+        row["memory_over_yardstick"] = ratio(row, yardstick, "peak_mib")
+    return list(rows.values())
+
+
+def ratio(row: dict, other: dict, key: str) -> float | None:
+    """Of what was measured of two contenders; None if it was not of one of them."""
+    return row[key] / other[key] if row.get(key) and other.get(key) else None
 
 
 def deviation(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def peak_memory(name: str, scale: int, options: argparse.Namespace) -> float | None:
-    """MiB, see the top of the file; None where it cannot be measured."""
-    if options.device.startswith("cuda"):
-        return one_step_peak(name, scale, options)
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    flags = {"channels": options.channels, "scales": scale, "batch": options.batch}
-    flags |= {"precision": options.precision, "memory_of": name}
-    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "benchmarks.layer", *words]
-    child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    if child.returncode != 0:
-        sys.exit(f"measuring the memory of {name} at scale {scale} failed:\n{child.stderr}")
-    return float(child.stdout.splitlines()[-1])
-
-
-def one_step_peak(name: str, scale: int, options: argparse.Namespace) -> float:
-    """Peak of one training step in this process in MiB, beyond what exists before it."""
-    warm = argparse.Namespace(**vars(options) | {"batch": 1})
-    prepared(name, min(4, scale), warm).both()  # loads libraries
-    step = prepared(name, scale, options)
-    if options.device.startswith("cuda"):
-        step.both()  # chooses a backend, and records it if it is one that is replayed
-    return common.peak_memory(step.both, options.device)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.make_parser(__doc__, device="cpu")
     parser.add_argument("--scales", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--channels", type=int, default=200)
     parser.add_argument("--directions", type=int, nargs="+", default=[1, 2, 4], choices=DIRECTIONS)
-    parser.add_argument("--backends", nargs="+", choices=[*BACKENDS, YARDSTICK, COMPILED])
+    backends = dict(choices=[*BACKENDS, YARDSTICK, COMPILED], default=["auto", YARDSTICK])
+    parser.add_argument("--backends", nargs="+", **backends)
     parser.add_argument("--precision", default="float32", choices=list(PRECISIONS))
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument(
         "--slow_repeats", type=int, default=3, help="rounds in which reference and yardstick run"
@@ -271,11 +231,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     parser.add_argument("--no_memory", action="store_true", help="time only")
     parser.add_argument("--replay", action="store_true", help="passes captured as CUDA graphs")
-    parser.add_argument("--output", type=Path, help="JSON file to write, after each scale")
-    parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.backends is None:
-        options.backends = ["auto", YARDSTICK]
     numbers = (options.repeats, options.slow_repeats, options.batch, options.channels)
     if min(*numbers, *options.scales) < 1:
         parser.error("--repeats, --slow_repeats, --batch, --channels, --scales must be at least 1")
@@ -292,14 +248,11 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # the fastest convolutions that there are
-    if options.memory_of:
-        print(one_step_peak(options.memory_of, options.scales[0], options))
-        return
     names = ["conv3", "conv5"]
     names += [f"sdn{number}/{each}" for number in options.directions for each in options.backends]
     for name in names:
         verify(name, options)
-    result = common.stamp("layer", arguments, options.device, ("triton",)) | {
+    result = common.stamp("benchmarks.layer", arguments, options.device, ("triton",)) | {
         "precision": options.precision,
         "channels": options.channels,
         "batch": options.batch,

@@ -3,7 +3,8 @@
     python -m benchmarks.train_step --device cuda --precision bfloat16 --output train_step.json
 
 A step is forward pass, loss, backward pass and Adamax, on random images; models have the
-architecture of the authors' CIFAR10 recipe (batch 32). Contenders: `auto` and `torch` (backends of
+architecture of the authors' CIFAR10 recipe (batch 32), or that of `--model`; `shapes3d` is the
+β-VAE of the disentanglement experiments. Contenders: `auto` and `torch` (backends of
 the sweeps), `compiled` (`auto`, as one graph of torch.compile), `replayed` (`torch`, both passes
 replayed as CUDA graphs), `checkpointed` (`auto`, activations of each ladder layer computed anew in
 the backward pass), `yardstick` (a torch.nn.GRUCell call for each line, see `benchmarks.layer`)
@@ -27,49 +28,42 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import common
-from benchmarks.evaluation import CNN, MODELS
+from benchmarks import common, evaluation
+from benchmarks.evaluation import CNN
 from benchmarks.layer import YardstickSDNLayer
 from lib.DensityVAE import DensityVAE
+from lib.DisentanglementVAE import DisentanglementVAE
+from lib.models import VAE
 from lib.nn import SDNLayer
 from lib.utils import keyed_noise, nats_to_bits_per_dim
 
-SIZES = {"celeb": 256}  # of images, where it is not 32
+MODELS = evaluation.MODELS | {"shapes3d": dict(sdn_nfeat=200)}
 CONTENDERS = ("auto", "torch", "compiled", "replayed", "checkpointed", "yardstick", "cnn")
 SMALL = dict(
-    h_size=8,
-    z_size=2,
-    depth=2,
-    ds_list=[1],
-    mix_components=2,
-    sdn_max_scale=8,
-    sdn_nfeat_0=6,
-    sdn_num_dirs=2,
-)
+    h_size=8, z_size=2, depth=2, ds_list=[1], mix_components=2,
+    sdn_max_scale=8, sdn_nfeat_0=6, sdn_num_dirs=2,
+)  # fmt: skip
+SMALL_SHAPES3D = dict(z_size=2, sdn_nfeat=6)
+SIZES = {"celeb": 256, "shapes3d": 64}  # of images, where it is not 32
 TOLERANCE = 1e-4  # relative norm; rounding through a whole model
 
 
-def build(name: str, size: int, architecture: dict) -> DensityVAE:
+def build(name: str, size: int, architecture: dict) -> VAE:
     """The contender of that name, with the same weights as every other but `cnn`."""
     torch.manual_seed(0)
-    backend = (
-        "torch"
-        if name in ("torch", "replayed", "yardstick")
-        else "reference"
-        if name == "reference"
-        else "auto"
-    )
-    changes = (
-        CNN
-        if name == "cnn"
-        else dict(backend=backend, checkpoint_activations=name == "checkpointed")
-    )
-    model = DensityVAE(size, **(architecture | changes))
+    kind, without_sdn = DensityVAE, CNN
+    if "sdn_nfeat" in architecture:
+        kind, without_sdn = DisentanglementVAE, {"sdn_nfeat": 0}
+    arguments = architecture | (without_sdn if name == "cnn" else {})
+    if name == "checkpointed":
+        arguments["checkpoint_activations"] = True
+    with_torch = ("torch", "replayed", "yardstick")
+    backend = "torch" if name in with_torch else "reference" if name == "reference" else "auto"
+    model = kind(size, backend=backend, **arguments)
     if name == "yardstick":
         for module in model.modules():
             if type(module) is SDNLayer:
@@ -81,46 +75,45 @@ def build(name: str, size: int, architecture: dict) -> DensityVAE:
     return model
 
 
-def loss_of(model: DensityVAE, x: Tensor, noise: list[Tensor] | None = None) -> Tensor:
+def small(options: argparse.Namespace) -> tuple[int, dict]:
+    """Size of the images, and arguments of a model that takes seconds."""
+    return (64, SMALL_SHAPES3D) if options.model == "shapes3d" else (8, SMALL)
+
+
+def loss_of(model: VAE, x: Tensor, noise: list[Tensor] | None = None) -> Tensor:
     """Nats per image."""
     output = model(x, noise)
     return output.distortion.mean() + output.rates.mean(0).sum()
 
 
 @common.without_tf32()
-def verify(names: list[str], options) -> None:
+def verify(names: list[str], options: argparse.Namespace) -> None:
     """Loss and gradients against the reference in float64; SystemExit if they differ."""
-    results = {}
-    for name in ["reference", *names]:
-        if name == "cnn":
-            continue
-        model = build(name, 8, SMALL).to(options.device)
-        if name == "reference":
-            model.double()
-        images = torch.randint(
-            0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-        )
-        x = model.observation.encode(images).to(model.device, model.dtype)
-        noise = [
-            eps.to(model.device, model.dtype)
-            for eps in keyed_noise(model.latent_shapes, 0, range(3))
-        ]
-        loss = loss_of(model, x, noise)
+    size, architecture = small(options)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=generator)
+
+    def loss_and_gradients(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        model = build(name, size, architecture).to(options.device, dtype)
+        noise = keyed_noise(model.latent_shapes, 0, range(3))
+        x = model.observation.encode(images.to(options.device)).to(dtype)
+        loss = loss_of(model, x, [eps.to(x) for eps in noise])
         loss.backward()
-        results[name] = {"loss": loss} | {
-            n: p.grad for n, p in model.named_parameters() if p.grad is not None
-        }
-        for key, expected in results["reference"].items():
-            error = common.relative_error(results[name][key], expected)
-            if not error <= TOLERANCE:
-                sys.exit(f"{name} is not timed: {key} differs from the reference by {error:.1e}")
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return {"loss": loss} | gradients
+
+    expected = loss_and_gradients("reference", torch.float64)
+    for name in names:
+        if name != "cnn":
+            found = loss_and_gradients(name, torch.float32)
+            common.require_close(name, found, expected, TOLERANCE)
 
 
 class Training:
     """A model, its optimizer and one batch of images; a call is one training step and returns the
     loss."""
 
-    def __init__(self, model: DensityVAE, images: Tensor, options):
+    def __init__(self, model: VAE, images: Tensor, options):
         self.model, self.options = model.to(options.device), options
         self.x = model.observation.encode(images.to(options.device))
         self.optimizer = torch.optim.Adamax(
@@ -144,43 +137,30 @@ class Training:
 def measure(names: list[str], options) -> list[dict]:
     """A row for each contender: how long until the first step is done, the median of the steps
     after it, memory."""
-    architecture = SMALL if options.quick else MODELS[options.model]
+    model = SIZES.get(options.model, 32), MODELS[options.model]
+    size, architecture = small(options) if options.quick else model
     torch._dynamo.reset()  # or the sizes above would make compiled code general, and slower
-    size = 8 if options.quick else SIZES.get(options.model, 32)
     images = torch.randint(0, 256, (options.batch, 3, size, size), dtype=torch.uint8)
+    on_gpu = options.device.startswith("cuda")
     trainings: dict[str, Callable] = {}
     rows = {}
     for name in names:
-        others = allocated(options.device)
+        others = torch.cuda.memory_allocated(options.device) if on_gpu else 0
         trainings[name] = Training(build(name, size, architecture), images, options)
         first = common.seconds(trainings[name], options.device)
-        peak = peak_of_step(trainings[name], others, options.device)
+        peak = None
+        if on_gpu:  # weights and optimizer, and what the step takes beyond them
+            held = torch.cuda.memory_allocated(options.device) - others
+            peak = held / 2**20 + common.peak_memory(trainings[name], options.device)
         rows[name] = {"contender": name, "first_step_s": first, "peak_mib": peak}
     times = common.take_turns(trainings, options.rounds, options.device)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     for name, row in rows.items():
         row |= {"step_ms": 1e3 * medians[name], "images_per_s": options.batch / medians[name]}
-        row["times_faster_than_yardstick"] = (
-            medians["yardstick"] / medians[name] if "yardstick" in medians else None
-        )
-        row["over_cnn"] = medians[name] / medians["cnn"] if "cnn" in medians else None
+        yardstick, cnn = medians.get("yardstick"), medians.get("cnn")
+        row["times_faster_than_yardstick"] = yardstick and yardstick / medians[name]
+        row["over_cnn"] = cnn and medians[name] / cnn
     return list(rows.values())
-
-
-def allocated(device: str) -> int:
-    """Bytes of tensors that are there, on a GPU."""
-    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
-
-
-def peak_of_step(training: Training, others: int, device: str) -> float | None:
-    """MiB that a step takes at most, weights and optimizer included and `others` bytes not; None on
-    a CPU."""
-    if not device.startswith("cuda"):
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    training()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - others) / 2**20
 
 
 def learn(name: str, options) -> dict:
@@ -210,9 +190,7 @@ def learn(name: str, options) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.make_parser(__doc__, device="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--model", choices=list(MODELS), default="cifar")
     parser.add_argument("--batch", type=int, default=32)
@@ -221,34 +199,25 @@ def main(arguments: list[str] | None = None) -> None:
         "--steps", type=int, default=0, help="of the training run after the measurements; 0: none"
     )
     parser.add_argument("--precision", default="float32", choices=list(common.PRECISIONS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--quick", action="store_true", help="a small model, 8x8 images, batch 4, 2 rounds"
     )
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     if options.quick:
         options.batch, options.rounds = 4, 2
     if min(options.batch, options.rounds) < 1 or options.steps < 0:
         parser.error("--batch and --rounds must be at least 1, --steps at least 0")
+    if options.model == "shapes3d" and "checkpointed" in options.contenders:
+        parser.error("--model shapes3d has no ladder: name --contenders without checkpointed")
     verify(options.contenders, options)
-    result = common.stamp("train_step", arguments, options.device, ("triton",))
+    result = common.stamp("benchmarks.train_step", arguments, options.device, ("triton",))
     result |= {"precision": options.precision, "batch": options.batch, "quick": options.quick}
     result["rows"] = measure(options.contenders, options)
     result["training"] = learn(options.contenders[0], options) if options.steps else None
     common.write(result, options.output)
-    columns = {
-        "contender": "",
-        "first_step_s": ".2f",
-        "step_ms": ".1f",
-        "images_per_s": ".1f",
-        "over_cnn": ".2f",
-    }
-    print(
-        common.table(
-            result["rows"], columns | {"times_faster_than_yardstick": ".2f", "peak_mib": ".0f"}
-        )
-    )
+    columns = {"contender": "", "first_step_s": ".2f", "step_ms": ".1f", "images_per_s": ".1f"}
+    columns |= {"over_cnn": ".2f", "times_faster_than_yardstick": ".2f", "peak_mib": ".0f"}
+    print(common.table(result["rows"], columns))
     if options.steps:
         run = result["training"]
         before, after = run["bits_per_dim"]

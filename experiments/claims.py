@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from experiments.output import Row, markdown
 from lib.config import ConfigError
+from lib.optional import optional
 
 
 def verdict(difference: float, error: float) -> str:
@@ -59,10 +60,10 @@ def judged(claims: Sequence[tuple[str, str]], table: Sequence[Row]) -> str:
 
 
 def welch(*pair: Row) -> str:
-    """The two-sided p of Welch's test of equal means, to two significant digits."""
-    from scipy.stats import ttest_ind_from_stats  # scikit-learn brings it
-
+    """The two-sided p of Welch's test of equal means."""
+    stats = optional("scipy.stats", "Welch's test", "metrics", ConfigError)
     if not any(row["neg_elbo_std"] for row in pair):
         return "-"
     numbers = [row[f"neg_elbo_{of}"] for row in pair for of in ("mean", "std", "n")]
-    return f"{ttest_ind_from_stats(*numbers, equal_var=False).pvalue:.2g}"
+    p = stats.ttest_ind_from_stats(*numbers, equal_var=False).pvalue
+    return "<0.01" if p < 0.01 else f"{p:.2f}"

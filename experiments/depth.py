@@ -11,10 +11,8 @@ first step. `conv` is a stack of 3x3 convolutions with tanh after each.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -70,14 +68,11 @@ def run(kind: str, depth: int, directions: int, init: str, seed: int, steps: int
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.make_parser(__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--directions", type=int, nargs="+", default=[1, 2, 4], choices=DIRECTIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--output", type=Path, help="JSON file to write, after each run")
     options = parser.parse_args(arguments)
     if min(*options.depths, options.steps) < 1:
         parser.error("--depths and --steps must be at least 1")

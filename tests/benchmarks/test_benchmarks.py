@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import REPOSITORY
 
 from benchmarks import common, train_step
 from lib import nn as sdn
@@ -38,8 +35,15 @@ def test_training_steps(tmp_path, capsys):
     assert "30 steps in" in capsys.readouterr().out
 
 
+def test_training_steps_of_the_beta_vae(tmp_path):
+    flags = ["--device", "cpu", "--model", "shapes3d", "--contenders", "torch", "cnn"]
+    sdn_row, cnn_row = result_of(train_step, tmp_path, *flags)["rows"]
+    assert sdn_row["step_ms"] == pytest.approx(sdn_row["over_cnn"] * cnn_row["step_ms"])
+
+
+@pytest.mark.parametrize("model", ["cifar", "shapes3d"])
 @pytest.mark.parametrize("wrong", ["output", "gradient"])
-def test_wrong_sweeps_are_not_timed(monkeypatch, tmp_path, wrong):
+def test_wrong_sweeps_are_not_timed(monkeypatch, tmp_path, wrong, model):
     correct = sdn.correct_lines
 
     def broken(lines, *parameters, backend, **flags):
@@ -50,7 +54,8 @@ def test_wrong_sweeps_are_not_timed(monkeypatch, tmp_path, wrong):
 
     monkeypatch.setattr(sdn, "correct_lines", broken)
     with pytest.raises(SystemExit, match="auto is not timed"):
-        result_of(train_step, tmp_path, "--device", "cpu", *SOME)
+        flags = ["--device", "cpu", "--model", model, "--contenders", "auto"]
+        result_of(train_step, tmp_path, *flags)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,30 +71,41 @@ def test_loaders(tmp_path, monkeypatch):
     pytest.importorskip("lmdb")
     pytest.importorskip("pytorch_lightning")
     from benchmarks import loader
+    from data.sets.shapes3d_rendered import Shapes3DRendered
 
     result = result_of(loader, tmp_path, "--workers", "0")
-    assert [row["dataset"] for row in result["rows"]] == ["CIFAR10", "ImageNet32", "CelebAHQ256"]
+    made = ["CIFAR10", "ImageNet32", "CelebAHQ256", "Shapes3DRendered"]
+    assert [row["dataset"] for row in result["rows"]] == made
     assert all(row["images_per_s"] > 0 for row in result["rows"])
 
     original = loader.write_lmdb
     monkeypatch.setattr(loader, "write_lmdb", lambda folder, images: original(folder, images // 2))
     with pytest.raises(SystemExit, match="ImageNet32 is not timed"):
         loader.main(["--quick", "--workers", "0", "--datasets", "ImageNet32"])
+    correct = Shapes3DRendered._images
+    monkeypatch.setattr(Shapes3DRendered, "_images", lambda *given: correct(*given).flip(0))
+    with pytest.raises(SystemExit, match="Shapes3DRendered is not timed"):
+        loader.main(["--quick", "--workers", "0", "--datasets", "Shapes3DRendered"])
+
+
+def test_a_loader_without_its_file_is_one_line(tmp_path, capsys):
+    pytest.importorskip("lmdb")
+    from benchmarks import loader
+
+    with pytest.raises(SystemExit) as refusal:
+        loader.main(["--quick", "--datasets", "3DShapes", "--root", str(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert refusal.value.code == 2 and "get_3dshapes_data.sh" in line
 
 
 def test_peak_memory_of_a_call():
-    program = """
-import torch
-from benchmarks.common import peak_memory
-print(peak_memory(lambda: torch.ones(2**24), "cpu"))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    if done.stdout.strip() == "None":
-        pytest.skip("the peak of the resident set cannot be read here")
-    assert 60 < float(done.stdout) < 80  # MiB
+    def run() -> torch.Tensor:
+        large = torch.ones(2**24)  # 64 MiB
+        small = large[: 2**20] * 2
+        del large
+        return small * 2
+
+    assert common.peak_memory(run, "cpu") == pytest.approx(68, abs=0.1)
 
 
 def test_times_are_of_turns():
@@ -101,7 +117,8 @@ def test_times_are_of_turns():
     assert [len(taken) for taken in times.values()] == [2, 2]
 
 
-def test_wrong_flags():
+@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--model", "shapes3d"]], ids=str)
+def test_wrong_flags(flags):
     with pytest.raises(SystemExit) as refusal:
-        train_step.main(["--rounds", "0"])
+        train_step.main(flags)
     assert refusal.value.code == 2

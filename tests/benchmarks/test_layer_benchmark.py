@@ -43,14 +43,16 @@ def test_parameters_are_those_of_table_5(tmp_path):
         assert number == layer.expected_parameters(name, 200)
 
 
-def test_memory_of_a_fresh_process(tmp_path):
+def test_memory(tmp_path):
     output = tmp_path / "result.json"
     flags = ["--channels", "32", "--batch", "8", "--scales", "32", "--directions", "1"]
-    layer.main([*flags, "--repeats", "1", "--backends", "torch", "--output", str(output)])
-    peaks = {row["layer"]: row["peak_mib"] for row in json.loads(output.read_text())["rows"]}
-    if peaks["conv3"] is None:
-        pytest.skip("the peak of the resident set cannot be read here")
-    assert peaks["sdn1/torch"] > 4  # gates alone; a feature map is 1 MiB
+    flags += ["--repeats", "1", "--backends", "torch", "yardstick"]
+    layer.main([*flags, "--output", str(output)])
+    rows = {row["layer"]: row for row in json.loads(output.read_text())["rows"]}
+    torch_mib, loop_mib = (rows[f"sdn1/{name}"]["peak_mib"] for name in ("torch", "yardstick"))
+    assert min(torch_mib, loop_mib) > 4  # gates alone; a feature map is 1 MiB
+    assert rows["sdn1/torch"]["memory_over_yardstick"] == torch_mib / loop_mib
+    assert rows["conv3"]["memory_over_yardstick"] is None
 
 
 @pytest.mark.parametrize("wrong", ["output", "gradient", "parameters"])

@@ -383,9 +383,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--quick", action="store_true", help="few steps, memory is not judged")
     options = parser.parse_args(arguments)
-    about = stamp("soak", arguments, "cpu", ("pytorch-lightning", "numpy"))
+    about = stamp("tests.stress.soak", arguments, "cpu", ("pytorch-lightning", "numpy"))
     about |= {"threads": 1, "seed": options.seed, "flags": FLAGS}
-    about["command"] = about["command"].replace("benchmarks.soak", "tests.stress.soak")
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     result = soak(options.minutes, options.seed, options.quick, folder)
     write(about | result, options.output)
