@@ -33,6 +33,7 @@ def train(
     seed: int,
     seconds: float | None = None,
     batch_size: int = 16,
+    clip: float = 1.0,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy,
 ) -> tuple[nn.Module, int, float]:
     """Trains a network with AdamW, a warm-up of 50 steps and a cosine decay.
@@ -41,6 +42,7 @@ def train(
         sets: Inputs, truths and weights to train on, a set for each size, which take turns.
         seconds: If given, training ends after so many seconds of processor time instead of after
             `steps`. They are counted around the training steps alone.
+        clip: The norm to which larger gradients are reduced.
         loss: Of the network's output, truths and weights, which are zero where nothing counts.
 
     Returns:
@@ -65,7 +67,7 @@ def train(
             group["lr"] = learning_rate * min(1, (step + 1) / 50) * cosine
         optimizer.zero_grad()
         loss(network(x), y, weight).backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(network.parameters(), clip)
         optimizer.step()
         step += 1
         used += time.process_time() - started
@@ -73,7 +75,7 @@ def train(
 
 
 @torch.no_grad()
-def intersection_over_union(network: nn.Module, pictures: Pictures) -> float:
+def intersection_over_union(network: Callable[[Tensor], Tensor], pictures: Pictures) -> float:
     """The mean over pictures of the intersection over union, where weights are positive. A picture
     in which there is nothing to find and nothing was found counts as 1."""
     scores = []

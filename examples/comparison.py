@@ -39,6 +39,7 @@ def parser(
     flags.add_argument("--steps", type=positive, default=steps)
     flags.add_argument("--seconds", type=float, help="processor time of each arm, not --steps")
     flags.add_argument("--learning_rate", type=float, default=3e-3)
+    flags.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     flags.add_argument(
         "--select",
         action="store_true",
@@ -68,7 +69,7 @@ def parse(flags: argparse.ArgumentParser, arguments: list[str] | None) -> argpar
     values = flags.parse_args(arguments)
     if min(values.sizes + values.train_sizes) < 16:
         flags.error("--sizes and --train_sizes must be at least 16")
-    for name in ("seconds", "learning_rate"):
+    for name in ("seconds", "learning_rate", "clip"):
         value = getattr(values, name)
         if value is not None and not 0 < value < math.inf:
             flags.error(f"--{name} must be positive")
@@ -92,16 +93,11 @@ def compare(
         further: Pictures to test on besides those of the flags' sizes.
 
     Returns:
-        Intersections over union by arm and size, one for each seed. Above 256x256 there are as
-        many times fewer pictures as they are larger.
+        Intersections over union by arm and size, one for each seed.
     """
     torch.set_num_threads(1)
     training = [make(flags.pictures, size, 0) for size in flags.train_sizes]
-    tests: Tests = {}
-    for size in flags.sizes:
-        count = max(1, round(flags.tests * min(1, (256 / size) ** 2)))
-        tests[size] = make(count, size, 1_000_000 + size)
-    tests |= further or {}
+    tests = test_pictures(make, flags) | (further or {})
 
     def run(
         arm: str, rate: float, seed: int, tests: Tests
@@ -112,13 +108,14 @@ def compare(
             training,
             steps=flags.steps,
             seconds=flags.seconds,
+            clip=flags.clip,
             learning_rate=rate,
             seed=seed,
         )
         iou = {name: common.intersection_over_union(network, p) for name, p in tests.items()}
         parameters = sum(p.numel() for p in network.parameters())
         of_run = dict(example=example, arm=arm, parameters=parameters, seed=seed)
-        of_run |= dict(learning_rate=rate, train_sizes=flags.train_sizes)
+        of_run |= dict(learning_rate=rate, clip=flags.clip, train_sizes=flags.train_sizes)
         of_run |= dict(steps=steps, seconds=round(seconds, 1))
         of_run |= dict(iou={str(name): round(value, 5) for name, value in iou.items()})
         record(flags.results, of_run)
@@ -126,7 +123,7 @@ def compare(
 
     def selected_rate(arm: str) -> float:
         """The one with the best mean at the training sizes."""
-        held_out: Tests = {size: make(100, size, 2_000_000 + size) for size in flags.train_sizes}
+        held_out = held_out_pictures(make, flags)
         at = {rate: run(arm, rate, SEED_OF_SELECTION, held_out)[1].values() for rate in RATES}
         return max(at, key=lambda rate: sum(at[rate]))
 
@@ -143,6 +140,18 @@ def compare(
     if flags.picture:
         common.picture(flags.picture, trained, make, flags.sizes)
     return scores
+
+
+def test_pictures(make: common.Make, flags: argparse.Namespace) -> Tests:
+    """Pictures of the flags' sizes. Above 256x256 there are as many times fewer of them as they are
+    larger."""
+    counts = {size: round(flags.tests * min(1, (256 / size) ** 2)) for size in flags.sizes}
+    return {size: make(max(1, count), size, 1_000_000 + size) for size, count in counts.items()}
+
+
+def held_out_pictures(make: common.Make, flags: argparse.Namespace) -> Tests:
+    """Pictures of the training sizes on which choices are made."""
+    return {size: make(100, size, 2_000_000 + size) for size in flags.train_sizes}
 
 
 def record(path: Path | None, run: dict) -> None:

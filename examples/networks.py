@@ -4,14 +4,14 @@
 take maps [B, in_ch, H, W] of any size and return logits [B, 1, H, W].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.nn import SDNLayer
+from lib.nn import Init, SDNLayer
 
 
 def arms(in_ch: int) -> dict[str, Callable[[], nn.Module]]:
@@ -26,6 +26,17 @@ def arms(in_ch: int) -> dict[str, Callable[[], nn.Module]]:
         "U-Net, attention": partial(UNet, in_ch, 11, 2, attention=True),
         "U-Net, large": partial(UNet, in_ch, 20, 4),
         "U-Net, large, attention": partial(UNet, in_ch, 20, 4, attention=True),
+    }
+
+
+def variants(in_ch: int) -> dict[str, Callable[[], nn.Module]]:
+    """The arm "SDN" with one thing changed each. Those with more features or layers have more
+    parameters, 64,000 and 46,000."""
+    return {
+        "SDN, open gate": partial(sdn, in_ch, init="deep"),
+        "SDN, four layers of two directions": partial(sdn, in_ch, depth=4, dirs=([0, 2], [1, 3])),
+        "SDN, 24 features": partial(sdn, in_ch, features=24),
+        "SDN, three layers": partial(sdn, in_ch, depth=3),
     }
 
 
@@ -46,9 +57,19 @@ class Residual(nn.Module):
         return self.head(x)  # [B, 1, H, W]
 
 
-def sdn(in_ch: int, width: int = 16, features: int = 16, depth: int = 2) -> Residual:
-    """Blocks of one SDN layer with all four directions."""
-    blocks = [SDNLayer(width, width, features, [0, 1, 2, 3], 3, 1, 1) for _ in range(depth)]
+def sdn(
+    in_ch: int,
+    width: int = 16,
+    features: int = 16,
+    depth: int = 2,
+    dirs: Sequence[list[int]] = ([0, 1, 2, 3],),
+    init: Init = "paper",
+) -> Residual:
+    """Blocks of one SDN layer each, whose directions are the entries of `dirs` in turn."""
+    blocks = [
+        SDNLayer(width, width, 3, padding=1, num_features=features, dirs=d, init=init)
+        for d in (dirs[i % len(dirs)] for i in range(depth))
+    ]
     return Residual(in_ch, width, blocks)
 
 
