@@ -14,13 +14,21 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def positive(text: str) -> int:
+    """The type of flags whose number is at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
+    return number
 
 
 def make_parser(description: str, device: str | None = None) -> argparse.ArgumentParser:
@@ -96,16 +104,29 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def take_turns(
-    contenders: dict[str, Callable[[], object]], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds of each contender in rounds in which all take a turn, after one that is not
-    counted."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    contenders: dict[Any, Callable[[], object]],
+    rounds: int,
+    device: str,
+    *,
+    in_a_row: int = 1,
+    slow: Container = (),
+    slow_rounds: int = 0,
+) -> dict[Any, list[float]]:
+    """Seconds of a call of each contender in rounds in which all take a turn, after one that is not
+    counted.
+
+    Arguments:
+        in_a_row: Calls in a turn: to wait for a GPU takes time, too.
+        slow: Contenders that have no turn after `slow_rounds` rounds.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
-            taken = seconds(run, device)
+            if name in slow and turn > slow_rounds:
+                continue
+            taken = seconds(lambda run=run: [run() for _ in range(in_a_row)], device)
             if turn > 0:
-                times[name].append(taken)
+                times[name].append(taken / in_a_row)
     return times
 
 

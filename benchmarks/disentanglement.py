@@ -83,11 +83,9 @@ def time_metrics(options) -> list[dict]:
 def main(arguments: list[str] | None = None) -> None:
     parser = common.make_parser(__doc__, device="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip_dci", action="store_true", help="it takes minutes")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=common.positive, default=5)
     parser.add_argument("--quick", action="store_true", help="few points, votes and trees")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
     packages = ("numpy", "scikit-learn")
     result = common.stamp("benchmarks.disentanglement", arguments, options.device, packages)
     result |= {"rounds": options.rounds, "metrics": time_metrics(options)}

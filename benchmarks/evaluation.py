@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
+from benchmarks.common import positive
 from lib.DensityVAE import DensityVAE
 from lib.evaluation.importance import ImportanceSampler
 from lib.evaluation.nearest import nearest_images
@@ -168,29 +169,18 @@ def nearest(size: int, images: int, options) -> list[dict]:
 def main(arguments: list[str] | None = None) -> None:
     parser = common.make_parser(__doc__, device="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=("quickstart", "cifar"), default="quickstart")
-    parser.add_argument("--count", type=int, default=64, help="images to draw")
-    parser.add_argument("--samples", type=int, default=128, help="importance samples")
-    parser.add_argument("--chunk", type=int, default=32, help="importance samples at once")
-    parser.add_argument(
-        "--training_images",
-        type=int,
-        nargs=2,
-        default=[10_000, 256],
-        help="at 32x32 and at 256x256",
-    )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=positive, default=64, help="images to draw")
+    parser.add_argument("--samples", type=positive, default=128, help="importance samples")
+    parser.add_argument("--chunk", type=positive, default=32, help="importance samples at once")
+    numbers = dict(type=positive, nargs=2, default=[10_000, 256])
+    parser.add_argument("--training_images", help="at 32x32 and at 256x256", **numbers)
+    parser.add_argument("--rounds", type=positive, default=5)
     options = parser.parse_args(arguments)
-    numbers = (options.count, options.samples, options.chunk, options.rounds)
-    if min(*numbers, *options.training_images) < 1:
-        parser.error("all numbers must be at least 1")
     result = common.stamp("benchmarks.evaluation", arguments, options.device)
     measured = []
-    for name, architecture in (
-        ("SDN", MODELS[options.model]),
-        ("CNN", MODELS[options.model] | CNN),
-    ):
+    for name, changes in (("SDN", {}), ("CNN", CNN)):
         torch.manual_seed(0)
-        model = DensityVAE(32, **architecture).eval().to(options.device)
+        model = DensityVAE(32, **MODELS[options.model] | changes).eval().to(options.device)
         measured += sampling(name, model, options) + likelihood(name, model, options)
     for size, images in zip((32, 256), options.training_images, strict=True):
         measured += nearest(size, images, options)

@@ -20,8 +20,6 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +28,6 @@ from benchmarks import common
 from benchmarks.layer import Step, replay
 from lib.sweeps import checking, graphs, selection
 
-IN_A_ROW = 5  # calls between two looks at the clock: to wait for a GPU takes time, too
 LARGE = (32, 32, 128)  # lines, positions, images: a wrong image among many must be noticed
 TYPES = (
     (torch.bfloat16, torch.bfloat16),
@@ -71,17 +68,6 @@ def check(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def milliseconds(calls: dict[Any, Callable], options: argparse.Namespace) -> dict[Any, float]:
-    """Medians of some calls, which take turns, each IN_A_ROW times."""
-
-    def repeated(call: Callable) -> Callable:
-        return lambda: [call() for _ in range(IN_A_ROW)]
-
-    calls = {name: repeated(call) for name, call in calls.items()}
-    times = common.take_turns(calls, options.repeats, options.device)
-    return {name: 1e3 * statistics.median(taken) / IN_A_ROW for name, taken in times.items()}
-
-
 def race(scale: int, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
     """Rows of the contenders at a scale."""
     C, batch, device = options.channels, options.batch, torch.device(options.device)
@@ -110,11 +96,11 @@ def race(scale: int, dtype: torch.dtype, options: argparse.Namespace) -> list[di
             arguments = (module, lines, parameters, lines, dtype)
             sweep = functools.partial(checking.both, *arguments, **sides, keeps=keeps)
             calls[name, "both"] = torch.no_grad()(sweep)
-        for (name, what), time in milliseconds(
-            {key: made(call) for key, call in calls.items()}, options
-        ).items():
+        calls = {key: made(call) for key, call in calls.items()}
+        taken = common.take_turns(calls, options.repeats, options.device, in_a_row=5)
+        for (name, what), seconds in taken.items():
             row = rows.setdefault(name, {"scale": scale, "precision": precision, "contender": name})
-            row[f"{way}_{what}_ms"] = time
+            row[f"{way}_{what}_ms"] = 1e3 * statistics.median(seconds)
     for row in rows.values():
         for key in [key for key in row if key.endswith("_ms")]:
             row[f"{key.removesuffix('_ms')}_over_conv3"] = row[key] / rows["conv3"][key]
@@ -151,14 +137,12 @@ def kernels(scale: int, name: str, options: argparse.Namespace) -> list[dict]:
 @common.without_tf32()
 def main(arguments: list[str] | None = None) -> None:
     parser = common.make_parser(__doc__, device="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scales", type=int, nargs="+", default=[16, 32, 8, 4, 64])
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--channels", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--scales", type=common.positive, nargs="+", default=[16, 32, 8, 4, 64])
+    parser.add_argument("--batch", type=common.positive, default=128)
+    parser.add_argument("--channels", type=common.positive, default=200)
+    parser.add_argument("--repeats", type=common.positive, default=5)
     parser.add_argument("--quick", action="store_true", help="seconds: few channels, small maps")
     options = parser.parse_args(arguments)
-    if min(options.batch, options.channels, options.repeats, *options.scales) < 1:
-        parser.error("all numbers must be at least 1")
     options.large = options.device.startswith("cuda") and not options.quick
     if options.quick or not options.device.startswith("cuda"):
         options.scales, options.batch, options.channels, options.repeats = [4, 5], 2, 8, 2

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.common import PRECISIONS
+from benchmarks.common import PRECISIONS, positive
 from lib.nn import BACKENDS, SDNLayer
 
 DIRECTIONS = {1: [0], 2: [0, 2], 3: [0, 1, 2], 4: [0, 1, 2, 3]}
@@ -42,6 +42,7 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 6e-2, "float16": 1e-2}
 YARDSTICK = "yardstick"
 COMPILED = "compiled-yardstick"
 SLOW = ("reference", YARDSTICK)
+PASSES = ("forward", "step")  # a step is a forward and a backward pass
 
 
 class YardstickSDNLayer(SDNLayer):
@@ -172,25 +173,15 @@ def replay(run: Callable[[], object]) -> Callable[[], None]:
 def measure(names: list[str], scale: int, options: argparse.Namespace) -> list[dict]:
     """A row for each contender at a scale; times in milliseconds."""
     steps = {name: prepared(name, scale, options) for name in names}
-    calls: dict[str, tuple[Callable, Callable]] = {}
+    calls, slow = {}, [(name, what) for name in names if name.endswith(SLOW) for what in PASSES]
     for name, step in steps.items():
-        calls[name] = (step.forward, step.both)
-        if options.replay:
-            calls[name] = (replay(step.forward), replay(step.both))
-    taken: dict[str, list[list[float]]] = {name: [[], []] for name in names}
-    in_a_row = 5 if options.replay else 1  # to wait for a GPU takes time, too
-    for turn in range(options.repeats + 1):
-        for name, passes in calls.items():
-            if name.endswith(SLOW) and turn > options.slow_repeats:
-                continue
-            for run, times in zip(passes, taken[name], strict=True):
-                seconds = common.seconds(
-                    lambda run=run: [run() for _ in range(in_a_row)], options.device
-                )
-                if turn > 0:
-                    times.append(1e3 * seconds / in_a_row)
+        for what, run in zip(PASSES, (step.forward, step.both), strict=True):
+            calls[name, what] = replay(run) if options.replay else run
+    turns = dict(in_a_row=5 if options.replay else 1, slow=slow, slow_rounds=options.slow_repeats)
+    taken = common.take_turns(calls, options.repeats, options.device, **turns)
     rows = {}
-    for name, (forward, both) in taken.items():
+    for name in names:
+        forward, both = ([1e3 * each for each in taken[name, what]] for what in PASSES)
         rows[name] = row = {"scale": scale, "layer": name, "rounds": len(forward)}
         row["parameters"] = expected_parameters(name, options.channels)
         row |= {"forward_ms": statistics.median(forward), "step_ms": statistics.median(both)}
@@ -199,7 +190,7 @@ def measure(names: list[str], scale: int, options: argparse.Namespace) -> list[d
         row["peak_mib"] = peak
     for name, row in rows.items():
         yardstick = rows.get(f"{name.split('/')[0]}/{YARDSTICK}", {})
-        for what in ("forward", "step"):
+        for what in PASSES:
             row[f"{what}_over_conv3"] = row[f"{what}_ms"] / rows["conv3"][f"{what}_ms"]
             row[f"{what}_over_yardstick"] = ratio(row, yardstick, f"{what}_ms")
         row["memory_over_yardstick"] = ratio(row, yardstick, "peak_mib")
@@ -217,24 +208,24 @@ def deviation(values: list[float]) -> float | None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, device="cpu")
-    parser.add_argument("--scales", type=int, nargs="+", default=[4, 8, 16, 32, 64])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--channels", type=int, default=200)
+    parser.add_argument("--scales", type=positive, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--channels", type=positive, default=200)
     parser.add_argument("--directions", type=int, nargs="+", default=[1, 2, 4], choices=DIRECTIONS)
     backends = dict(choices=[*BACKENDS, YARDSTICK, COMPILED], default=["auto", YARDSTICK])
     parser.add_argument("--backends", nargs="+", **backends)
     parser.add_argument("--precision", default="float32", choices=list(PRECISIONS))
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument(
-        "--slow_repeats", type=int, default=3, help="rounds in which reference and yardstick run"
+        "--slow_repeats",
+        type=positive,
+        default=3,
+        help="rounds in which reference and yardstick run",
     )
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument("--threads", type=positive, help="of the CPU; default: torch's")
     parser.add_argument("--no_memory", action="store_true", help="time only")
     parser.add_argument("--replay", action="store_true", help="passes captured as CUDA graphs")
     options = parser.parse_args(arguments)
-    numbers = (options.repeats, options.slow_repeats, options.batch, options.channels)
-    if min(*numbers, *options.scales) < 1:
-        parser.error("--repeats, --slow_repeats, --batch, --channels, --scales must be at least 1")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is available")
     if options.replay and not options.device.startswith("cuda"):

@@ -152,13 +152,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--datasets", nargs="+", choices=list(QUESTIONS), default=made)
     parser.add_argument("--root", type=Path, default=Path("data"), help="where 3DShapes is")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=common.positive, default=5)
     parser.add_argument("--quick", action="store_true", help="a few images, 1 epoch")
     options = parser.parse_args(arguments)
     if options.quick:
         options.epochs = 1
-    if options.workers < 0 or options.epochs < 1:
-        parser.error("--workers must be at least 0, --epochs at least 1")
+    if options.workers < 0:
+        parser.error("--workers must be at least 0")
     packages = ("pytorch-lightning", "lmdb", "h5py")
     result = common.stamp("benchmarks.loader", arguments, "cpu", packages)
     result["workers"] = options.workers

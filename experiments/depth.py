@@ -69,13 +69,11 @@ def run(kind: str, depth: int, directions: int, init: str, seed: int, steps: int
 
 def main(arguments: list[str] | None = None) -> None:
     parser = common.make_parser(__doc__)
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--depths", type=common.positive, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--directions", type=int, nargs="+", default=[1, 2, 4], choices=DIRECTIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=common.positive, default=300)
     options = parser.parse_args(arguments)
-    if min(*options.depths, options.steps) < 1:
-        parser.error("--depths and --steps must be at least 1")
     torch.set_num_threads(1)
     result = common.stamp("experiments.depth", arguments, "cpu") | {
         "steps": options.steps,

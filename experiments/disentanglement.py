@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import os
 import queue
 import shlex
@@ -110,13 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
             experiment = prepare(flags, train_flags)
             failed = carry_out(experiment, flags.jobs)
             if failed:
-                print(
-                    f"train_3dshapes.sh: error: {len(failed)} runs failed: {', '.join(failed)}",
-                    file=sys.stderr,
-                )
-            disentanglement_results.main(
-                ["--name", flags.name, "--output_dir", experiment.config.output_dir]
-            )
+                told = f"{len(failed)} runs failed: {', '.join(failed)}"
+                print(f"train_3dshapes.sh: error: {told}", file=sys.stderr)
+            output_dir = experiment.config.output_dir
+            disentanglement_results.main(["--name", flags.name, "--output_dir", output_dir])
         except KeyboardInterrupt:
             print("\ninterrupted: the same command goes on", file=sys.stderr)
             sys.exit(130)
@@ -131,30 +129,20 @@ def prepare(flags: argparse.Namespace, train_flags: list[str]) -> Experiment:
             raise ConfigError(f"--{name} is set by the experiment: {instead}")
     if "beta_rate" not in given:
         iters = given.get("iters", TrainConfig.for_task(task="disentanglement").iters)
-        train_flags = [
-            *train_flags,
-            "--beta_rate",
-            f"{min(1.0, 1 / max(1.0, ANNEALED * iters)):.6g}",
-        ]
+        beta_rate = min(1.0, 1 / max(1.0, ANNEALED * iters))
+        train_flags = [*train_flags, "--beta_rate", f"{beta_rate:.6g}"]
     train_flags = ["--task", "disentanglement", *train_flags]
-    if flags.jobs < 1:
-        raise ConfigError(f"--jobs must be at least 1; got {flags.jobs}")
-    if flags.limit < 1:
-        raise ConfigError(f"--limit must be at least 1; got {flags.limit}")
+    for name in ("jobs", "limit"):
+        if (number := getattr(flags, name)) < 1:
+            raise ConfigError(f"--{name} must be at least 1; got {number}")
+    # Seeds are outermost, so that what is finished can be compared.
+    order = itertools.product(*map(dict.fromkeys, (flags.seeds, flags.betas, flags.decoders)))
     try:
-        runs = [
-            Run(flags.name, decoder, beta, seed)
-            for seed in dict.fromkeys(
-                flags.seeds
-            )  # outermost, so that what is finished can be compared
-            for beta in dict.fromkeys(flags.betas)
-            for decoder in dict.fromkeys(flags.decoders)
-        ]
+        runs = [Run(flags.name, decoder, beta, seed) for seed, beta, decoder in order]
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    config = train.parse(
-        [*train_flags, "--exp_name", runs[0].folder, "--random_seed", str(max(flags.seeds))]
-    )
+    first = ["--exp_name", runs[0].folder, "--random_seed", str(max(flags.seeds))]
+    config = train.parse([*train_flags, *first])
     train.choose_devices(config)
     if config.gpus and config.gpus > 1:
         raise ConfigError(
@@ -192,17 +180,12 @@ def check_settings(experiment: Experiment, run: Run) -> None:
         before = stored_config(read_checkpoint(path), path).to_dict()
     except CheckpointError:
         return  # the run itself will fail, and say so; others need not
-    now = experiment.config.to_dict()
-    fields = [
-        f.name
-        for f in dataclasses.fields(TrainConfig)
-        if f.metadata["group"] not in ("Run", "Hardware", "Logging")
-    ]
-    wrong = [
-        f"--{name} {before[name]} (now {now[name]})"
-        for name in fields
-        if name not in FREE and now[name] != before[name]
-    ]
+    now, wrong = experiment.config.to_dict(), []
+    for field_ in dataclasses.fields(TrainConfig):
+        name, group = field_.name, field_.metadata["group"]
+        free = name in FREE or group in ("Run", "Hardware", "Logging")
+        if not free and now[name] != before[name]:
+            wrong.append(f"--{name} {before[name]} (now {now[name]})")
     if wrong:
         raise ConfigError(
             f"{path} was trained with {', '.join(wrong)}: give these to go on, or another --name"
@@ -216,13 +199,10 @@ def carry_out(experiment: Experiment, jobs: int) -> list[str]:
     done = total - len(todo)
     if done:
         print(f"{done} of {total} runs are finished already", flush=True)
+    gpus = 0 if experiment.config.gpus == 0 else torch.cuda.device_count()
     slots: queue.Queue[dict[str, str]] = queue.Queue()
     for slot in range(jobs):
-        slots.put(
-            environment(
-                slot, jobs, gpus=0 if experiment.config.gpus == 0 else torch.cuda.device_count()
-            )
-        )
+        slots.put(environment(slot, jobs, gpus))
     failed = []
 
     def work(run: Run) -> None:
@@ -278,8 +258,9 @@ def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> s
             raise LeftToOther from None
         if is_evaluated(experiment, run):
             return "finished by another process"
-        story = ""
-        if (step := trained_steps(experiment, run)) < experiment.config.iters:
+        story, weights = "", experiment.weights(run)
+        step = read_checkpoint(weights)["global_step"] if weights.exists() else 0
+        if step < experiment.config.iters:
             start = time.perf_counter()
             decoder = ["--sdn_max_scale", "0"] if run.decoder == "cnn" else []
             command = ["train.py", *experiment.train_flags, *decoder, "--exp_name", run.folder]
@@ -297,10 +278,8 @@ def one_run(experiment: Experiment, run: Run, surroundings: dict[str, str]) -> s
         command += ["--device", "cpu"] if experiment.config.gpus == 0 else []
         execute(experiment, command, folder, surroundings)
     results = experiment.results(run)
-    scores = {
-        name: values["score"] for name, values in results["disentanglement"]["scores"].items()
-    }
-    shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    scores = results["disentanglement"]["scores"].items()
+    shown = ", ".join(f"{name} {values['score']:.3f}" for name, values in scores)
     return f"{story}-ELBO {results['elbo']['nats']:.0f} nats, {shown}"
 
 
@@ -333,12 +312,6 @@ def execute(
         errors = [line for line in lines if "error:" in line or "Error" in line]
         reason = (errors or lines or [f"status {status}"])[-1]
         raise RunError(f"{reason} (log: {log})")
-
-
-def trained_steps(experiment: Experiment, run: Run) -> int:
-    """Optimizer steps in the run's last checkpoint."""
-    path = experiment.weights(run)
-    return read_checkpoint(path)["global_step"] if path.exists() else 0
 
 
 def is_evaluated(experiment: Experiment, run: Run) -> bool:

@@ -16,7 +16,6 @@ which training writes, and figs/RUN/results.json of evaluate.py; RUN is `naming.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +55,6 @@ QUANTITIES |= {"beta_kl": ("β·KL (nats)", 1), "neg_elbo_bits_per_dim": ("−EL
 ROW_START = ("run", "decoder", "beta", "seed", "steps", "images")
 COLUMNS = ("step", "neg_elbo", "distortion", "rate", "beta_kl", "beta")  # read from steps.csv
 CURVES = ("(a) ELBO (nats)", "(b) log-likelihood (nats)", "(c) KL (nats)", "(d) β · KL (nats)")
-TAIL = 2**16  # bytes: more than a line of steps.csv has
 STYLES = {
     "cnn": dict(label="CNN", color="#D55E00", marker="s", linestyle=(0, (4, 1.6))),
     "sdn": dict(label="SDN", color="#0072B2", marker="o", linestyle="-"),
@@ -169,37 +167,23 @@ def markdown(table: Sequence[Row], names: Iterable[str]) -> str:
     return output.markdown(lines)
 
 
-def last_step(path: Path) -> int:
-    """Of the last complete row of steps.csv, read from the file's end; 0 if there is none."""
-    with path.open("rb") as file:
-        head = file.readline()
-        file.seek(max(len(head), os.fstat(file.fileno()).st_size - TAIL))
-        rows = [
-            line for line in file.read().split(b"\n")[:-1] if line.count(b",") == head.count(b",")
-        ]
-    step = rows[-1].split(b",")[0] if rows else b"0"
-    if not step.isdigit():
-        raise ConfigError(
-            f"{path} is damaged (it ends with step {step.decode(errors='replace')}): move it away"
-        )
-    return int(step)
-
-
 def read_steps(path: Path) -> np.ndarray:
-    """The `COLUMNS` of steps.csv, float64 [6, steps]. A last row without its end, which a kill
-    leaves, is ignored.
+    """The `COLUMNS` of steps.csv, float32 [6, steps]; no steps if there is no file. A last row
+    without its end, which a kill leaves, is ignored.
 
     Raises:
         ConfigError: if the file is damaged otherwise.
     """
     try:
-        head, *lines = path.read_bytes().decode().split("\n")[:-1] or [""]
-        names = head.split(",")
+        text = path.read_bytes().decode() if path.is_file() else ""
+        head, *lines = text.split("\n")[:-1] or [""]
         if lines and lines[-1].count(",") != head.count(","):
             lines.pop()
-        values = np.loadtxt(
-            lines, delimiter=",", usecols=[names.index(c) for c in COLUMNS], ndmin=2, unpack=True
-        )
+        if not lines:
+            return np.empty((len(COLUMNS), 0), np.float32)
+        columns = [head.split(",").index(name) for name in COLUMNS]
+        options = dict(delimiter=",", ndmin=2, unpack=True, dtype=np.float32)
+        values = np.loadtxt(lines, usecols=columns, **options)
         if values[0, 0] < 1 or (np.diff(values[0]) <= 0).any():
             raise ValueError("the steps do not rise from 1 on")
         return values
@@ -209,26 +193,18 @@ def read_steps(path: Path) -> np.ndarray:
         ) from None
 
 
-def learning_curves(paths: Mapping[Run, Path], bins: int = 200) -> Curves:
-    """Learning curves of runs from their steps.csv, each with one row at least; at most `bins`
-    bins.
-
-    Raises:
-        ConfigError: if a file is damaged.
-    """
-    total = max(map(last_step, paths.values()))
+def learning_curves(logs: Mapping[Run, np.ndarray], bins: int = 200) -> Curves:
+    """Learning curves of runs from their `read_steps`, each with one step at least; at most `bins`
+    bins."""
+    total = int(max(values[0, -1] for values in logs.values()))
     edges = np.unique(np.linspace(0, total, min(bins, total) + 1).round().astype(int))
     seeds, annealed = defaultdict(list), {}
-    for run, path in paths.items():
-        steps, neg_elbo, distortion, rate, beta_kl, beta = read_steps(path)
-        index = (
-            np.searchsorted(edges, steps.clip(max=total)) - 1
-        )  # bin i has the steps edges[i] + 1 ... edges[i + 1]
+    for run, (steps, neg_elbo, distortion, rate, beta_kl, beta) in logs.items():
+        # Bin i has the steps edges[i] + 1 ... edges[i + 1].
+        index = np.searchsorted(edges, steps) - 1
         counts = np.bincount(index, minlength=len(edges) - 1)
-        sums = [
-            np.bincount(index, part, len(counts))
-            for part in (-neg_elbo, -distortion, rate, beta_kl)
-        ]
+        parts = (-neg_elbo, -distortion, rate, beta_kl)
+        sums = [np.bincount(index, part, len(counts)) for part in parts]
         means = np.stack(sums) / np.where(counts, counts, np.nan)
         seeds[run.beta, run.decoder].append(np.where(np.isfinite(means), means, np.nan))
         reached = beta >= run.beta * (1 - 1e-6)
@@ -314,9 +290,9 @@ def gather(output_dir: Path, name: str, folder: Path) -> None:
     folder."""
     runs = find_runs(output_dir, name)
     found = {run: evaluated(run, output_dir / "figs" / run.folder / "results.json") for run in runs}
-    logs = {run: output_dir / "checkpoints" / run.folder / "steps.csv" for run in runs}
-    ends = {run.folder: last_step(path) if path.is_file() else 0 for run, path in logs.items()}
-    logs = {run: path for run, path in logs.items() if ends[run.folder]}
+    logs = {run: read_steps(output_dir / "checkpoints" / run.folder / "steps.csv") for run in runs}
+    without = [run.folder for run, values in logs.items() if not values.size]
+    logs = {run: values for run, values in logs.items() if values.size}
     curves = learning_curves(logs) if logs else None
     rows = [result for result in found.values() if not isinstance(result, str)]
     names = quantities(rows)
@@ -329,9 +305,8 @@ def gather(output_dir: Path, name: str, folder: Path) -> None:
     note_runs(left_out, len(runs), "are left out of the table")
     for metric in names[len(QUANTITIES) :]:
         note_runs([row["run"] for row in rows if metric not in row], len(rows), f"have no {metric}")
-    without = [run for run, end in ends.items() if not end]
     note_runs(without, len(runs), "have no learning curve in steps.csv")
-    trained = {run: end for run, end in ends.items() if end}
+    trained = {run.folder: int(values[0, -1]) for run, values in logs.items()}
     note_differences(PROGRAM, "the last step of training", trained)
     notes = {"step": "steps", "number of images": "images", "levels of the factors": "levels"}
     for what, column in notes.items():

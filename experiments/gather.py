@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -95,6 +96,11 @@ class Run:
         return re.sub(r"[_-]seed\d+$", "", self.folder.name)
 
     @property
+    def data(self) -> tuple[str, str]:
+        """Task and data set."""
+        return self.config.task, self.config.dataset
+
+    @property
     def key(self) -> tuple:
         """The same for all seeds of a row."""
         config = self.config
@@ -124,11 +130,8 @@ def describe(config: TrainConfig) -> str:
     number = f"{config.sdn_num_dirs} direction{'s' * (config.sdn_num_dirs > 1)}"
     name = f"SDN, {number}" if config.block == "sdn" else config.block
     if not beta:
-        name += {
-            "auto": "",
-            "on": " with highway" * (config.block != "sdn"),
-            "off": ", no highway",
-        }[config.highway]
+        with_highway = " with highway" if config.block != "sdn" else ""
+        name += {"auto": "", "on": with_highway, "off": ", no highway"}[config.highway]
         name += f", scales up to {config.sdn_max_scale}"
     return beta + name
 
@@ -181,10 +184,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         where = ", ".join(map(str, folders))
         raise ConfigError(f"there are no runs of train.py in {where} ({RUN_FILE}, epochs.csv)")
 
-    def place_of(run: Run) -> tuple:
-        return run.config.task, run.config.dataset, run.name, run.config.random_seed
-
-    return sorted(runs, key=place_of)
+    return sorted(runs, key=lambda run: (*run.data, run.name, run.config.random_seed))
 
 
 def neg_log_p_of(run: Run) -> float | None:
@@ -283,29 +283,20 @@ def as_markdown(table: Sequence[dict[str, Any]]) -> str:
 def draw_curves(groups: Sequence[Sequence[Run]], path: Path) -> None:
     """-ELBO of runs of one data set against steps and against minutes."""
     unit = UNITS[groups[0][0].config.task]
-    values = [
-        np.interp(np.linspace(0, 1, 100), run.steps / run.steps[-1], run.neg_elbo)
-        for g in groups
-        for run in g
-    ]
+    parts = np.linspace(0, 1, 100)  # of a run's steps
+    values = [np.interp(parts * r.steps[-1], r.steps, r.neg_elbo) for g in groups for r in g]
+    clocks = (lambda run: run.steps), (lambda run: run.hours * 60)
     with panels(path, 1, 2, size=(11, 4.6), sharex="none", legend_columns=4) as ((left, right),):
         for number, members in enumerate(groups):
             color, label = f"C{number % 10}", members[0].name
             style = dict(color=color, linestyle=("-", "--", ":")[number // 10 % 3])
-            for axes, clocks in (
-                (left, [r.steps for r in members]),
-                (right, [r.hours * 60 for r in members]),
-            ):
-                for run, clock in zip(members, clocks, strict=True):
-                    axes.plot(clock, run.neg_elbo, **style, linewidth=0.7, alpha=0.45)
-                grid = np.linspace(
-                    max(clock[0] for clock in clocks), min(clock[-1] for clock in clocks), 200
-                )
-                mean = np.mean(
-                    [np.interp(grid, c, r.neg_elbo) for c, r in zip(clocks, members, strict=True)],
-                    axis=0,
-                )
-                axes.plot(grid, mean, **style, linewidth=1.8, label=label)
+            for axes, clock in zip((left, right), clocks, strict=True):
+                for run in members:
+                    axes.plot(clock(run), run.neg_elbo, **style, linewidth=0.7, alpha=0.45)
+                start = max(clock(run)[0] for run in members)
+                grid = np.linspace(start, min(clock(run)[-1] for run in members), 200)
+                curves = [np.interp(grid, clock(run), run.neg_elbo) for run in members]
+                axes.plot(grid, np.mean(curves, axis=0), **style, linewidth=1.8, label=label)
         left.set(xlabel="steps", ylabel=f"validation −ELBO ({unit})", ylim=limits(np.stack(values)))
         right.set(xlabel="minutes", ylim=left.get_ylim())
 
@@ -335,18 +326,11 @@ def gather(
     if verdicts:
         text += f"\n{verdicts}"
         write_text(output / "claims.md", verdicts)
-    for task, dataset in sorted({(run.config.task, run.config.dataset) for run in runs}):
-        of = [
-            group
-            for group in groups
-            if (group[0].config.task, group[0].config.dataset) == (task, dataset)
-        ]
-        draw_curves(of, output / f"curves_{task}_{dataset}.png")
-    settings = {
-        run.folder.name: [run.likelihood.get(name) for name in ("images", "samples")]
-        for run in runs
-        if run.likelihood
-    }
+    # Runs are in the order of their data.
+    for (task, dataset), some in itertools.groupby(groups, lambda members: members[0].data):
+        draw_curves(list(some), output / f"curves_{task}_{dataset}.png")
+    found = {run.folder.name: run.likelihood for run in runs if run.likelihood}
+    settings = {name: [of.get("images"), of.get("samples")] for name, of in found.items()}
     note_differences(PROGRAM, "images and samples of -log p(x)", settings)
     note_differences(PROGRAM, "commit", {run.folder.name: " ".join(run.commits) for run in runs})
     return text
