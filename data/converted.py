@@ -19,6 +19,11 @@ def converted_names(root: Path) -> list[str]:
     return sorted(path.parent.name for path in root.glob(f"*/{DESCRIPTION}"))
 
 
+def is_plain(name: str) -> bool:
+    """Whether this is the name of a folder, not a path."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def read_description(root: Path, name: str) -> dict[str, Any] | None:
     """What dataset.json says of a data set, of which `shape` and `flip` are checked; None if there
     is none.

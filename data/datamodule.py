@@ -84,18 +84,15 @@ class BatchLoader(DataLoader):
     copy a batch of small images.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, *, num_workers: int, **options: Any):
-        collate = _as_arrays if num_workers else _as_it_is
-        super().__init__(
-            dataset, batch_size, num_workers=num_workers, collate_fn=collate, **options
-        )
+    def __init__(self, dataset: Dataset, batch_size: int, **options: Any):
+        super().__init__(dataset, batch_size, collate_fn=_as_arrays, **options)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = super().__iter__()
         # torch's own time limit only covers the first byte of a batch: a worker that stops in the
         # middle of one would stop the whole run.
         with (
-            Watchdog(self.timeout * 1.1, loader_hangs(self.timeout))
+            Watchdog(self.timeout * 1.1, f"the loader gave no batch for {self.timeout:g} s")
             if self.timeout
             else nullcontext() as watchdog
         ):
@@ -110,15 +107,6 @@ class BatchLoader(DataLoader):
                     if torch.cuda.is_available()
                     else (images, keys)
                 )
-
-
-def loader_hangs(seconds: float) -> str:
-    """The message about a loader that gave no batch for so many seconds."""
-    return f"the loader gave no batch for {seconds:g} s"
-
-
-def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
 
 
 def _as_arrays(batch: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from . import sets
-from .converted import COMMAND, converted_names, read_description
+from .converted import COMMAND, converted_names, is_plain, read_description
 from .errors import DataError
 from .lmdb_datasets import LmdbImages
 from .registry import DATASETS, SPLITS, DatasetSpec
@@ -37,8 +37,7 @@ def dataset_spec(name: str, root: str | Path = "data") -> DatasetSpec:
     if name in DATASETS:
         return DATASETS[name]
     root = Path(root)
-    plain = name not in ("", ".", "..") and not set(name) & set("/\\\0")
-    found = read_description(root, name) if plain else None
+    found = read_description(root, name) if is_plain(name) else None
     if not found:
         known = ", ".join([*DATASETS, *converted_names(root)])
         raise DataError(

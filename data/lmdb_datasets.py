@@ -166,6 +166,21 @@ class LmdbImages(Dataset):
             ) from None
 
 
+def put_images(environment: Any, first: int, images: list[bytes]) -> None:
+    """Writes raw images, of which the first has the number `first`, all or none; a map that is full
+    doubles."""
+    import lmdb
+
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for number, image in enumerate(images, first):
+                    transaction.put(str(number).encode(), image)
+            return
+        except lmdb.MapFullError:
+            environment.set_mapsize(2 * environment.info()["map_size"])
+
+
 def size_in_use(environment: Any) -> int:
     """Bytes that the file of an open LMDB must have; reading past the end of a shorter one kills
     the process."""

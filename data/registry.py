@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 SPLITS = ("train", "validation")
@@ -39,6 +41,22 @@ class DatasetSpec:
     flip: bool
     command: str
     open: Callable[[Path, str], Dataset]
+
+
+class ImagesInMemory(Dataset):
+    """Images that are a tensor, uint8 [N, C, H, W]."""
+
+    def __init__(self, images: Tensor):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._images[index]
+
+    def batch(self, indices: list[int]) -> Tensor:
+        return self._images[torch.tensor(indices)]
 
 
 DATASETS: dict[str, DatasetSpec] = {}

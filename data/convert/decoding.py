@@ -99,7 +99,8 @@ def decode_all(entries: Iterable[Entry], shape: Shape, processes: int) -> Iterat
     waiting: deque[Any] = deque()
     with ProcessPoolExecutor(processes, initializer=_begin) as pool:
         try:
-            for chunk in _chunks(entries):
+            entries = iter(entries)
+            while chunk := list(itertools.islice(entries, CHUNK)):
                 waiting.append(pool.submit(_decode_chunk, chunk, shape))
                 if len(waiting) >= AHEAD * processes:
                     yield from waiting.popleft().result()
@@ -119,12 +120,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    iterator = iter(entries)
-    while chunk := list(itertools.islice(iterator, CHUNK)):
-        yield chunk
 
 
 def _decode_chunk(entries: list[Entry], shape: Shape) -> list[Decoded]:

@@ -27,12 +27,12 @@ from lib.files import exclusive_folder
 from lib.picture_files import FITS
 from lib.progress import progress
 
-from ..converted import FORMAT
+from ..converted import FORMAT, is_plain
 from ..errors import DataError
-from ..get_dataset import DATASETS
+from ..get_dataset import DATASETS, SPLITS
 from .decoding import Decoded, Shape, decode_all, usable_cores
 from .sources import Entry, Source, open_source
-from .storing import FIRST, SPLITS, Progress, Store, partial_folder
+from .storing import FIRST, Progress, Store, partial_folder
 
 SIDES = range(1, 4097)
 
@@ -97,8 +97,7 @@ def convert(
 
 def check_name(name: str) -> None:
     """Raises DataError unless a data set can have this name."""
-    plain = name not in ("", ".", "..") and not set(name) & set("/\\\0")
-    if not plain or name.startswith(".") or name in DATASETS:
+    if not is_plain(name) or name.startswith(".") or name in DATASETS:
         known = ", ".join(DATASETS)
         raise DataError(f"--name must be a plain folder name and none of {known}; got {name!r}")
 
@@ -107,46 +106,35 @@ def check_name(name: str) -> None:
 class Stage:
     """A source that is read to its end.
 
-    wanted: Which of its entries, by their split. place: The split that a picture of this digest
-    goes to, or None.
+    name: The split that its pictures go to, or "all" where their content chooses it. wanted: Which
+    of the source's entries, by their split.
     """
 
     name: str
     source: Source
-    wanted: Callable[[str], bool]
-    place: Callable[[bytes, Store], str | None]
+    wanted: Callable[[str], bool] = lambda split: True
+    validation_share: float = 0
+
+    def place(self, digest: bytes, store: Store) -> str | None:
+        """The split that a picture of this digest goes to, or None."""
+        if self.name == "all":
+            in_validation = int.from_bytes(digest[:8], "big") < self.validation_share * 2**64
+            return "validation" if in_validation else "train"
+        left_out = self.name == "train" and digest in store.digests["validation"]
+        return None if left_out else self.name
 
 
 def _stages(options: Options) -> list[Stage]:
     """What is read, one after another."""
     source = open_source(options.source)
     share, other = _share(options.validation), options.validation
-
-    def everything(split: str) -> bool:
-        return True
-
     if share is not None:
-
-        def by_content(digest: bytes, store: Store) -> str:
-            return "validation" if int.from_bytes(digest[:8], "big") < share * 2**64 else "train"
-
-        return [Stage("all", source, everything, by_content)]
-
-    def not_in_validation(digest: bytes, store: Store) -> str | None:
-        return None if digest in store.digests["validation"] else "train"
-
-    def in_validation(digest: bytes, store: Store) -> str:
-        return "validation"
-
+        return [Stage("all", source, validation_share=share)]
     if Path(other).exists():
-        apart = open_source(other)
-        return [
-            Stage("validation", apart, everything, in_validation),
-            Stage("train", source, everything, not_in_validation),
-        ]
+        return [Stage("validation", open_source(other)), Stage("train", source)]
     return [
-        Stage("validation", source, lambda split: split == other, in_validation),
-        Stage("train", source, lambda split: split != other, not_in_validation),
+        Stage("validation", source, lambda split: split == other),
+        Stage("train", source, lambda split: split != other),
     ]
 
 

@@ -152,9 +152,7 @@ def _zip(path: Path) -> Source:
                     continue
                 try:
                     content = _limited(archive.open(info))
-                except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
-                    content = f"unreadable in the archive ({error})"
-                except (OSError, EOFError) as error:
+                except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, EOFError) as error:
                     content = f"unreadable in the archive ({error})"
                 yield Entry(info.filename, _first_folder(info.filename), content)
 

@@ -17,9 +17,10 @@ from lib.optional import optional
 
 from ..converted import DESCRIPTION
 from ..errors import DataError
+from ..lmdb_datasets import put_images
+from ..registry import SPLITS
 from .decoding import DIGEST
 
-SPLITS = ("train", "validation")
 COMMIT_BYTES, COMMIT_ENTRIES = 2**25, 4096  # after so much, what is done is kept
 FIRST = 10  # of what is damaged, that many are named
 
@@ -89,7 +90,8 @@ class Store:
         for split in SPLITS:
             batch, self._batches[split] = self._batches[split], []
             first = self.progress.images[split] - len(batch)
-            self._put(split, [(str(first + i).encode(), image) for i, image in enumerate(batch)])
+            put_images(self._environments[split], first, batch)
+            self._environments[split].sync(True)
             with self._digest_file(split).open("ab") as file:
                 file.write(b"".join(self._new_digests[split]))
                 file.flush()
@@ -146,20 +148,6 @@ class Store:
             for index in range(count, there):  # written after the progress that was kept
                 transaction.delete(str(index).encode())
         return environment
-
-    def _put(self, split: str, batch: list[tuple[bytes, bytes]]) -> None:
-        import lmdb
-
-        environment = self._environments[split]
-        while batch:
-            try:
-                with environment.begin(write=True) as transaction:
-                    for key, value in batch:
-                        transaction.put(key, value)
-                break
-            except lmdb.MapFullError:
-                environment.set_mapsize(2 * environment.info()["map_size"])
-        environment.sync(True)
 
     def _kept_digests(self, split: str) -> set[bytes]:
         file, size = self._digest_file(split), DIGEST * self.progress.images[split]

@@ -72,12 +72,8 @@ def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
     # Example {1: Features {1: entry {1: name, 2: Feature {1: BytesList {1: ...} | 2: FloatList |
     # 3: Int64List {1: ...}}}}}
     features: dict[str, list[int] | list[bytes]] = {}
-    for example_field, features_message in _submessages(record):
-        if example_field != 1:
-            continue
-        for field, entry in _submessages(features_message):
-            if field != 1:
-                continue
+    for features_message in _messages(record, 1):
+        for entry in _messages(features_message, 1):
             name, kind, values = _map_entry(entry)
             features.pop(name, None)
             if kind in (BYTES_LIST, INTEGERS):
@@ -88,24 +84,19 @@ def parse_example(record: bytes) -> dict[str, list[int] | list[bytes]]:
 def _map_entry(entry: memoryview) -> tuple[str, int, list[int] | list[bytes]]:
     """The name of a feature, which kind of list it is (0: none), and the list."""
     name, kind, values = "", 0, []
-    for field, part in _submessages(entry):
-        if field == 1:
-            name = bytes(part).decode()
-        elif field == 2:
-            for next_kind, message in _submessages(part):
-                if next_kind not in (BYTES_LIST, FLOATS, INTEGERS):
-                    continue
-                if next_kind != kind:
-                    kind, values = next_kind, []
-                if kind == BYTES_LIST:
-                    values += _byte_strings(message)
-                elif kind == INTEGERS:
-                    values += _integers(message)
+    for part in _messages(entry, 1):
+        name = bytes(part).decode()
+    for part in _messages(entry, 2):
+        for field, wire_type, message in _fields(part):
+            if wire_type != BYTES or field not in (BYTES_LIST, FLOATS, INTEGERS):
+                continue
+            if field != kind:
+                kind, values = field, []
+            if kind == BYTES_LIST:
+                values += map(bytes, _messages(message, 1))
+            elif kind == INTEGERS:
+                values += _integers(message)
     return name, kind, values
-
-
-def _byte_strings(message: memoryview | bytes) -> list[bytes]:
-    return [bytes(value) for field, value in _submessages(message) if field == 1]
 
 
 def _integers(message: memoryview | bytes) -> list[int]:
@@ -125,8 +116,11 @@ def _integers(message: memoryview | bytes) -> list[int]:
     return [value - 2**64 if value >= 2**63 else value for value in values]
 
 
-def _submessages(message: memoryview | bytes) -> Iterator[tuple[int, memoryview]]:
-    return ((field, value) for field, wire_type, value in _fields(message) if wire_type == BYTES)
+def _messages(message: memoryview | bytes, number: int) -> Iterator[memoryview]:
+    """What the fields of this number hold: messages or byte strings."""
+    for field, wire_type, value in _fields(message):
+        if field == number and wire_type == BYTES:
+            yield value
 
 
 def _fields(message: memoryview | bytes) -> Iterator[tuple[int, int, int | memoryview]]:

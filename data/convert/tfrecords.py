@@ -18,6 +18,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +28,7 @@ from lib.optional import optional
 from lib.progress import progress
 
 from ..errors import DataError
+from ..lmdb_datasets import put_images
 from ..locks import locked_folder
 from ..registry import DATASETS, SPLITS
 from ..sets import glow  # noqa: F401 - registers the two data sets
@@ -39,10 +41,11 @@ BATCH_BYTES = 2**25
 
 @dataclass(frozen=True)
 class Shard:
-    """A TFRecord file: its number, its path inside the source, its size in bytes, and how to open
-    it."""
+    """A TFRecord file: its number, of how many its name promises, its path inside the source, its
+    size in bytes, and how to open it."""
 
     number: int
+    total: int
     name: str
     size: int
     open: Callable[[], IO[bytes]]
@@ -86,37 +89,28 @@ def convert(
 
 
 @contextlib.contextmanager
-def find_shards(name: str, source: Path) -> Iterator[dict[str, list[tuple[int, Shard]]]]:
-    """The shards of each split in an archive or a folder, each with the number of shards that its
-    name promises."""
+def find_shards(name: str, source: Path) -> Iterator[dict[str, list[Shard]]]:
+    """The shards of each split in an archive or a folder."""
     pattern = re.compile(
         rf"({'|'.join(SPLITS)})-r{RESOLUTION_LEVELS[name]:02d}-s-(\d{{4,}})-of-(\d{{4,}})\.tfrecords"
     )
-    found: dict[str, list[tuple[int, Shard]]] = {split: [] for split in SPLITS}
+    found: dict[str, list[Shard]] = {split: [] for split in SPLITS}
 
     def add(path: str, size: int, open_shard: Callable[[], IO[bytes]]) -> None:
         if match := pattern.fullmatch(path.rsplit("/", 1)[-1]):
-            split, number, total = match[1], int(match[2]), int(match[3])
-            found[split].append((total, Shard(number, path, size, open_shard)))
+            found[match[1]].append(Shard(int(match[2]), int(match[3]), path, size, open_shard))
 
     if source.is_dir():
         for file in source.rglob("*.tfrecords"):
-            add(
-                file.relative_to(source).as_posix(),
-                file.stat().st_size,
-                lambda file=file: file.open("rb"),
-            )
+            path = file.relative_to(source).as_posix()
+            add(path, file.stat().st_size, partial(file.open, "rb"))
         yield found
     elif source.is_file():
         try:
             with tarfile.open(source, "r:") as archive:
                 for member in progress(archive, desc=f"contents of {source.name}", unit=" files"):
                     if member.isfile():
-                        add(
-                            member.name,
-                            member.size,
-                            lambda member=member: archive.extractfile(member),
-                        )
+                        add(member.name, member.size, partial(archive.extractfile, member))
                 yield found
         except tarfile.TarError as error:
             raise DataError(
@@ -126,21 +120,19 @@ def find_shards(name: str, source: Path) -> Iterator[dict[str, list[tuple[int, S
         raise DataError(f"there is no {source}; {_command(name)}")
 
 
-def check_complete(
-    name: str, split: str, found: list[tuple[int, Shard]], source: Path
-) -> list[Shard]:
+def check_complete(name: str, split: str, found: list[Shard], source: Path) -> list[Shard]:
     """The shards in order, if they are all there and there once."""
     if not found:
         expected = f"{split}/{split}-r{RESOLUTION_LEVELS[name]:02d}-s-0000-of-....tfrecords"
         raise DataError(
             f"{source} has no shards of {name}'s {split} split ({expected}); {_command(name)}"
         )
-    totals = {total for total, _ in found}
+    totals = {shard.total for shard in found}
     if len(totals) > 1:
         sets = " and ".join(map(str, sorted(totals)))
         raise DataError(f"{source}: shards of {split} come from sets of {sets}")
     (total,) = totals
-    shards = sorted((shard for _, shard in found), key=lambda shard: shard.number)
+    shards = sorted(found, key=lambda shard: shard.number)
     numbers = [shard.number for shard in shards]
     if missing := sorted(set(range(total)) - set(numbers)):
         names = [
@@ -240,29 +232,16 @@ def images(name: str, shards: list[Shard], split: str) -> Iterator[bytes]:
 def _write(lmdb: Any, folder: Path, values: Iterator[bytes]) -> int:
     environment = lmdb.open(str(folder), map_size=4 * BATCH_BYTES, sync=False, meminit=False)
     with contextlib.closing(environment):
-        count, batch, size = 0, [], 0
+        count, batch = 0, []
         for value in values:
-            batch.append((str(count).encode(), value))
-            count, size = count + 1, size + len(value)
-            if size >= BATCH_BYTES:
-                _put(lmdb, environment, batch)
-                batch, size = [], 0
-        _put(lmdb, environment, batch)
+            batch.append(value)
+            if len(batch) * len(value) >= BATCH_BYTES:  # all are of one size
+                put_images(environment, count, batch)
+                count, batch = count + len(batch), []
+        put_images(environment, count, batch)
         environment.sync(True)
     (folder / "lock.mdb").unlink(missing_ok=True)
-    return count
-
-
-def _put(lmdb: Any, environment: Any, batch: list[tuple[bytes, bytes]]) -> None:
-    """Adds a batch as a whole, in a map that doubles when it is full."""
-    while True:
-        try:
-            with environment.begin(write=True) as transaction:
-                for key, value in batch:
-                    transaction.put(key, value)
-            return
-        except lmdb.MapFullError:
-            environment.set_mapsize(2 * environment.info()["map_size"])
+    return count + len(batch)
 
 
 def _command(name: str) -> str:

@@ -14,13 +14,11 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..download import download
 from ..errors import DataError
 from ..locks import locked_folder
-from ..registry import DatasetSpec, register
+from ..registry import DatasetSpec, ImagesInMemory, register
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE, SHA256 = (
@@ -43,7 +41,7 @@ IMAGE_BYTES = 3 * 32 * 32
 ATTEMPTS = 2  # few, so that a machine without a network says so soon
 
 
-class Cifar10(Dataset):
+class Cifar10(ImagesInMemory):
     """CIFAR10 as uint8 [3, 32, 32], downloaded on first use; the test split validates.
 
     Arguments:
@@ -59,19 +57,8 @@ class Cifar10(Dataset):
         contents = _unpacked(folder / FOLDER, FILES[split])
         if contents is None:
             contents = _archived(_archive(folder), FILES[split])
-        self._images = torch.from_numpy(
-            np.concatenate([images_of(*file) for file in contents.items()])
-        )
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._images[index]
-
-    def batch(self, indices: list[int]) -> Tensor:
-        """The items at `indices` [N] at once: uint8 [N, 3, 32, 32]."""
-        return self._images[torch.tensor(indices)]
+        images = np.concatenate([images_of(*file) for file in contents.items()])
+        super().__init__(torch.from_numpy(images))
 
 
 def images_of(name: str, content: bytes) -> np.ndarray:

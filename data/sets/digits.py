@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from lib.optional import optional
 
 from ..errors import DataError
-from ..registry import DatasetSpec, register
+from ..registry import DatasetSpec, ImagesInMemory, register
 
 SIZE = 8
 VALIDATION = 180  # the last ones
 
 
-class Digits8(Dataset):
+class Digits8(ImagesInMemory):
     """The digits as uint8 [1, 8, 8], white on black.
 
     Of their 17 levels the two brightest are taken for one, so that `--nbits 4` loses nothing more.
@@ -32,17 +30,7 @@ class Digits8(Dataset):
         datasets = optional("sklearn.datasets", "Digits8", "photos", DataError)
         levels = np.minimum(datasets.load_digits().images, 15).astype(np.uint8) * 17
         images = torch.from_numpy(levels).unsqueeze(1)
-        self._images = images[:-VALIDATION] if split == "train" else images[-VALIDATION:]
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._images[index]
-
-    def batch(self, indices: list[int]) -> Tensor:
-        """The items at `indices` [N] at once: uint8 [N, 1, 8, 8]."""
-        return self._images[torch.tensor(indices)]
+        super().__init__(images[:-VALIDATION] if split == "train" else images[-VALIDATION:])
 
 
 register(

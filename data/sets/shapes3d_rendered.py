@@ -19,7 +19,7 @@ from torch import Tensor
 from lib.progress import progress
 
 from ..registry import DatasetSpec, register
-from ..scenes import FACTOR_SIZES, IMAGE_SHAPE, SIZE, Scenes
+from ..scenes import FACTOR_SIZES, SIZE, Scenes
 from ..shapes3d_raycast import MATERIALS, all_weights
 
 GEOMETRIES = 8 * 4 * 15
@@ -72,15 +72,12 @@ def hue_colours() -> ndarray:
 def blocks(count: int) -> Iterator[ndarray]:
     """The images of the first `count` scenes in the file's layout: uint8 [n, 64, 64, 3] at a
     time."""
-    weights, colours = geometry_weights(), hue_colours()
+    rendered = Shapes3DRendered()
     with progress(total=count, desc="rendered", unit=" images") as bar:
         for start in range(0, count, GEOMETRIES):
-            block = np.empty((min(GEOMETRIES, count - start), SIZE * SIZE, 3), np.uint8)
-            for scene, image in enumerate(block, start):
-                hues, geometry = divmod(scene, GEOMETRIES)
-                image[:] = weights[geometry].T @ colours[hues].T
-            yield block.reshape(-1, *IMAGE_SHAPE)
-            bar.update(len(block))
+            images = rendered.batch(list(range(start, min(start + GEOMETRIES, count))))
+            yield images.permute(0, 2, 3, 1).numpy()
+            bar.update(len(images))
 
 
 register(
