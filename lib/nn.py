@@ -40,7 +40,7 @@ DIRECTIONS = {
 Border = Literal["zeros", "keep"]
 Backend = Literal["auto", "reference", "torch", "lines", "cluster", "triton"]
 Init = Literal["paper", "deep"]
-Size = int | Sequence[int]  # of height and width
+Size = int | tuple[int, int]  # of height and width
 Options = dict[str, Any]
 BORDERS, BACKENDS, INITS = get_args(Border), get_args(Backend), get_args(Init)
 RENAMED_BACKENDS = {"triton": "lines"}  # in configurations of earlier versions
@@ -402,20 +402,20 @@ def make_convolution(
         ValueError: on arguments of a transposed convolution with which it would not upsample, or
             leave out parts of the output, and on those that only the other kind has.
     """
-    arguments = in_channels, out_channels, kernel_size, stride, padding
+    channels = in_channels, out_channels
     if not upsample:
-        if output_padding not in (0, (0, 0), [0, 0]):
+        if output_padding not in (0, (0, 0)):
             raise ValueError("output_padding needs upsample=True")
-        return nn.Conv2d(*arguments, **options)
+        return nn.Conv2d(*channels, kernel_size, stride, padding, **options)
     if isinstance(padding, str) or options.get("padding_mode", "zeros") != "zeros":
         raise ValueError("upsample=True needs padding in numbers, and padding_mode='zeros'")
-    convolution = nn.ConvTranspose2d(*arguments, output_padding, **options)
+    sizes = kernel_size, stride, padding, output_padding
+    convolution = nn.ConvTranspose2d(*channels, *sizes, **options)
     wrong = f"got kernel_size={kernel_size}, stride={stride}, padding={padding}"
     if convolution.stride == (1, 1):
         raise ValueError(f"upsample=True needs stride >= 2, {wrong}; 4, 2, 1 doubles the scale")
-    for kernel, step, pad in zip(
-        convolution.kernel_size, convolution.stride, convolution.padding, strict=True
-    ):
+    pairs: Any = convolution.kernel_size, convolution.stride, convolution.padding
+    for kernel, step, pad in zip(*pairs, strict=True):
         if kernel < step or kernel <= 2 * pad:
             raise ValueError(
                 "upsample=True needs kernel_size >= stride, or some outputs see no input at all, "
