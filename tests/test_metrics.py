@@ -164,6 +164,14 @@ def test_a_code_that_says_all_twice_is_disentangled_but_has_no_gap(perfect):
     assert abs(found["completeness"] - (1 - math.log(2) / math.log(12))) < 0.1
 
 
+def test_importances_that_rounding_made_negative_are_none():
+    exact = np.array([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    expected = (1 * (1 - math.log(2) / math.log(3)) + 1 * 1) / 2
+    assert metrics._concentration(exact) == pytest.approx(expected)
+    rounded = exact - 1e-18 * (exact == 0)
+    assert metrics._concentration(rounded) == pytest.approx(expected)
+
+
 def test_factor_vae_prunes_dimensions_that_hardly_vary(in_pairs, perfect):
     """Six dimensions with a standard deviation of 0.01 that would settle every vote rightly, and
     two constant ones."""

@@ -413,6 +413,7 @@ def _concentration(importances: np.ndarray) -> float:
     if all are zero."""
     from scipy.stats import entropy
 
+    importances = importances.clip(0)  # the trees' may be -1e-18
     rows = importances[importances.any(1)]
     if not len(rows):
         return 0.0
